@@ -1,0 +1,1 @@
+"""The `specopt` command."""
