@@ -1,0 +1,25 @@
+PYTHON ?= python3
+ARGS ?=
+bin := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | expand -t 16
+
+setup: ## create .venv with vLLM and this project (a few minutes once, then nothing)
+	@$(PYTHON) scripts/set_up.py
+
+demo: setup ## serve the shipped pair stock and exact, compare them, write reports/demo.{json,md}; ARGS="--quick"
+	@$(bin)/specopt demo $(ARGS)
+
+test: setup ## run every test; ARGS="-k name" picks some
+	@$(bin)/python -m pytest tests $(ARGS)
+
+lint: setup ## check the code with ruff
+	@$(bin)/ruff check .
+
+clean: ## remove .venv, reports and caches
+	rm -rf .venv build dist reports ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

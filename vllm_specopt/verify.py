@@ -1,0 +1,209 @@
+"""The verification contract: which draft tokens survive, and which token follows them.
+
+One function, :func:`verify`, stands between vLLM's model runners and the backends. It checks its arguments, allocates
+the outputs and picks the backend by device: Triton kernels on a GPU (and under Triton's interpreter), compiled loops on
+a CPU. Nothing of size ``[rows, vocab]`` is allocated here or below.
+
+A request with ``K_r`` draft tokens owns ``K_r + 1`` consecutive rows of target logits (``K_r = 0`` is allowed): row
+``i`` judges draft token ``i``, the last row gives the bonus token.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+MAX_DRAFT_TOKENS = 128
+LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+class Verified(NamedTuple):
+    """What one verification step decided.
+
+    token_ids: ``[num_reqs, max_num_draft_tokens + 1]``, accepted draft tokens, then one recovered or bonus token, then -1.
+    num_sampled: ``[num_reqs]`` int32, accepted draft tokens + 1.
+    """
+
+    token_ids: torch.Tensor
+    num_sampled: torch.Tensor
+
+
+def verify(
+    logits: torch.Tensor,  # [num_rows, vocab]
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1], leading 0
+    draft_token_ids: torch.Tensor,  # [num_rows] or [num_rows - num_reqs]
+    max_num_draft_tokens: int,
+    *,
+    temperature: torch.Tensor | None = None,  # [max_reqs]
+    seeds: torch.Tensor | None = None,  # [max_reqs]
+    positions: torch.Tensor | None = None,  # [num_rows]
+    state_indices: torch.Tensor | None = None,  # [num_reqs]
+    draft_probs: torch.Tensor | None = None,  # [num_rows - num_reqs, draft_vocab]
+    draft_logits: torch.Tensor | None = None,  # [max_reqs, max_drafts, draft_vocab]
+    top_k: torch.Tensor | None = None,  # [max_reqs]
+    top_p: torch.Tensor | None = None,  # [max_reqs]
+    min_p: torch.Tensor | None = None,  # [max_reqs]
+    bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
+    bad_row_counter: torch.Tensor | None = None,  # [1]
+    token_dtype: torch.dtype = torch.int64,
+) -> Verified:
+    """Verify draft tokens exactly (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
+
+    Draft token x at row i survives when ``u_i <= target_prob_i(x) / draft_prob_i(x)``. At the first rejection one
+    recovered token is drawn from the normalised ``max(target_prob_i - draft_prob_i, 0)``; if all survive, one bonus
+    token is drawn from the last row. Target probabilities are those after temperature, min-p, top-k and top-p (in this
+    order; every token equal to a threshold value is kept). With temperature 0 a draft token survives when it is the
+    row's argmax, and the token that follows is the argmax of its row. The emitted tokens follow the target distribution.
+
+    Args:
+        logits: Raw target logits, bf16, fp16 or fp32; unit stride along the vocabulary, any row stride. Not modified.
+        cu_num_logits: First row of each request, then the number of rows; int32 or int64.
+        draft_token_ids: int32 or int64. Either ``[num_rows - num_reqs]``, the draft tokens alone, or ``[num_rows]``,
+            the token fed to the target at each row, so that row i judges entry i + 1. A negative or out-of-range id is a
+            placeholder: it is rejected and the token that follows comes from the full target row.
+        max_num_draft_tokens: Upper bound of K_r, 0..128; fixes the width of the output.
+        temperature: fp32, 0 (or anything below 1e-5) = greedy. None: all requests are greedy.
+        seeds: int64, one per request; required unless all requests are greedy.
+        positions: Absolute position of each row, int64 or int32. Random draws are a pure function of (seed, position,
+            purpose, token id). None: the row's index within its request.
+        state_indices: Where each request's entry is in ``temperature``, ``seeds``, ``top_k``, ``top_p``, ``min_p`` and
+            ``draft_logits``; int32 or int64. None: request r is entry r.
+        draft_probs: Distribution each draft token was drawn from, fp32, bf16 or fp16.
+        draft_logits: The same as logits before temperature; entry ``[state index, i]`` belongs to row i.
+            With neither, the draft distribution is one-hot. A draft vocabulary narrower than the target's narrows both.
+        top_k: int32 or int64; values < 1 or >= vocab keep everything. None: not used in this batch.
+        top_p: fp32; values >= 1 keep everything. None: not used in this batch.
+        min_p: fp32; values <= 0 keep everything. None: not used in this batch.
+        bonus_token_ids: If given, used in place of a drawn bonus token.
+        bad_row_counter: int64, increased by the number of emitting rows without a usable logit (all NaN or -inf; such
+            a row emits token 0). NaN counts as -inf; a +inf logit takes all probability of its row.
+        token_dtype: int32 or int64, of the returned ids.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride is wrong; the message names the argument, what it is and what it
+            should be.
+    """
+    num_reqs = _check(**{k: v for k, v in locals().items() if k != "token_dtype"})
+    if token_dtype not in INDEX_DTYPES:
+        raise ValueError(f"token_dtype is {token_dtype}, expected one of {_names(INDEX_DTYPES)}")
+    token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
+    num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
+    if num_reqs:
+        _backend(logits.device)(
+            logits=logits,
+            cu_num_logits=cu_num_logits,
+            draft_token_ids=draft_token_ids,
+            temperature=temperature,
+            seeds=seeds,
+            positions=positions,
+            state_indices=state_indices,
+            draft_probs=draft_probs,
+            draft_logits=draft_logits,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            bonus_token_ids=bonus_token_ids,
+            bad_row_counter=bad_row_counter,
+            token_ids=token_ids,
+            num_sampled=num_sampled,
+        )
+    return Verified(token_ids, num_sampled)
+
+
+def backend_name(device: torch.device) -> str:
+    """The backend that serves a device: ``triton``, ``triton-interpreter`` or ``cpu``."""
+    if device.type == "cuda":
+        return "triton"
+    if device.type != "cpu":
+        raise ValueError(f"logits are on {device.type}, expected cuda or cpu")
+    return "triton-interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
+
+
+def _backend(device: torch.device):
+    if backend_name(device) == "cpu":
+        from vllm_specopt.cpu import exact_verify
+    else:
+        from vllm_specopt.kernels.exact import exact_verify
+    return exact_verify
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _check(
+    *,
+    logits,
+    cu_num_logits,
+    draft_token_ids,
+    max_num_draft_tokens,
+    temperature,
+    seeds,
+    positions,
+    state_indices,
+    draft_probs,
+    draft_logits,
+    top_k,
+    top_p,
+    min_p,
+    bonus_token_ids,
+    bad_row_counter,
+) -> int:
+    """Raise ValueError on the first argument that breaks the contract; return the number of requests."""
+
+    def check(name, tensor, ndim, dtypes, size=None, unit_stride=True):
+        if tensor is None:
+            return
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} has {tensor.ndim} dimensions, expected {ndim}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} has dtype {_names([tensor.dtype])}, expected one of {_names(dtypes)}")
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {logits.device} (the device of logits)")
+        if size is not None and tensor.shape[0] != size:
+            raise ValueError(f"{name} has length {tensor.shape[0]}, expected {size}")
+        if unit_stride and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last dimension, expected 1")
+
+    check("logits", logits, 2, LOGIT_DTYPES)
+    num_rows, vocab_size = logits.shape
+    check("cu_num_logits", cu_num_logits, 1, INDEX_DTYPES)
+    num_reqs = cu_num_logits.shape[0] - 1
+    if num_reqs < 0:
+        raise ValueError("cu_num_logits has length 0, expected at least 1 (a leading 0)")
+    if not 0 <= max_num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise ValueError(f"max_num_draft_tokens is {max_num_draft_tokens}, expected 0 to {MAX_DRAFT_TOKENS}")
+    if not num_reqs <= num_rows <= num_reqs * (max_num_draft_tokens + 1):
+        raise ValueError(
+            f"logits has {num_rows} rows, expected {num_reqs} to {num_reqs * (max_num_draft_tokens + 1)} "
+            f"({num_reqs} requests with at most {max_num_draft_tokens} draft tokens each)"
+        )
+    if vocab_size < 1:
+        raise ValueError("logits has a vocabulary of 0 tokens, expected at least 1")
+    check("draft_token_ids", draft_token_ids, 1, INDEX_DTYPES)
+    num_tokens = num_rows - num_reqs
+    if draft_token_ids.shape[0] not in (num_rows, num_tokens):
+        raise ValueError(
+            f"draft_token_ids has length {draft_token_ids.shape[0]}, expected {num_tokens} (draft tokens) "
+            f"or {num_rows} (rows)"
+        )
+    check("state_indices", state_indices, 1, INDEX_DTYPES, num_reqs)
+    check("positions", positions, 1, INDEX_DTYPES, num_rows)
+    check("bonus_token_ids", bonus_token_ids, 1, INDEX_DTYPES, num_reqs)
+    check("bad_row_counter", bad_row_counter, 1, (torch.int64,), 1)
+    per_request = None if state_indices is not None else num_reqs
+    check("temperature", temperature, 1, (torch.float32,), per_request)
+    check("seeds", seeds, 1, (torch.int64,), per_request)
+    check("top_k", top_k, 1, INDEX_DTYPES, per_request)
+    check("top_p", top_p, 1, (torch.float32,), per_request)
+    check("min_p", min_p, 1, (torch.float32,), per_request)
+    if temperature is not None and seeds is None:
+        raise ValueError("seeds is None, expected a tensor (temperature is given)")
+    if draft_probs is not None and draft_logits is not None:
+        raise ValueError("draft_probs and draft_logits are both given, expected at most one")
+    check("draft_probs", draft_probs, 2, LOGIT_DTYPES, num_tokens)
+    check("draft_logits", draft_logits, 3, LOGIT_DTYPES, per_request)
+    if draft_logits is not None and draft_logits.shape[1] < max_num_draft_tokens:
+        raise ValueError(f"draft_logits has {draft_logits.shape[1]} positions, expected at least {max_num_draft_tokens}")
+    return num_reqs
