@@ -79,7 +79,7 @@ def filter_row_ref(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float)
         return scaled, margin
     if min_p > 0:
         gap = scaled - scaled.max() - math.log(min_p)
-        margin = min(margin, gap.abs().min().item())
+        margin = min([margin, *gap[scaled < scaled.max()].abs().tolist()])
         scaled = scaled.masked_fill(gap < 0, -math.inf)
     if 1 <= top_k < vocab_size:
         scaled = scaled.masked_fill(scaled < scaled.sort(descending=True).values[top_k - 1], -math.inf)
@@ -175,7 +175,7 @@ def exact_verify_ref(
                 token_ids[req, i] = token
                 continue
             seed, pos = int(seeds[state]), i if positions is None else int(positions[row])
-            scaled, target_probs, row_margin = target_row_ref(target_row, temp, *filters)
+            _, target_probs, row_margin = target_row_ref(target_row, temp, *filters)
             margin = min(margin, row_margin)
             if draft_probs is not None:
                 draft_row = draft_probs[row - req, :vocab_size].double().cpu()

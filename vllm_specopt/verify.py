@@ -8,12 +8,12 @@ A request with ``K_r`` draft tokens owns ``K_r + 1`` consecutive rows of target 
 ``i`` judges draft token ``i``, the last row gives the bonus token.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 
 MAX_DRAFT_TOKENS = 128
+BACKENDS = ("triton", "cpu")
 LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -21,7 +21,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 class Verified(NamedTuple):
     """What one verification step decided.
 
-    token_ids: ``[num_reqs, max_num_draft_tokens + 1]``, accepted draft tokens, then one recovered or bonus token, then -1.
+    token_ids: ``[num_reqs, max_num_draft_tokens + 1]``, accepted draft tokens, one recovered or bonus token, then -1.
     num_sampled: ``[num_reqs]`` int32, accepted draft tokens + 1.
     """
 
@@ -47,6 +47,7 @@ def verify(
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
     token_dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
 ) -> Verified:
     """Verify draft tokens exactly (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
 
@@ -54,14 +55,14 @@ def verify(
     recovered token is drawn from the normalised ``max(target_prob_i - draft_prob_i, 0)``; if all survive, one bonus
     token is drawn from the last row. Target probabilities are those after temperature, min-p, top-k and top-p (in this
     order; every token equal to a threshold value is kept). With temperature 0 a draft token survives when it is the
-    row's argmax, and the token that follows is the argmax of its row. The emitted tokens follow the target distribution.
+    row's argmax, and the token that follows is the argmax of its row. The emitted tokens follow the target's law.
 
     Args:
         logits: Raw target logits, bf16, fp16 or fp32; unit stride along the vocabulary, any row stride. Not modified.
         cu_num_logits: First row of each request, then the number of rows; int32 or int64.
         draft_token_ids: int32 or int64. Either ``[num_rows - num_reqs]``, the draft tokens alone, or ``[num_rows]``,
-            the token fed to the target at each row, so that row i judges entry i + 1. A negative or out-of-range id is a
-            placeholder: it is rejected and the token that follows comes from the full target row.
+            the token fed to the target at each row, so that row i judges entry i + 1. A negative or out-of-range id is
+            a placeholder: it is rejected and the token that follows comes from the full target row.
         max_num_draft_tokens: Upper bound of K_r, 0..128; fixes the width of the output.
         temperature: fp32, 0 (or anything below 1e-5) = greedy. None: all requests are greedy.
         seeds: int64, one per request; required unless all requests are greedy.
@@ -79,18 +80,20 @@ def verify(
         bad_row_counter: int64, increased by the number of emitting rows without a usable logit (all NaN or -inf; such
             a row emits token 0). NaN counts as -inf; a +inf logit takes all probability of its row.
         token_dtype: int32 or int64, of the returned ids.
+        backend: ``triton`` or ``cpu``. None: by device. Triton on a CPU device needs its interpreter (the V2
+            runner on a CPU runs that way).
 
     Raises:
         ValueError: A shape, dtype, device or stride is wrong; the message names the argument, what it is and what it
             should be.
     """
-    num_reqs = _check(**{k: v for k, v in locals().items() if k != "token_dtype"})
+    num_reqs = _check(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend")})
     if token_dtype not in INDEX_DTYPES:
         raise ValueError(f"token_dtype is {token_dtype}, expected one of {_names(INDEX_DTYPES)}")
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
-        _backend(logits.device)(
+        _backend(backend_name(logits.device, backend))(
             logits=logits,
             cu_num_logits=cu_num_logits,
             draft_token_ids=draft_token_ids,
@@ -111,17 +114,23 @@ def verify(
     return Verified(token_ids, num_sampled)
 
 
-def backend_name(device: torch.device) -> str:
-    """The backend that serves a device: ``triton``, ``triton-interpreter`` or ``cpu``."""
-    if device.type == "cuda":
-        return "triton"
-    if device.type != "cpu":
+def backend_name(device: torch.device, backend: str | None = None) -> str:
+    """Name of the backend that serves a device, ``triton`` or ``cpu``; ``backend`` overrides the choice by device.
+
+    Raises:
+        ValueError: No backend serves this device.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if device.type not in ("cuda", "cpu"):
         raise ValueError(f"logits are on {device.type}, expected cuda or cpu")
-    return "triton-interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
+    if device.type == "cuda" and backend == "cpu":
+        raise ValueError("backend is 'cpu', expected 'triton' (logits are on cuda)")
+    return backend or ("triton" if device.type == "cuda" else "cpu")
 
 
-def _backend(device: torch.device):
-    if backend_name(device) == "cpu":
+def _backend(name: str):
+    if name == "cpu":
         from vllm_specopt.cpu import exact_verify
     else:
         from vllm_specopt.kernels.exact import exact_verify
@@ -205,5 +214,7 @@ def _check(
     check("draft_probs", draft_probs, 2, LOGIT_DTYPES, num_tokens)
     check("draft_logits", draft_logits, 3, LOGIT_DTYPES, per_request)
     if draft_logits is not None and draft_logits.shape[1] < max_num_draft_tokens:
-        raise ValueError(f"draft_logits has {draft_logits.shape[1]} positions, expected at least {max_num_draft_tokens}")
+        raise ValueError(
+            f"draft_logits has {draft_logits.shape[1]} positions, expected at least {max_num_draft_tokens}"
+        )
     return num_reqs

@@ -1,0 +1,120 @@
+"""Compile every variant of every kernel at V = 151,936 for one architecture; print a JSON line for each.
+
+Usage: compile_kernels.py ARCHITECTURE (80, 90, 100). Needs no GPU: Triton brings ptxas.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import sys
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_specopt.kernels import emission, exact, filters, row_statistics
+
+VOCAB_SIZE = 151936
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+COMMON = {
+    **{name: "*fp32" for name in ("tile_max_ptr", "tile_sum_ptr", "candidate_score_ptr")},
+    **{name: "*i32" for name in ("cu_num_logits_ptr", "tile_argmax_ptr", "num_accepted_ptr", "candidate_token_ptr")},
+    **{name: "*i32" for name in ("num_sampled_ptr",)},
+    **{name: "i32" for name in ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "vocab_size")},
+    **{name: "i32" for name in ("draft_probs_stride", "num_tiles", "rows_per_req", "width", "token_ids_stride")},
+    "bad_row_counter_ptr": "*i64",
+}
+ALIGNED = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
+
+
+def variants():
+    """Yield (variant name, argument types, launches) for all combinations that serving can produce."""
+    padded_tiles = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, exact.TILE))
+    greedy_below = {"GREEDY_BELOW": exact.GREEDY_BELOW}
+    for dtype, runner, draft, filtered, greedy in itertools.product(
+        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), (False, True)
+    ):
+        if (greedy and (filtered or draft != "one-hot")) or draft == ("logits" if runner == "v1" else "probs"):
+            continue
+        types = dict(COMMON, logits_ptr="*" + dtype)
+        types["draft_token_ids_ptr"] = "*i32"
+        types["token_ids_ptr"] = "*i32" if runner == "v1" else "*i64"
+        if runner == "v2":
+            types["state_indices_ptr"] = "*i32"
+        if not greedy:
+            types.update(temperature_ptr="*fp32", seeds_ptr="*i64", positions_ptr="*i64")
+        if draft == "probs":
+            types["draft_probs_ptr"] = "*fp32"
+        if draft == "logits":
+            types.update(draft_logits_ptr="*" + dtype, draft_tile_max_ptr="*fp32", draft_tile_sum_ptr="*fp32")
+        if draft != "one-hot":
+            types.update(target_score_ptr="*fp32", target_token_ptr="*i32")
+        compact, tiles = {"COMPACT_DRAFTS": runner == "v1"}, {"PADDED_TILES": padded_tiles}
+        if filtered:
+            types.update(top_k_ptr="*i32", top_p_ptr="*fp32", min_p_ptr="*fp32", threshold_ptr="*fp32")
+        launches = [
+            (row_statistics.row_statistics_kernel, greedy_below | {"TILE": exact.TILE}, exact.NUM_WARPS),
+            (
+                emission.emission_kernel,
+                greedy_below | compact | tiles | {"TILE": exact.TILE, "BLOCK_K": exact.BLOCK_K},
+                exact.NUM_WARPS,
+            ),
+            (emission.token_output_kernel, compact | tiles | {"PADDED_WIDTH": exact.BLOCK_K}, 1),
+        ]
+        if filtered:
+            digits = filters.RADIX_DIGITS[DTYPES[dtype]]
+            constants = greedy_below | tiles | {"DIGITS": digits, "BLOCK": exact.FILTER_BLOCK}
+            launches.append((filters.filter_threshold_kernel, constants, exact.FILTER_NUM_WARPS))
+        name = "-".join(
+            filter(None, [dtype, runner, draft, "filtered" if filtered else "", "greedy" if greedy else ""])
+        )
+        yield name, types, launches
+
+
+def compile_kernel(kernel, types: dict, constants: dict, num_warps: int, architecture: int) -> dict:
+    """Compile one kernel; arguments without a type are None. Returns registers, spilled bytes and shared memory."""
+    signature, constexprs, attrs = {}, dict(constants), {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+            if name in ALIGNED or (name.endswith("_ptr") and name != "draft_token_ids_ptr"):
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constexprs[name] = "constexpr", None
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.findall(r"(\d+) bytes spill", log.getvalue())
+    return {
+        "registers": int(registers[1]),
+        "spilled_bytes": sum(map(int, spills)),
+        "shared_bytes": binary.metadata.shared,
+        "cubin_bytes": len(binary.asm["cubin"]),
+    }
+
+
+def main() -> None:
+    architecture = int(sys.argv[1])
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    seen = set()
+    for variant, types, launches in variants():
+        for kernel, constants, num_warps in launches:
+            used = {name: types.get(name) for name in kernel.arg_names if name not in constants}
+            key = (kernel.__name__, tuple(sorted(used.items(), key=str)), tuple(constants.items()))
+            if key in seen:
+                continue
+            seen.add(key)
+            result = compile_kernel(kernel, types, constants, num_warps, architecture)
+            print(json.dumps({"kernel": kernel.__name__, "variant": variant, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

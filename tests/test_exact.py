@@ -1,0 +1,224 @@
+"""The Triton kernels against the float64 reference, token for token; on a GPU if there is one, else interpreted."""
+
+import pytest
+import torch
+
+from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, assert_matches_reference, random_batch
+from vllm_specopt.verify import verify
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL_FILTERS = ("top_k", "top_p", "min_p")
+RAGGED = [3, 0, 5, 1, 9]
+# Of the requests below, the largest share that a reference margin may exclude from the comparison.
+MAX_EXCLUDED = 0.02
+
+
+def check(cases):
+    excluded = total = 0
+    for case in cases:
+        batch = random_batch(**case)
+        _, close = assert_matches_reference(batch, "triton", DEVICE)
+        excluded, total = excluded + close, total + batch.num_reqs
+    assert excluded <= max(1, MAX_EXCLUDED * total)
+
+
+@pytest.mark.parametrize("draft", [NO_DRAFT, PROBS, LOGITS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_matches_reference(draft, dtype):
+    check(
+        {
+            "seed": seed,
+            "num_drafts": RAGGED,
+            "vocab_size": vocab,
+            "dtype": dtype,
+            "draft": draft,
+            "rows_layout": seed % 2 == 0,
+        }
+        for seed, vocab in ((0, 1000), (1, 37), (2, 4100))
+    )
+
+
+@pytest.mark.parametrize("filters", [("top_k",), ("top_p",), ("min_p",), ALL_FILTERS], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_filters_match_reference(filters, dtype):
+    check(
+        {
+            "seed": seed,
+            "num_drafts": [2, 0, 3, 1],
+            "vocab_size": vocab,
+            "dtype": dtype,
+            "draft": draft,
+            "filters": filters,
+            "temperatures": (0.5, 1.0, 1.7, 0.0),
+        }
+        for seed, vocab, draft in ((10, 900, NO_DRAFT), (11, 64, LOGITS))
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 4096, 4097, 8195])
+def test_vocabularies_around_the_tile(vocab_size):
+    check([{"seed": vocab_size, "num_drafts": [2, 1, 0], "vocab_size": vocab_size, "dtype": torch.bfloat16}])
+
+
+@pytest.mark.parametrize("draft", [PROBS, LOGITS])
+def test_draft_vocabulary_narrower_than_the_targets(draft):
+    batch = random_batch(seed=5, num_drafts=[3] * 6, vocab_size=500, draft=draft, draft_vocab_size=460)
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    assert verified.token_ids.max() < 460
+
+
+def test_realistic_vocabulary_with_filters():
+    check(
+        [
+            {
+                "seed": 3,
+                "num_drafts": [2, 1],
+                "vocab_size": 151936,
+                "dtype": torch.bfloat16,
+                "filters": ("top_p",),
+                "temperatures": (0.7,),
+                "shuffled_state": False,
+            }
+        ]
+    )
+
+
+def test_ties_in_top_k_and_top_p_are_kept():
+    """Eight tokens share the threshold value; all of them must be reachable, nothing below may be."""
+    logits = torch.full((80, 60), -1.0)
+    logits[:, 20:28] = 2.0
+    logits[:, 40] = 2.5
+    kwargs = {
+        "temperature": torch.ones(80),
+        "seeds": torch.arange(80),
+        "top_k": torch.full((80,), 3, dtype=torch.int32),
+        "top_p": torch.where(torch.arange(80) % 2 == 0, 1.0, 0.6).float(),
+    }
+    args = (logits, torch.arange(81, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), 0)
+    kwargs = {k: v.to(DEVICE) for k, v in kwargs.items()}
+    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
+    tokens = verify(*args, **kwargs, backend="triton").token_ids
+    assert set(tokens.flatten().tolist()) == {*range(20, 28), 40}
+
+
+def special_rows(vocab_size: int) -> torch.Tensor:
+    """NaN, infinities and their mixtures, one row each."""
+    nan, inf = float("nan"), float("inf")
+    rows = torch.randn(10, vocab_size, generator=torch.Generator().manual_seed(0))
+    rows[0] = nan
+    rows[1] = -inf
+    rows[2, 5:9] = inf
+    rows[3, ::2] = nan
+    rows[4, 3:] = -inf
+    rows[5] = torch.where(torch.arange(vocab_size) % 3 == 0, nan, -inf)
+    rows[6, -1] = inf
+    rows[7] = 0.0
+    rows[8, 0] = -0.0
+    return rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("draft", [NO_DRAFT, PROBS, LOGITS])
+def test_rows_that_go_bad(temperature, filtered, draft):
+    """Each special row once as the judged and once as the bonus row; ids stay valid and bad rows are counted."""
+    vocab_size = 50
+    batch = random_batch(
+        seed=9,
+        num_drafts=[1] * 10 + [0] * 10,
+        vocab_size=vocab_size,
+        draft=draft,
+        temperatures=(temperature,),
+        shuffled_state=False,
+    )
+    batch.logits[0:20:2] = special_rows(vocab_size)
+    batch.logits[20:] = special_rows(vocab_size)
+    if filtered:
+        batch.kwargs |= {
+            "top_k": torch.full((20,), 4, dtype=torch.int32),
+            "top_p": torch.full((20,), 0.9),
+            "min_p": torch.full((20,), 0.01),
+        }
+    batch.kwargs["bad_row_counter"] = torch.zeros(1, dtype=torch.int64)
+    expected = exact_verify_ref(*batch.args(), **{k: v for k, v in batch.kwargs.items() if k != "bad_row_counter"})
+    on_device = batch.to(DEVICE)
+    verified = verify(*on_device.args(), **on_device.kwargs, backend="triton")
+    assert verified.token_ids.tolist() == expected.token_ids.tolist()
+    assert int(on_device.kwargs["bad_row_counter"]) == expected.bad_rows > 0
+
+
+def test_residual_without_mass_falls_back_to_the_target():
+    """Draft probabilities that sum to far more than one leave no residual: the token comes from the target row."""
+    batch = random_batch(
+        seed=4, num_drafts=[1] * 40, vocab_size=30, draft=PROBS, temperatures=(1.0,), shuffled_state=False
+    )
+    batch.kwargs["draft_probs"] = torch.full_like(batch.kwargs["draft_probs"], 40.0)
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    assert (verified.num_sampled == 1).sum() > 20
+
+
+def test_given_bonus_tokens_are_used():
+    batch = random_batch(seed=6, num_drafts=[0, 2, 2, 2, 2, 2], vocab_size=40, spread=12.0)
+    batch.kwargs["bonus_token_ids"] = torch.tensor([7, 8, 9, 10, 11, 12])
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    full = verified.num_sampled.cpu() == torch.tensor([1, 3, 3, 3, 3, 3])
+    last = verified.token_ids.cpu().gather(1, verified.num_sampled.cpu().long()[:, None] - 1)[:, 0]
+    assert full.sum() >= 2
+    assert (last[full] == batch.kwargs["bonus_token_ids"][full]).all()
+
+
+@pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
+def test_a_request_does_not_depend_on_its_batch_mates(draft):
+    """Alone, in another order and beside others, a request's rows, drafts, seed and positions give the same tokens."""
+    batch = random_batch(
+        seed=21,
+        num_drafts=[4, 2, 3],
+        vocab_size=5000,
+        dtype=torch.bfloat16,
+        draft=draft,
+        filters=("top_p",),
+        temperatures=(0.9,),
+        shuffled_state=False,
+    )
+    whole = verify(*batch.to(DEVICE).args(), **batch.to(DEVICE).kwargs, backend="triton")
+    cu = batch.cu_num_logits.tolist()
+    for req in range(3):
+        rows = slice(cu[req], cu[req + 1])
+        kwargs = {
+            k: v[rows] if k == "positions" else v[req : req + 1] for k, v in batch.kwargs.items() if v is not None
+        }
+        drafts = batch.draft_token_ids[cu[req] - req : cu[req + 1] - req - 1]
+        alone = verify(
+            batch.logits[rows].clone().to(DEVICE),
+            torch.tensor([0, cu[req + 1] - cu[req]], dtype=torch.int32, device=DEVICE),
+            drafts.to(DEVICE),
+            128,
+            **{k: v.to(DEVICE) if k != "draft_logits" else wide(v).to(DEVICE) for k, v in kwargs.items()},
+            backend="triton",
+        )
+        count = int(alone.num_sampled)
+        assert count == int(whole.num_sampled[req])
+        assert alone.token_ids[0, :count].tolist() == whole.token_ids[req, :count].tolist()
+
+
+def wide(draft_logits: torch.Tensor) -> torch.Tensor:
+    """The same draft logits in a table of 128 positions."""
+    table = torch.full((1, 128, draft_logits.shape[-1]), float("nan"), dtype=draft_logits.dtype)
+    table[:, : draft_logits.shape[1]] = draft_logits
+    return table
+
+
+def test_logits_are_not_modified():
+    batch = random_batch(seed=2, num_drafts=[3, 2], vocab_size=100, filters=ALL_FILTERS).to(DEVICE)
+    before = batch.logits.clone()
+    verify(*batch.args(), **batch.kwargs, backend="triton")
+    assert torch.equal(before, batch.logits)
+
+
+def test_all_greedy_needs_no_parameters():
+    batch = random_batch(seed=8, num_drafts=[3, 0, 2, 4], vocab_size=300, temperatures=(0.0,), spread=9.0)
+    batch.kwargs = {}
+    verified, close = assert_matches_reference(batch, "triton", DEVICE)
+    assert close == 0
+    assert verified.num_sampled.max() > 1
