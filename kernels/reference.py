@@ -108,6 +108,17 @@ def target_row_ref(logits: torch.Tensor, temperature: float, top_k: int, top_p: 
     return scaled, probs, margin
 
 
+def acceptance_probability_ref(target_prob: float, draft_prob: float) -> float:
+    """Probability that a draft token survives: min(1, target_prob / draft_prob); 0 where draft_prob is 0."""
+    return min(1.0, float(target_prob / draft_prob)) if draft_prob > 0 else 0.0
+
+
+def residual_ref(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
+    """Weights of the recovered token, ``[vocab]``: max(target - draft, 0); the target's where nothing is left."""
+    weights = (target_probs - draft_probs).clamp(min=0)
+    return weights if (weights > 0).any() else target_probs
+
+
 def _draw_ref(weights: torch.Tensor, exponential: torch.Tensor) -> tuple[int, float]:
     """Exponential race: the token with the largest weight / exponential, first one on a tie; and the winning margin."""
     score = weights.log() - exponential.log()
@@ -188,16 +199,14 @@ def exact_verify_ref(
                     draft_row[token] = 1.0
             accepted = False
             if valid:
-                u, target_prob, draft_prob = acceptance_uniform_ref(seed, pos), target_probs[token], draft_row[token]
-                accepted = bool(draft_prob > 0 and u * draft_prob <= target_prob)
-                if draft_prob > 0:
-                    margin = min(margin, abs(float(u - target_prob / draft_prob)) / u)
+                u = acceptance_uniform_ref(seed, pos)
+                accepted = u <= acceptance_probability_ref(target_probs[token], draft_row[token])
+                if draft_row[token] > 0:
+                    margin = min(margin, abs(float(u - target_probs[token] / draft_row[token])) / u)
             if accepted:
                 token_ids[req, i] = token
                 continue
-            weights = (target_probs - draft_row).clamp(min=0) if valid else target_probs
-            if not (weights > 0).any():
-                weights = target_probs
+            weights = residual_ref(target_probs, draft_row) if valid else target_probs
             if not (weights > 0).any():
                 emitted, bad_rows = 0, bad_rows + 1
             else:
