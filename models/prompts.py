@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from corpus import collect, split
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 BLOCK_START = re.compile(r"(?:(?<=\n\n)|\A(?=r?\"\"\"))(?= {0,8}(?:async def |def |class |@\w|r?\"\"\"))")
@@ -21,10 +21,10 @@ WORD_END = re.compile(r"\S(?=\s)")
 MIN_TOKENS, MAX_TOKENS, OUTPUT_TOKENS = 60, 200, 128
 
 
-def cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase, length: int) -> str | None:
+def cut(text: str, start: int, tokenizer: PreTrainedTokenizerFast, length: int) -> str | None:
     """Return about `length` tokens of `text` from `start`, ending where a word ends, or None where too few are left."""
     window = text[start : start + 12 * length]
-    offsets = tokenizer(window, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer.backend_tokenizer.encode(window).offsets
     if len(offsets) <= length:
         return None
     limit = offsets[length - 1][1]
@@ -34,7 +34,7 @@ def cut(text: str, start: int, tokenizer: PreTrainedTokenizerBase, length: int) 
 
 
 def build(
-    files: dict[str, str], train: dict[str, str], tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    files: dict[str, str], train: dict[str, str], tokenizer: PreTrainedTokenizerFast, count: int, seed: int
 ) -> list[dict]:
     """Cut `count` prompts out of `files`, one file after the other, none of which occurs in `train`."""
     rng = random.Random(seed)

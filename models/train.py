@@ -22,7 +22,7 @@ import transformers
 from corpus import collect, split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"
@@ -85,7 +85,12 @@ def new_model(role: str, vocab_size: int) -> LlamaForCausalLM:
         use_cache=False,
         **SHAPES[role],
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        # Layers that begin as the identity learn faster in the first few hundred steps.
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(parameter)
+    return model
 
 
 def windows(stream: torch.Tensor, rng: random.Random, length: Callable[[], int], tokens: int) -> Iterator[torch.Tensor]:
@@ -117,7 +122,6 @@ def fit(
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     args: argparse.Namespace,
     seconds: float,
-    batch_tokens: int,
 ) -> int:
     """Train `model` on windows of `stream` for `seconds`; return the number of tokens seen."""
     chosen = optimizers(model, args.learning_rate)
@@ -127,7 +131,10 @@ def fit(
     def done() -> float:
         return min((time.monotonic() - started) / seconds, 1.0)
 
-    batches = windows(stream, random.Random(args.seed), lambda: SHORT if done() < LONG_FROM else LONG, batch_tokens)
+    def length() -> int:
+        return SHORT if done() < LONG_FROM else LONG
+
+    batches = windows(stream, random.Random(args.seed), length, args.batch_tokens)
     model.train()
     with tqdm(total=round(seconds), desc=role, unit="s", mininterval=5) as bar:
         while (progress := done()) < 1.0:
@@ -173,8 +180,16 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.config.use_cache = True
+    copy.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     copy.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
+    # Transformers 5 writes a class name that earlier releases do not know.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in ("backend", "is_local", "local_files_only")}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -215,10 +230,11 @@ def main() -> None:
     """Train, save and measure the pair."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--target-minutes", type=float, default=25.0)
-    parser.add_argument("--draft-minutes", type=float, default=7.0)
+    parser.add_argument("--target-minutes", type=float, default=24.0)
+    parser.add_argument("--draft-minutes", type=float, default=7.5)
     parser.add_argument("--vocab-size", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--distillation-weight", type=float, default=0.9)
     parser.add_argument("--eval-tokens", type=int, default=131072)
     parser.add_argument("--threads", type=int, default=1)
@@ -238,12 +254,12 @@ def main() -> None:
     seen = {}
     folders = {role: args.out / f"specopt-{role}" for role in SHAPES}
     target = new_model("target", args.vocab_size)
-    seen["target"] = fit("target", target, stream, data_loss, args, 60 * args.target_minutes, 4096)
+    seen["target"] = fit("target", target, stream, data_loss, args, 60 * args.target_minutes)
     save(target, tokenizer, folders["target"])
     teacher = LlamaForCausalLM.from_pretrained(folders["target"], dtype=torch.bfloat16).eval()
     draft = new_model("draft", args.vocab_size)
     distillation = distillation_loss(teacher, args.distillation_weight)
-    seen["draft"] = fit("draft", draft, stream, distillation, args, 60 * args.draft_minutes, 4096)
+    seen["draft"] = fit("draft", draft, stream, distillation, args, 60 * args.draft_minutes)
     save(draft, tokenizer, folders["draft"])
 
     saved = {role: LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
