@@ -1,0 +1,225 @@
+"""The hooks: nothing changes without the option, mistakes stop the start, and installing twice is installing once."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+ROOT = Path(__file__).parents[1]
+TARGET = str(ROOT / "models" / "specopt-target")
+PREAMBLE = f"""
+import sys
+TARGET = {TARGET!r}
+SPECULATIVE = {{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
+
+def configure(option, speculative=SPECULATIVE, **kwargs):
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = {{"model": TARGET, "enforce_eager": True, "max_model_len": 256, "speculative_config": speculative}} | kwargs
+    return EngineArgs(**args, additional_config={{"specopt": option}} if option else {{}}).create_engine_config()
+"""
+
+
+def python(code: str, **env: str):
+    """Run code after the preamble in a process of its own; its last line of output is returned as JSON."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VLLM_PLUGINS")}
+    environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | env
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)], capture_output=True, text=True, env=environ, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_mistakes_stop_the_start_before_a_model_is_loaded():
+    code = """
+    import json
+    from pathlib import Path
+    from unittest import mock
+    import vllm
+    from vllm_specopt import compat
+    from vllm.platforms import current_platform
+
+    def error(*args, **kwargs):
+        try:
+            configure(*args, **kwargs)
+        except ValueError as e:
+            return str(e)
+
+    errors = {
+        "method": error("fast"),
+        "key": error({"method": "exact", "k": 4}),
+        "no speculation": error("exact", speculative=None),
+        "fine": error({"method": "exact"}),
+        "absent": error(None, speculative=None),
+    }
+    with mock.patch.object(vllm, "__version__", "0.31.0"):
+        errors["version"] = error("exact")
+        errors["version, stock"] = error({"method": "exact", "on_unknown_vllm": "stock"})
+    part = ("v1/sample/rejection_sampler.py", "RejectionSampler")
+    with mock.patch.dict(compat.PARTS["V1"], {part: ("0" * 16,)}):
+        errors["fingerprint"] = error("exact")
+        errors["fingerprint, absent"] = error(None)
+    with mock.patch.object(type(current_platform), "is_cpu", lambda self: False):
+        errors["platform"] = error("exact")
+    errors["weights"] = [m for m in sys.modules if m == "vllm.v1.worker.gpu_model_runner"]
+    print(json.dumps(errors))
+    """
+    errors = python(code)
+    cure = (
+        "; install a vllm-specopt that knows this vLLM, or set "
+        '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
+    )
+    assert errors == {
+        "method": "specopt.method is 'fast', expected 'exact'",
+        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm'",
+        "no speculation": "specopt is given without --speculative-config; add one, or remove the option",
+        "fine": None,
+        "absent": None,
+        "version": "specopt: vLLM 0.31.0 is not among the versions it was checked against (0.32.x, 0.33.x)" + cure,
+        "version, stock": None,
+        "fingerprint": "specopt: RejectionSampler in v1/sample/rejection_sampler.py of vLLM "
+        "0.32.0 is not the code it was checked against" + cure,
+        "fingerprint, absent": None,
+        "platform": "specopt runs on CUDA GPUs and CPUs, not on cpu; remove the option",
+        "weights": [],
+    }
+
+
+WORKERS = """
+    import json
+
+    def snapshot():
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+        from vllm.v1.worker.gpu.model_states.interface import ModelState
+        hooks = [(V1, "__init__"), (V2, "load_model"), (ModelState, "custom_sampler")]
+        return [hasattr(vars(owner)[name], "_specopt_wrapper") for owner, name in hooks]
+
+    def worker(option, **kwargs):
+        from vllm.v1.worker.worker_base import WorkerBase
+        config = configure(option, **kwargs)
+        return WorkerBase(config, local_rank=0, rank=0, distributed_init_method="")
+"""
+
+
+def test_without_the_option_a_worker_changes_nothing():
+    code = """
+    worker(None)
+    worker(None, speculative=None)
+    from vllm_specopt import plugin
+    print(json.dumps([snapshot(), "vllm_specopt.v1" in sys.modules, "vllm_specopt.v2" in sys.modules]))
+    """
+    assert python(textwrap.dedent(WORKERS) + textwrap.dedent(code)) == [[False, False, False], False, False]
+
+
+@pytest.mark.parametrize(("runner", "hooks"), [("0", [True, False, False]), ("1", [False, True, True])])
+def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
+    code = """
+    from unittest import mock
+    from vllm_specopt import plugin
+    HAS_TRITON = mock.patch("vllm.config.vllm.HAS_TRITON", True)
+    with HAS_TRITON:
+        worker("exact")
+        first = snapshot()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.worker.worker_base import WorkerBase
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+        from vllm.v1.worker.gpu.model_states.interface import ModelState
+        owners = [(EngineArgs, "create_engine_config"), (WorkerBase, "__init__"), (GPUModelRunner, "__init__"),
+                  (ModelState, "custom_sampler")]
+        before = [vars(owner)[name] for owner, name in owners]
+        plugin.register()
+        plugin.register()
+        worker("exact")
+        after = [vars(owner)[name] for owner, name in owners]
+        depth = [hasattr(getattr(f, "__wrapped__", None), "_specopt_wrapper") for f in after]
+    print(json.dumps([first, snapshot(), [a is b for a, b in zip(before, after)], depth]))
+    """
+    assert python(textwrap.dedent(WORKERS) + textwrap.dedent(code), VLLM_USE_V2_MODEL_RUNNER=runner) == [
+        hooks,
+        hooks,
+        [True] * 4,
+        [False] * 4,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ("config.speculative_config.rejection_sample_method = 'block'", "rejection_sample_method is 'block'"),
+        ("config.speculative_config.enable_adaptive_verification = True", "adaptive verification is on"),
+        ("config.speculative_config.num_speculative_tokens = 129", "num_speculative_tokens is above 128"),
+        ("config.model_config.use_fp64_gumbel = True", "use_fp64_gumbel is set"),
+        ("config.model_config.return_sampling_mask = True", "return_sampling_mask is set"),
+        ("config.watermark_config = object()", "watermarking is on"),
+    ],
+)
+def test_a_configuration_we_do_not_cover_keeps_stock(changes, reason, engine_config):
+    from vllm_specopt import plugin
+
+    config = engine_config
+    exec(changes)
+    option = plugin.parse(config.additional_config)
+    assert plugin.stock_reason(config, option) == reason
+    assert plugin._active_config(config) is None
+
+
+@pytest.fixture
+def engine_config(monkeypatch):
+    """A finished configuration with the option, made as the command line makes it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=TARGET,
+        enforce_eager=True,
+        max_model_len=256,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        additional_config={"specopt": "exact"},
+    ).create_engine_config()
+
+
+def test_nothing_stands_against_the_plain_configuration(engine_config):
+    from vllm_specopt import plugin
+
+    option = plugin.parse(engine_config.additional_config)
+    assert plugin.stock_reason(engine_config, option) is None
+    assert plugin._active_config(engine_config) == option
+
+
+def test_an_unknown_vllm_runs_stock_if_asked_to(engine_config, monkeypatch):
+    from vllm_specopt import plugin
+
+    engine_config.additional_config = {"specopt": {"method": "exact", "on_unknown_vllm": "stock"}}
+    monkeypatch.setattr(plugin.vllm, "__version__", "0.40.1")
+    reason = plugin.stock_reason(engine_config, plugin.validate(engine_config))
+    assert reason == "vLLM 0.40.1 is not among the versions it was checked against (0.32.x, 0.33.x)"
+
+
+def test_the_allow_list_is_an_off_switch():
+    code = """
+    import json
+    configure(None)
+    from vllm.engine.arg_utils import EngineArgs
+    print(json.dumps(hasattr(EngineArgs.create_engine_config, "_specopt_wrapper")))
+    """
+    assert python(code, VLLM_PLUGINS="other") is False
+    assert python(code, VLLM_PLUGINS="specopt") is True
+
+
+def test_model_inspection_processes_are_left_alone(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm_specopt import plugin
+
+    spec = SimpleNamespace(name="vllm.model_executor.models.registry")
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(plugin, "_wrap", lambda *args: pytest.fail("wrapped something"))
+    plugin.register()

@@ -1,0 +1,316 @@
+"""`specopt demo`: one model pair served by the real `vllm serve`, stock and exact, compared in one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+
+import vllm_specopt
+from vllm_specopt.cli import report, scopes
+from vllm_specopt.cli.process import ChildProcess, CliError, Server, free_port
+from vllm_specopt.cli.progress import Stages
+
+CHECKOUT = Path(vllm_specopt.__file__).parents[1]
+NUM_SPECULATIVE_TOKENS = 4
+TEMPERATURES = (0, 1)
+GREEDY_TOKENS = 24
+NUM_WARMUPS = 8
+PROFILED_TOKENS = 24
+PROFILED_STEPS = 16
+SPECOPT_OPTION = ["--additional-config", json.dumps({"specopt": {"method": "exact"}})]
+# vLLM's own profiler, idle until /start_profile; VLLM_CUSTOM_SCOPES_FOR_PROFILING makes the runner mark its parts.
+ENV = {"VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+       "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one demo runs."""
+
+    target: Path
+    draft: Path
+    prompt_file: Path
+    prompts: list[str]
+    num_prompts: int
+    output_len: int
+    concurrency: int
+    port: int
+    vllm: str
+    on_cpu: bool
+    reports: Path
+
+    @classmethod
+    def checked(
+        cls, target: Path | None, draft: Path | None, prompts: Path | None, output_len: int, concurrency: int,
+        port: int, quick: bool,
+    ) -> Settings:  # fmt: skip
+        """Fill in the defaults and check every input before anything starts; raise CliError (2) for a bad one."""
+        models = CHECKOUT / "models"
+        target = (target or models / "specopt-target").resolve()
+        draft = (draft or models / "specopt-draft").resolve()
+        for role, folder in (("target", target), ("draft", draft)):
+            if not (folder / "config.json").is_file():
+                raise CliError(
+                    f"{folder} is no model folder (it has no config.json): name the {role} model with --{role}.", 2
+                )
+        prompt_file = (prompts or models / "prompts.jsonl").resolve()
+        read = read_prompts(prompt_file)
+        vllm = Path(sys.executable).with_name("vllm")
+        if not vllm.exists() or not installed("vllm"):
+            raise CliError(f"vLLM is not installed beside {sys.executable}: run `make setup` in a checkout.", 2)
+        return cls(
+            target=target,
+            draft=draft,
+            prompt_file=prompt_file,
+            prompts=read,
+            num_prompts=max(concurrency, len(read) // 6) if quick else len(read),
+            output_len=output_len,
+            concurrency=concurrency,
+            port=free_port(port),
+            vllm=str(vllm),
+            on_cpu=installed("vllm-cpu") is not None,
+            reports=(CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "reports",
+        )
+
+    def env(self) -> dict[str, str]:
+        """Return the environment variables both arms run with; what the user has set for the CPU cache wins."""
+        return ENV | ({key: os.environ.get(key, value) for key, value in CPU_ENV.items()} if self.on_cpu else {})
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a JSON lines file; raise CliError (2) if there is none or a line is not as expected."""
+    try:
+        prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise CliError(f"{path} cannot be read ({error.strerror}): name a prompt file with --prompts.", 2) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CliError(f'{path} must hold one JSON object with a "prompt" per line.', 2) from error
+    if not prompts:
+        raise CliError(f"{path} holds no prompts.", 2)
+    return prompts
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+class Arm:
+    """One server and what is asked of it."""
+
+    def __init__(self, name: str, settings: Settings, scratch: Path) -> None:
+        self.name = name
+        self.settings = settings
+        self.scratch = scratch / name
+        self.scratch.mkdir()
+        profiler = {"profiler": "torch", "torch_profiler_dir": str(self.scratch), "torch_profiler_with_stack": False,
+                    "ignore_frontend": True}  # fmt: skip
+        self.command = [
+            settings.vllm, "serve", str(settings.target), "--host", "127.0.0.1", "--port", str(settings.port),
+            *(["--enforce-eager"] if settings.on_cpu else []),
+            # Every timed run reads the same prompts: none may find its work done by the one before.
+            "--no-enable-prefix-caching",
+            "--speculative-config",
+            json.dumps({"model": str(settings.draft), "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}),
+            "--profiler-config", json.dumps(profiler), "--disable-uvicorn-access-log",
+            *(SPECOPT_OPTION if name == "exact" else []),
+        ]  # fmt: skip
+
+    def run(self, stages: Stages) -> dict:
+        """Serve, measure, stop; return the arm's part of the record.
+
+        Raises CliError if the server or a client fails, or if the worker does not say what the arm is about.
+        """
+        log = self.settings.reports / f"demo-{self.name}.log"
+        found = {"command": self.command, "env": self.settings.env(), "runs": {}}
+        with Server(self.command, log, self.settings.env(), self.settings.port) as server:
+            with stages.next():
+                server.wait_ready(stages.tick)
+            found["worker_line"] = self.worker_line(log)
+            with stages.next():
+                found["greedy_tokens"] = [
+                    self.complete(server, prompt, 0, GREEDY_TOKENS, stages) for prompt in self.settings.prompts
+                ]
+            for temperature in TEMPERATURES:
+                with stages.next():
+                    found["runs"][str(temperature)] = self.timed_run(temperature, stages)
+            found["load_average"] = os.getloadavg()[0]
+            with stages.next():
+                for temperature in TEMPERATURES:
+                    found["runs"][str(temperature)]["scopes"] = self.profiled_burst(server, temperature, stages)
+        return found
+
+    def worker_line(self, log: Path) -> str | None:
+        """Return the worker's line about the plugin; raise CliError if it is not the one this arm needs."""
+        lines = [line[line.index("specopt: ") :] for line in log.read_text().splitlines() if "specopt: " in line]
+        active = next((line for line in lines if line.startswith("specopt: active")), None)
+        if self.name == "stock":
+            if active:
+                raise CliError(f"the stock arm is not stock, its worker says: {active}")
+            return None
+        if active is None:
+            said = f"its worker says: {lines[-1]}" if lines else f"no line of {log} begins with it"
+            raise CliError(f"the exact arm is not active ('specopt: active' expected): {said}.")
+        return active
+
+    def complete(self, server: Server, prompt: str, temperature: float, tokens: int, stages: Stages) -> list[int]:
+        """Return the token ids of one completion; raise CliError if the server refuses."""
+        import httpx
+
+        stages.tick()
+        body = {"model": str(self.settings.target), "prompt": prompt, "max_tokens": tokens,
+                "temperature": temperature, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+        try:
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise CliError(f"the {self.name} server failed a completion ({error}); its log is {server.log}.") from error
+        return answer.json()["choices"][0]["token_ids"]
+
+    def timed_run(self, temperature: float, stages: Stages) -> dict:
+        """Run `vllm bench serve` once; return its command and its result."""
+        s = self.settings
+        result = self.scratch / f"bench-{temperature}.json"
+        command = [
+            s.vllm, "bench", "serve", "--backend", "openai", "--endpoint", "/v1/completions", "--host", "127.0.0.1",
+            "--port", str(s.port), "--model", str(s.target), "--dataset-name", "custom",
+            "--dataset-path", str(s.prompt_file), "--skip-chat-template", "--disable-shuffle",
+            "--num-prompts", str(s.num_prompts), "--custom-output-len", str(s.output_len), "--ignore-eos",
+            "--temperature", str(temperature), "--max-concurrency", str(s.concurrency),
+            "--num-warmups", str(NUM_WARMUPS), "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99",
+            "--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name,
+        ]  # fmt: skip
+        with ChildProcess(command, s.reports / "demo-client.log", s.env()) as client:
+            status = client.wait(stages.tick)
+            bench = json.loads(result.read_text()) if result.exists() else {}
+            if status or bench.get("failed", 1):
+                failed = f"{bench.get('failed')} requests failed" if bench else f"it ended with status {status}"
+                raise CliError(f"vllm bench serve failed ({failed}); the end of its log:\n{client.last_lines()}")
+        return {"command": command, "bench": bench}
+
+    def profiled_burst(self, server: Server, temperature: float, stages: Stages) -> dict | None:
+        """Profile a few steps of a full batch; return the share of sampling, or None where scopes say nothing."""
+        import httpx
+
+        # On a GPU the host runs ahead of the device, so that host scopes do not tell what a step spends.
+        if not self.settings.on_cpu:
+            return None
+        prefix = f"T{temperature}"
+        body = {"profile_prefix": prefix, "max_iterations": PROFILED_STEPS}
+        httpx.post(f"{server.url}/start_profile", json=body, timeout=60).raise_for_status()
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            prompts = self.settings.prompts[: self.settings.concurrency]
+            list(pool.map(lambda prompt: self.complete(server, prompt, temperature, PROFILED_TOKENS, stages), prompts))
+        httpx.post(f"{server.url}/stop_profile", timeout=120).raise_for_status()
+        return scopes.summarise(self.scratch.glob(f"{prefix}_*.pt.trace.json*"))
+
+
+def describe(settings: Settings) -> dict:
+    """Return the part of the record that says where, when and with what it was made."""
+
+    def output(*command: str) -> str:
+        if not shutil.which(command[0]):
+            return ""
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
+
+    name = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
+    if settings.on_cpu:
+        cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = cpus[0].split(":", 1)[1].strip() if cpus else platform.machine()
+    packages = ("vllm", "torch", "triton", "transformers", "vllm-specopt")
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
+        "argv": shlex.join(sys.argv),
+        "machine": {
+            "device": "cpu" if settings.on_cpu else "cuda",
+            "name": name,
+            "cores": len(os.sched_getaffinity(0)),
+            "system": platform.platform(),
+        },
+        "versions": {"python": platform.python_version(), **{package: installed(package) for package in packages}},
+        "config": {
+            "pair": f"{settings.target.name} + {settings.draft.name}",
+            "target": str(settings.target),
+            "draft": str(settings.draft),
+            "prompts": str(settings.prompt_file),
+            "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+            "temperatures": list(TEMPERATURES),
+            "num_prompts": settings.num_prompts,
+            "output_len": settings.output_len,
+            "concurrency": settings.concurrency,
+            "warm-up requests": NUM_WARMUPS,
+            "greedy check, tokens per prompt": GREEDY_TOKENS,
+        },
+    }
+
+
+def plan(settings: Settings) -> list[tuple[str, float]]:
+    """Return the stages of both arms with the seconds each is expected to take on two cores."""
+    requests = settings.num_prompts * settings.output_len / 400
+    stages = [("starting vllm serve", 28.0), ("greedy completions", len(settings.prompts) * 0.12)]
+    stages += [(f"vllm bench serve, T = {temperature}", 10.0 + requests) for temperature in TEMPERATURES]
+    stages.append(("profiling some steps", 12.0))
+    return [(f"{arm}: {name}", seconds) for arm in report.ARMS for name, seconds in stages]
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that the servers are stopped."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(settings: Settings) -> int:
+    """Run the demo, print its table, leave its two reports and return the exit status; raise CliError on failure."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    settings.reports.mkdir(parents=True, exist_ok=True)
+    record = describe(settings) | {"arms": {}}
+    with (
+        stopped_by_signals(),
+        tempfile.TemporaryDirectory(prefix="specopt-demo-") as scratch,
+        Stages(console, plan(settings)) as stages,
+    ):
+        for name in report.ARMS:
+            record["arms"][name] = Arm(name, settings, Path(scratch)).run(stages)
+    arms = [record["arms"][name] for name in report.ARMS]
+    record["greedy"] = report.compare_greedy(*(arm["greedy_tokens"] for arm in arms))
+    record["greedy_under_load"] = report.compare_greedy(*(arm["runs"]["0"]["bench"]["generated_texts"] for arm in arms))
+    (settings.reports / "demo.json").write_text(json.dumps(record) + "\n")
+    (settings.reports / "demo.md").write_text(report.markdown(record))
+    console.print(report.table(record))
+    for line in [*report.notes(record), "", *report.verdict(record)]:
+        console.print(line, highlight=False, markup=False)
+    for name in ("demo.json", "demo.md"):
+        console.print(f"left: {settings.reports / name}", highlight=False, markup=False, soft_wrap=True)
+    return report.exit_code(record)

@@ -1,0 +1,61 @@
+"""The `specopt` command: each sub-command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import vllm_specopt
+from vllm_specopt.cli.process import CliError
+
+app = typer.Typer(
+    name="specopt",
+    help="Drop-in verification for vLLM's speculative decoding.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-specopt {vllm_specopt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    target: Annotated[Path | None, typer.Option(help="Folder of the target model. (default: the shipped one)")] = None,
+    draft: Annotated[Path | None, typer.Option(help="Folder of the draft model. (default: the shipped one)")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines, each with a "prompt". (default: the shipped ones)')
+    ] = None,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens per request in the timed runs.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight in the timed runs.")] = 8,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the servers; 0 takes a free one.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A sixth of the prompts in the timed runs.")] = False,
+) -> None:
+    """Serve one model pair twice, stock and exact, and compare the two.
+
+    Prints one table, checks that the greedy completions are identical token for token, and leaves reports/demo.json
+    and reports/demo.md. Exit status: 0 identical, 1 not identical or a run failed, 2 bad input.
+    """
+    from vllm_specopt.cli.demo import Settings, run
+
+    try:
+        code = run(Settings.checked(target, draft, prompts, output_len, concurrency, port, quick))
+    except CliError as error:
+        typer.echo(f"specopt demo: {error}", err=True)
+        code = error.exit_code
+    raise typer.Exit(code)

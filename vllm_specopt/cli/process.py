@@ -1,0 +1,117 @@
+"""Child processes of the command line tools: vLLM servers and clients that are always stopped again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 20.0
+
+
+class CliError(Exception):
+    """A run cannot go on: the message is for the user, `exit_code` for the shell (1 a run failed, 2 bad input)."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class ChildProcess:
+    """A command in a process group of its own, writing to a log file; leaving the context stops the whole group."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
+        self.command = command
+        self.log = log
+        self.env = env
+
+    def __enter__(self) -> ChildProcess:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.env},
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait(self, tick: Callable[[], None]) -> int:
+        """Wait for the command to end, calling `tick` meanwhile, and return its exit status."""
+        while self.process.poll() is None:
+            tick()
+            time.sleep(POLL_SECONDS)
+        return self.process.returncode
+
+    def stop(self) -> None:
+        """End the command and every process it left in its group: SIGTERM first, SIGKILL for what remains."""
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+            deadline = time.monotonic() + STOP_SECONDS
+            while self._group_exists() and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+        finally:
+            if self._group_exists():
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _group_exists(self) -> bool:
+        self.process.poll()
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def last_lines(self, count: int = 15) -> str:
+        """Return the end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+
+class Server(ChildProcess):
+    """A `vllm serve` process that is ready once `wait_ready` has returned."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str], port: int) -> None:
+        super().__init__(command, log, env)
+        self.url = f"http://127.0.0.1:{port}"
+
+    def wait_ready(self, tick: Callable[[], None], timeout: float = 600.0) -> None:
+        """Return when /health answers; raise CliError if the server ends or stays silent for `timeout` seconds."""
+        import httpx
+
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise CliError(
+                    f"vLLM ended with status {self.process.returncode} before it was ready; the end of {self.log}:\n"
+                    f"{self.last_lines()}"
+                )
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            tick()
+            time.sleep(POLL_SECONDS)
+        raise CliError(f"vLLM was not ready after {timeout:.0f} s; the end of {self.log}:\n{self.last_lines()}")
+
+
+def free_port(wanted: int = 0) -> int:
+    """Return `wanted`, or some free port for 0; raise CliError if `wanted` is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise CliError(f"port {wanted} cannot be used ({error.strerror}): name another with --port.", 2) from error
+        return probe.getsockname()[1]

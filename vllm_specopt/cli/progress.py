@@ -1,0 +1,58 @@
+"""Progress of a run with a known plan: a bar with the time left on a terminal, one line per stage elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Stages:
+    """A context manager that shows where a run is. `plan` holds the name and the expected seconds of each stage."""
+
+    def __init__(self, console: Console, plan: list[tuple[str, float]]) -> None:
+        self._console = console
+        self._plan = plan
+        self._number = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("about {task.fields[left]:.0f} s left"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=sum(seconds for _, seconds in plan), left=0.0)
+
+    def __enter__(self) -> Stages:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Run the next stage of the plan in this context."""
+        name, _ = self._plan[self._number]
+        self._started = time.monotonic()
+        description = f"{name} ({self._number + 1}/{len(self._plan)})"
+        self._bar.update(self._task, description=description)
+        self.tick()
+        if not self._console.is_terminal:
+            self._console.print(f"{description}, about {self._left():.0f} s left", highlight=False, markup=False)
+        yield
+        self._number += 1
+
+    def tick(self) -> None:
+        """Move the bar on within the current stage."""
+        before = sum(seconds for _, seconds in self._plan[: self._number])
+        elapsed = min(time.monotonic() - self._started, self._plan[self._number][1])
+        self._bar.update(self._task, completed=before + elapsed, left=self._left())
+
+    def _left(self) -> float:
+        now, *later = (seconds for _, seconds in self._plan[self._number :])
+        return max(now - (time.monotonic() - self._started), 0.0) + sum(later)

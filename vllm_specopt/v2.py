@@ -1,0 +1,152 @@
+"""Model runner V2: vLLM's request states to plain tensors, one call of verify(), and back.
+
+V2 keeps sampling parameters in arrays of all request slots, on the device and on the host; the batch names its slots by
+``idx_mapping``. The kernels read the device arrays through that mapping, so nothing is gathered or expanded, and the
+host arrays say which parameters the batch uses at all.
+"""
+
+from collections import Counter
+
+import numpy as np
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
+
+from vllm_specopt.verify import verify
+
+logger = init_logger("vllm.specopt")
+
+# V2 runs on Triton only; on a CPU that is Triton's interpreter.
+BACKEND = "triton"
+# Which requests a processor has work for, [max_num_reqs] on the host.
+USES = {
+    LogitBiasState: lambda state: state.use_logit_bias,
+    PenaltiesState: lambda state: state.use_penalty,
+    BadWordsState: lambda state: state.num_bad_words.np,
+}
+
+
+class RejectionSampler(stock.RejectionSampler):
+    """Exact verification in place of the stock sampler's; everything around it is the stock class.
+
+    Attributes:
+        fallbacks: Number of batches left to the stock sampler, by reason.
+        bad_rows: Emitting rows without a usable logit so far, int64 ``[1]`` on the device.
+    """
+
+    def __init__(self, sampler, spec_config, device):
+        """Take the stock arguments; watermarking is left to the stock class."""
+        super().__init__(sampler, spec_config, device)
+        self.fallbacks: Counter[str] = Counter()
+        self.bad_rows = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Verify the requests of one chunk.
+
+        Args:
+            logits: ``[num_rows, vocab]`` raw target logits; not modified.
+            draft_logits: ``[max_num_reqs, K, vocab]`` before temperature; None if draft tokens are certain.
+            draft_sampled: ``[num_rows]``, the token fed to the target at each row.
+            pos: ``[num_rows]``, absolute positions.
+            cu_num_logits: ``[num_reqs + 1]``, leading 0.
+            idx_mapping: ``[num_reqs]``, the slot of each request; ``idx_mapping_np`` is the same on the host.
+            expanded_idx_mapping: ``[num_rows]``, the slot of each row.
+            expanded_local_pos: ``[num_rows]``, each row's index within its request.
+            seq_lens_upper_bound_np: ``[num_reqs]``, on the host.
+            verify_draft_sampled: ``draft_sampled`` with -1 where the grammar forbids the draft token.
+
+        Returns:
+            Logits for log probabilities, token ids ``[num_reqs, K + 1]`` int64 (-1 padded), and the number of them per
+            request, int32.
+        """
+        sampler, states = self.sampler, self.sampler.sampling_states
+        if sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES and states.max_num_logprobs(idx_mapping_np) != NO_LOGPROBS:
+            reason = "log probabilities after sampling parameters are requested"
+            if not self.fallbacks[reason]:
+                logger.warning("specopt: a batch goes to vLLM's own sampler: %s", reason)
+            self.fallbacks[reason] += 1
+            return super()._verify(
+                logits,
+                draft_logits,
+                draft_sampled,
+                pos,
+                cu_num_logits,
+                idx_mapping,
+                idx_mapping_np,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                seq_lens_upper_bound_np,
+                verify_draft_sampled,
+            )
+
+        rows = logits
+        if self._needs_processors(idx_mapping_np):
+            context = LogitsContext(
+                expanded_idx_mapping=expanded_idx_mapping,
+                idx_mapping=idx_mapping,
+                idx_mapping_np=idx_mapping_np,
+                expanded_local_pos=expanded_local_pos,
+                input_ids=draft_sampled,
+                pos=pos,
+                seq_lens_upper_bound_np=seq_lens_upper_bound_np,
+            )
+            rows = logits.to(torch.float32, copy=True)
+            for processor in sampler.logits_processors:
+                rows = processor.apply(rows, context)
+            sampler.thinking_budget_state.apply(rows, context)
+
+        def used(parameter, unused):
+            return parameter.gpu if np.any(parameter.np[idx_mapping_np] != unused) else None
+
+        temperature = used(states.temperature, 0.0)
+        random = temperature is not None
+        token_ids, num_sampled = verify(
+            rows,
+            cu_num_logits,
+            verify_draft_sampled,
+            self.num_speculative_steps,
+            temperature=temperature,
+            seeds=states.seeds.gpu if random else None,
+            positions=pos,
+            state_indices=idx_mapping,
+            draft_logits=draft_logits if random else None,
+            top_k=used(states.top_k, states.vocab_size) if random else None,
+            top_p=used(states.top_p, 1.0) if random else None,
+            min_p=used(states.min_p, 0.0) if random else None,
+            bad_row_counter=self.bad_rows,
+            backend=BACKEND,
+        )
+        return logits, token_ids, num_sampled
+
+    def _needs_processors(self, idx_mapping_np: np.ndarray) -> bool:
+        """Whether a logits processor has something to do in this batch; temperature and filters do not count."""
+        sampler = self.sampler
+        if not np.any(sampler.needs_logits_processing[idx_mapping_np]):
+            return False
+        budget = sampler.thinking_budget_state
+        if budget.enabled and np.any(budget.use_thinking_budget[idx_mapping_np]):
+            return True
+        # A processor we do not know may have work whenever any request does.
+        return any(
+            type(processor) not in USES or np.any(USES[type(processor)](processor)[idx_mapping_np])
+            for processor in sampler.logits_processors
+        )
