@@ -4,8 +4,6 @@ Standard library only. On a machine without an NVIDIA GPU it installs the CPU bu
 Finished steps are remembered in .venv, so a second run does nothing and an interrupted one goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -67,8 +65,9 @@ def pip(*arguments: str) -> str:
     with LOG.open("a") as log:
         log.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        last = errors[-1].removeprefix("ERROR: ").strip() if errors else f"exit status {done.returncode}"
+        patterns = (r"^ *([\w.]*Error: .*)", r"^ERROR: (.*)", r"^error: (.*)")
+        errors = [re.findall(pattern, done.stderr, re.MULTILINE) for pattern in patterns]
+        last = next((lines[-1].strip() for lines in errors if lines), f"exit status {done.returncode}")
         raise SetUpError(f"pip failed: {last} (everything pip said is in {LOG.relative_to(ROOT)}).")
     return done.stdout
 
@@ -112,7 +111,7 @@ def install_cpu_requirements() -> None:
     pip("install", f"torch=={torch}", *wanted, *EXTRAS)
 
 
-def steps(gpu: bool) -> list[tuple]:
+def steps(gpu: bool) -> list:
     """Return (what it installs, how) for each step, in order."""
     project = ["install", "--no-build-isolation", "--editable", ".[test]"]
     if gpu:
@@ -174,6 +173,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.version_info < (3, 7):  # noqa: UP036 - the Python that starts this file may be older than the one it picks
+        sys.exit("set-up stopped: Python 3.11 or newer is needed; name it with `make PYTHON=...`.")
     try:
         main()
     except SetUpError as error:

@@ -1,0 +1,262 @@
+"""`specopt demo`: its table, page and exit status from a record, its input errors, and that it leaves no process."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import vllm_specopt
+from vllm_specopt.cli import report, scopes
+from vllm_specopt.cli.demo import Arm, Settings, read_prompts
+from vllm_specopt.cli.main import app
+from vllm_specopt.cli.process import ChildProcess, CliError, Server, free_port
+
+IGNORES_SIGTERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+LEAVES_A_CHILD = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {IGNORES_SIGTERM!r}]); "
+
+
+def sample_run(speed: float) -> dict:
+    bench = {
+        "request_throughput": speed,
+        "output_throughput": 64 * speed,
+        "median_ttft_ms": 101.4,
+        "p99_ttft_ms": 180.2,
+        "median_tpot_ms": 36.77,
+        "p99_tpot_ms": 41.05,
+        "spec_decode_acceptance_length": 2.345,
+    }
+    return {"command": ["vllm", "bench", "serve"], "bench": bench, "scopes": {"steps": 16, "sampling_share": 0.0429}}
+
+
+@pytest.fixture
+def record() -> dict:
+    arms = {
+        name: {
+            "command": ["vllm", "serve", "target", "--speculative-config", '{"model": "draft"}'],
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            "worker_line": line,
+            "load_average": 1.9,
+            "runs": {"0": sample_run(speed), "1": sample_run(speed)},
+        }
+        for name, line, speed in (("stock", None, 6.5), ("exact", "specopt: active (v1, cpu)", 7.25))
+    }
+    completions = [[1, 2, 3], [4, 5]]
+    return {
+        "time": "2026-01-02T03:04:05+00:00",
+        "git": {"commit": "abc123", "dirty": True},
+        "machine": {"device": "cpu", "name": "Some CPU", "cores": 2, "system": "Linux"},
+        "versions": {"vllm": "0.32.0+cpu", "torch": "2.13.0+cpu"},
+        "config": {"pair": "t + d", "temperatures": [0, 1], "num_prompts": 96, "output_len": 64, "concurrency": 8},
+        "arms": arms,
+        "greedy": report.compare_greedy(completions, completions),
+        "greedy_under_load": report.compare_greedy(["a", "b"], ["a", "c"]),
+    }
+
+
+def printed(record: dict) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.table(record))
+    return console.file.getvalue()
+
+
+def test_table_has_one_row_per_arm_and_temperature(record: dict) -> None:
+    text = printed(record)
+    assert text.count("stock") == text.count("exact") == 2
+    for cell in ("6.50", "7.25", "464", "101 / 180", "36.8 / 41.0", "2.35", "4.3 %", "0.32.0+cpu"):
+        assert cell in text, cell
+
+
+def test_only_the_stock_row_above_zero_is_marked_and_only_on_cpu(record: dict) -> None:
+    marked = [row[:2] for row in report.rows(record) if any("*" in cell for cell in row)]
+    assert marked == [("stock", "1")]
+    assert report.notes(record)[0].startswith("* On CPU, stock vLLM")
+    record["machine"]["device"] = "cuda"
+    assert not any("*" in cell for row in report.rows(record) for cell in row)
+    assert not any("On CPU" in note for note in report.notes(record))
+
+
+def test_a_busy_machine_is_noted(record: dict) -> None:
+    assert not any("busy" in note for note in report.notes(record))
+    record["arms"]["exact"]["load_average"] = 13.4
+    assert any("load average 13.4 on 2 cores" in note for note in report.notes(record))
+
+
+def test_unmeasured_cells_say_so(record: dict) -> None:
+    for arm in record["arms"].values():
+        for run in arm["runs"].values():
+            run["scopes"] = None
+            del run["bench"]["spec_decode_acceptance_length"]
+    assert all(row[-2].startswith("not reported") and row[-1] == "not measured" for row in report.rows(record))
+    assert not any("profiler" in note for note in report.notes(record))
+
+
+def test_markdown_holds_table_notes_outcome_conditions_and_commands(record: dict) -> None:
+    page = report.markdown(json.loads(json.dumps(record)))
+    assert page.splitlines()[4].count("|") == page.splitlines()[5].count("|") == len(report.HEADINGS) + 1
+    for text in ("abc123 with changes", "| torch | 2.13.0+cpu |", "2 of 2 completions identical", "1 of 2 texts",
+                 "specopt: active (v1, cpu)", "VLLM_CPU_KVCACHE_SPACE=1", "    vllm serve target"):  # fmt: skip
+        assert text in page, text
+
+
+@pytest.mark.parametrize(
+    ("exact", "difference"),
+    [
+        ([[1, 2, 9], [4, 5]], {"prompt": 0, "position": 2, "stock": 3, "exact": 9}),
+        ([[1, 2, 3], [4]], {"prompt": 1, "position": 1, "stock": 5, "exact": None}),
+        ([[1, 2, 3]], {"prompt": 1, "position": 0, "stock": 4, "exact": None}),
+    ],
+)
+def test_a_difference_is_shown_and_fails(record: dict, exact: list, difference: dict) -> None:
+    record["greedy"] = report.compare_greedy([[1, 2, 3], [4, 5]], exact)
+    assert record["greedy"]["first_difference"] == difference
+    assert report.exit_code(record) == 1
+    assert f"position {difference['position']}: stock emitted token" in "\n".join(report.verdict(record))
+
+
+def test_exit_code_needs_identity_and_at_least_one_completion(record: dict) -> None:
+    assert report.exit_code(record) == 0
+    empty = copy.deepcopy(record)
+    empty["greedy"] = report.compare_greedy([], [])
+    assert report.exit_code(empty) == 1
+
+
+def test_scopes_share(tmp_path: Path) -> None:
+    def event(name: str, dur: float) -> dict:
+        return {"ph": "X", "name": name, "dur": dur}
+
+    trace = tmp_path / "T0_rank0.1.pt.trace.json"
+    parts = [("gpu_model_runner: forward", 600), ("gpu_model_runner: sample", 100), ("aten::mm", 500)]
+    trace.write_text(json.dumps({"traceEvents": [event(*part) for part in parts * 2] + [{"ph": "M", "name": 3}]}))
+    found = scopes.summarise([trace])
+    assert found["steps"] == 2
+    assert found["sampling_share"] == pytest.approx(1 / 7)
+    trace.write_text(json.dumps({"traceEvents": [event("aten::mm", 5)]}))
+    assert scopes.summarise([trace]) is None
+    assert scopes.summarise([]) is None
+
+
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        target=tmp_path, draft=tmp_path, prompt_file=tmp_path, prompts=["a"], num_prompts=1, output_len=8,
+        concurrency=1, port=1, vllm="vllm", on_cpu=True, reports=tmp_path,
+    )  # fmt: skip
+
+
+def test_arms_differ_by_our_option_only(tmp_path: Path) -> None:
+    stock, exact = (Arm(name, settings(tmp_path), tmp_path).command for name in ("stock", "exact"))
+    assert exact[:-2] == [part.replace("/stock", "/exact") for part in stock]
+    assert exact[-2:] == ["--additional-config", '{"specopt": {"method": "exact"}}']
+
+
+def test_worker_line_is_required_of_exact_and_refused_of_stock(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    stock, exact = (Arm(name, settings(tmp_path), tmp_path) for name in ("stock", "exact"))
+    log.write_text("INFO starting\n(Worker pid=3) INFO [plugin.py:9] specopt: active (v1, exact)\n")
+    assert exact.worker_line(log) == "specopt: active (v1, exact)"
+    with pytest.raises(CliError, match="stock arm is not stock"):
+        stock.worker_line(log)
+    log.write_text("INFO specopt: not active: unknown vLLM\n")
+    assert stock.worker_line(log) is None
+    with pytest.raises(CliError, match="not active: unknown vLLM"):
+        exact.worker_line(log)
+    log.write_text("INFO starting\n")
+    with pytest.raises(CliError, match="the exact arm is not active"):
+        exact.worker_line(log)
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output.strip()) == (0, f"vllm-specopt {vllm_specopt.__version__}")
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--target", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    assert "name the target model with --target" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("", "holds no prompts"), ("[1]\n", "one JSON object"), ("{", "one JSON object")],
+)
+def test_bad_prompt_files(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CliError, match=message) as raised:
+        read_prompts(path)
+    assert raised.value.exit_code == 2
+
+
+def test_port_in_use() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(CliError, match="cannot be used") as raised:
+            free_port(taken.getsockname()[1])
+    assert raised.value.exit_code == 2
+    assert free_port() > 0
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
+    expected = pytest.raises(CliError, match=r"ended with status 3 (?s:.)*no such model")
+    with expected, Server(command, tmp_path / "log", {}, free_port()) as server:
+        server.wait_ready(lambda: None)
+    assert group_is_gone(server.process.pid)
+
+
+def test_stop_reaches_what_the_server_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_specopt.cli.process.STOP_SECONDS", 1.0)
+    command = [sys.executable, "-c", LEAVES_A_CHILD + "print('ready', flush=True); time.sleep(600)"]
+    with pytest.raises(ZeroDivisionError), ChildProcess(command, tmp_path / "log", {}) as child:
+        while "ready" not in child.last_lines():
+            time.sleep(0.05)
+        raise ZeroDivisionError
+    assert child.process.returncode == -signal.SIGTERM
+    deadline = time.monotonic() + 5
+    while not group_is_gone(child.process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert group_is_gone(child.process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_server(tmp_path: Path, number: signal.Signals) -> None:
+    script = """
+import sys
+from pathlib import Path
+from vllm_specopt.cli.demo import stopped_by_signals
+from vllm_specopt.cli.process import ChildProcess
+command = [sys.executable, "-c", "import time; time.sleep(600)"]
+with stopped_by_signals(), ChildProcess(command, Path(sys.argv[1]), {}) as child:
+    print(child.process.pid, flush=True)
+    child.wait(lambda: None)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as demo:
+        group = int(demo.stdout.readline())
+        demo.send_signal(number)
+        assert demo.wait(30) != 0
+    assert group_is_gone(group)

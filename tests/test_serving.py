@@ -1,0 +1,118 @@
+"""The launch line of the README: a real `vllm serve` with the option, asked by the openai client."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_specopt.cli.process import Server, free_port
+
+pytestmark = pytest.mark.engine
+
+MODELS = Path(__file__).parents[1] / "models"
+VLLM = Path(sys.executable).with_name("vllm")
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRITON_INTERPRET": "0",
+}
+SPECULATION = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
+PROMPT = "def read_lines(path):\n    "
+
+
+def launch_line(port: int, option: str | None, speculation: dict | None = SPECULATION) -> list[str]:
+    command = [str(VLLM), "serve", str(MODELS / "specopt-target"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager", "--served-model-name", "target"]
+    if speculation:
+        command += ["--speculative-config", json.dumps(speculation)]
+    if option:
+        command += ["--additional-config", option]
+    return command
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    port = free_port()
+    log = tmp_path_factory.mktemp("serving") / "server.log"
+    command = launch_line(port, json.dumps({"specopt": {"method": "exact"}}))
+    with Server(command, log, ENV, port) as running:
+        running.wait_ready(lambda: None, timeout=300)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+def test_the_worker_says_active_once(server):
+    lines = [line for line in server.log.read_text().splitlines() if "specopt: active" in line]
+    assert len(lines) == 1
+    assert "runner=V1 method=exact backend=cpu device=cpu" in lines[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_streaming_and_whole_completions_agree(client, temperature):
+    request = {
+        "model": "target",
+        "prompt": PROMPT,
+        "max_tokens": 40,
+        "temperature": temperature,
+        "top_p": 0.95,
+        "seed": 12,
+    }
+    whole = client.completions.create(**request)
+    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True))
+    assert whole.usage.completion_tokens == 40 or whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].text
+    assert streamed == whole.choices[0].text
+
+
+def test_several_samples_of_one_prompt_differ(client):
+    request = {"model": "target", "prompt": PROMPT, "max_tokens": 32, "temperature": 1.0, "n": 4}
+    texts = [choice.text for choice in client.completions.create(**request).choices]
+    assert len(texts) == 4
+    assert len(set(texts)) > 1
+
+
+def test_log_probabilities_come_with_each_token(client):
+    request = {"model": "target", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.0, "logprobs": 3}
+    logprobs = client.completions.create(**request).choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 12
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert logprob == max(top.values()), f"the greedy token {token!r} is not the most probable one"
+
+
+def test_speculation_is_counted_by_vllms_metrics(server, client):
+    httpx = pytest.importorskip("httpx")
+    client.completions.create(model="target", prompt=PROMPT, max_tokens=24, temperature=0.0)
+    metrics = httpx.get(f"{server.url}/metrics").text.splitlines()
+    counts = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in metrics
+        if line.startswith(("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"))
+    }
+    drafted = counts["vllm:spec_decode_num_draft_tokens_total"]
+    assert 0 < counts["vllm:spec_decode_num_accepted_tokens_total"] < drafted
+
+
+@pytest.mark.parametrize(
+    ("option", "speculation", "sentence"),
+    [
+        ('{"specopt": {"method": "fast"}}', SPECULATION, "method"),
+        ('{"specopt": "exact"}', None, "speculative"),
+    ],
+    ids=["unknown method", "no speculation"],
+)
+def test_a_wrong_option_stops_the_start_before_a_model_is_loaded(option, speculation, sentence):
+    command = launch_line(free_port(), option, speculation)
+    ended = subprocess.run(command, env=os.environ | ENV, capture_output=True, text=True, timeout=180)
+    output = ended.stdout + ended.stderr
+    assert ended.returncode != 0
+    assert any("specopt" in line and sentence in line and "Error" in line for line in output.splitlines()), output
+    assert "Starting to load model" not in output
