@@ -3,6 +3,9 @@
 The loops are compiled by numba, which vLLM itself requires, on first use (a few seconds; see :func:`warm_up`) and kept
 in ``__pycache__`` beside this file, or in numba's per-user cache directory where the package is read-only
 (``NUMBA_CACHE_DIR`` overrides both). One compiled version serves all dtypes and options.
+
+Import this module only once vLLM's worker is set up: on a CPU, vLLM 0.32 scans all loaded modules when it registers
+its kernels, and the scan fails on llvmlite's.
 """
 
 import itertools

@@ -561,10 +561,9 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         position = _read_int(positions, row, wide_positions) if positions else i
         if top == -INF:
             emitted, bad = 0, 1
-            if not judged or last:
-                break
+            break
         floor = -INF
-        if filtered and top > -INF:
+        if filtered:
             floor, total = _filter(
                 address, kind, vocab, scale, row_top_k, row_top_p, row_min_p, top, total, filter_scratch
             )
@@ -587,15 +586,13 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
                     draft_prob = 0.0
             value = _read(address, kind, token)
             target_prob = 0.0
-            if top > -INF and value >= floor:
+            if value >= floor:
                 target_prob = float(_weight(value, top, scale)) / total
             uniform = (float(_philox(seed, position, ACCEPTANCE)[0] >> 9) + 0.5) * 2.0**-23
             if draft_prob > 0 and uniform * draft_prob <= target_prob:
                 _write_int(out, i, wide_out, token)
                 i += 1
                 continue
-        if top == -INF:
-            break
         key = _philox(seed, position, BONUS if last else RECOVERED)
         for _ in range(2):
             emitted = _draw(
