@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import vllm_specopt
 from vllm_specopt.cli import report, scopes
 from vllm_specopt.cli.demo import Arm, Settings, read_prompts
+from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.main import app
-from vllm_specopt.cli.process import ChildProcess, CliError, Server, free_port
+from vllm_specopt.cli.process import ChildProcess, Server, free_port
 
 IGNORES_SIGTERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 LEAVES_A_CHILD = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {IGNORES_SIGTERM!r}]); "
@@ -46,7 +47,6 @@ def record() -> dict:
             "command": ["vllm", "serve", "target", "--speculative-config", '{"model": "draft"}'],
             "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
             "worker_line": line,
-            "load_average": 1.9,
             "runs": {"0": sample_run(speed), "1": sample_run(speed)},
         }
         for name, line, speed in (("stock", None, 6.5), ("exact", "specopt: active (v1, cpu)", 7.25))
@@ -55,7 +55,7 @@ def record() -> dict:
     return {
         "time": "2026-01-02T03:04:05+00:00",
         "git": {"commit": "abc123", "dirty": True},
-        "machine": {"device": "cpu", "name": "Some CPU", "cores": 2, "system": "Linux"},
+        "machine": {"device": "cpu", "name": "Some CPU", "cores": 2, "system": "Linux", "load": 1.9},
         "versions": {"vllm": "0.32.0+cpu", "torch": "2.13.0+cpu"},
         "config": {"pair": "t + d", "temperatures": [0, 1], "num_prompts": 96, "output_len": 64, "concurrency": 8},
         "arms": arms,
@@ -88,8 +88,8 @@ def test_only_the_stock_row_above_zero_is_marked_and_only_on_cpu(record: dict) -
 
 def test_a_busy_machine_is_noted(record: dict) -> None:
     assert not any("busy" in note for note in report.notes(record))
-    record["arms"]["exact"]["load_average"] = 13.4
-    assert any("load average 13.4 on 2 cores" in note for note in report.notes(record))
+    record["machine"]["load"] = 13.4
+    assert any("load 13.4 on 2 cores" in note for note in report.notes(record))
 
 
 def test_unmeasured_cells_say_so(record: dict) -> None:

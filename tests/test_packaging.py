@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_specopt"
 KERNELS = ROOT / "kernels"
 MAY_IMPORT_VLLM = {"plugin.py", "compat.py", "v1.py", "v2.py"}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+MAPPED = {ROOT / folder: name.replace(".", "/") for name, folder in SETUPTOOLS["package-dir"].items()}
 
 
 def pip(*arguments: str) -> None:
@@ -33,8 +34,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, copy / name)
-    for folder in (PACKAGE, KERNELS):
-        shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (PACKAGE, *MAPPED):
+        shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("__pycache__", "results", "figures"))
     return copy
 
 
@@ -51,10 +52,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         info = next(name.split("/")[0] for name in names if name.endswith(".dist-info/METADATA"))
         top_level = archive.read(f"{info}/top_level.txt").decode().split()
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
-    expected = {f"vllm_specopt/kernels/{path.name}" for path in KERNELS.glob("*.py")}
+    expected = {f"{package}/{path.name}" for folder, package in MAPPED.items() for path in folder.glob("*.py")}
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
-    # The signpost that leads to kernels/ in a checkout has no place beside the real modules.
-    expected |= modules - {"vllm_specopt/kernels/__init__.py"}
+    # The signposts that lead to kernels/ and its like in a checkout have no place beside the real modules.
+    expected |= modules - {f"{package}/__init__.py" for package in MAPPED.values()}
     assert {name for name in names if not name.startswith(info)} == expected
     assert top_level == ["vllm_specopt"]
     assert "[vllm.general_plugins]\nspecopt = vllm_specopt:register" in entry_points
@@ -62,9 +63,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
 
 def test_every_folder_with_modules_is_listed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
-    assert {".".join(folder.parts) for folder in folders} == set(PROJECT["tool"]["setuptools"]["packages"])
-    assert not list(KERNELS.rglob("__init__.py"))
-    assert not [path for path in KERNELS.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert {".".join(folder.parts) for folder in folders} == set(SETUPTOOLS["packages"])
+    for folder in MAPPED:
+        assert not list(folder.rglob("__init__.py"))
+        assert {path.parent for path in folder.rglob("*.py")} <= {folder}
 
 
 def imported(path: Path) -> set[str]:
@@ -95,7 +97,7 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not tops & {"tests", "benchmarks", "kernels"}
     if not in_cli:
         assert path.name in MAY_IMPORT_VLLM or "vllm" not in tops
-        assert not any(name.startswith("vllm_specopt.cli") for name in names)
+        assert not any(name.startswith(("vllm_specopt.cli", "vllm_specopt.benchmarks")) for name in names)
 
 
 def test_reference_is_not_imported_by_the_package() -> None:

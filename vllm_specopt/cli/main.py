@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import vllm_specopt
-from vllm_specopt.cli.process import CliError
+from vllm_specopt.cli.errors import CliError
 
 app = typer.Typer(
     name="specopt",
@@ -44,7 +45,7 @@ def demo(
     output_len: Annotated[int, typer.Option(min=2, help="Tokens per request in the timed runs.")] = 64,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight in the timed runs.")] = 8,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the servers; 0 takes a free one.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A sixth of the prompts in the timed runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the requests in the timed runs.")] = False,
 ) -> None:
     """Serve one model pair twice, stock and exact, and compare the two.
 
@@ -59,3 +60,100 @@ def demo(
         typer.echo(f"specopt demo: {error}", err=True)
         code = error.exit_code
     raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        str, typer.Option(help="Which cases: quick, cpu, gpu or rehearsal (Triton's interpreter, tiny shapes).")
+    ] = "quick",
+    case: Annotated[
+        str | None, typer.Option(help="Only cases whose name this regular expression matches, or is.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for kernel_bench.csv and its plots.")] = Path("reports/bench"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=5, help="Timed calls per implementation and case.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. (default: PyTorch's)")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Begin no case after this long.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+) -> None:
+    """Time verification, ours beside vLLM's own samplers, on the same tensors.
+
+    Checks each case against a float64 reference first: what fails the check has no number. Adds one row per case and
+    implementation to kernel_bench.csv, and draws plots from it. Exit status: 0 all measured, 1 a check failed,
+    2 bad input.
+    """
+    from vllm_specopt.cli.bench import run
+
+    try:
+        code = run(suite, case, out, device, repeats, threads, minutes, list_)
+    except CliError as error:
+        typer.echo(f"specopt bench: {error}", err=True)
+        code = error.exit_code
+    raise typer.Exit(code)
+
+
+@app.command()
+def bench_engine(
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="stock, stock-repaired (CPU), exact, or the option as JSON; repeat it. (default: all three)"),
+    ] = None,
+    drafting: Annotated[
+        list[str] | None, typer.Option(help="greedy or probabilistic; repeat it. (default: both)")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Runs per arm and way of drafting. (default: 4; 3 with --quick)")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all in flight at once.")] = 16,
+    output_len: Annotated[int, typer.Option(min=2, max=512, help="Tokens per request.")] = 32,
+    draft_tokens: Annotated[int, typer.Option(min=1, max=128, help="Draft tokens per step.")] = 4,
+    vocab_size: Annotated[
+        int, typer.Option(min=0, help="Extend the pair's vocabulary to this many tokens; 0 leaves it.")
+    ] = 151_936,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Torch threads on a CPU. (default: cores less one, as vLLM)")
+    ] = None,
+    target: Annotated[Path | None, typer.Option(help="Folder of the target model. (default: the shipped one)")] = None,
+    draft: Annotated[Path | None, typer.Option(help="Folder of the draft model. (default: the shipped one)")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines, each with a "prompt". (default: the shipped ones)')
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for engine_ab.json and engine_ab.md.")] = Path("reports"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three runs of two arms, greedy drafting: a first impression.")
+    ] = False,
+) -> None:
+    """Time whole vLLM engines that differ in the sampler only, over a large vocabulary.
+
+    Each run is a process of its own; the arms take turns. Prints ratios with intervals, acceptance and where the time
+    goes, and leaves engine_ab.json and engine_ab.md. Exit status: 0 measured, 1 a run failed or completions at
+    temperature 0 differ, 2 bad input.
+    """
+    from vllm_specopt.cli.engine import run
+
+    try:
+        code = run(
+            arms=arm or [],
+            drafting=drafting or [],
+            repeats=repeats,
+            requests=requests,
+            output_len=output_len,
+            draft_tokens=draft_tokens,
+            vocab_size=vocab_size,
+            threads=threads,
+            target=target,
+            draft=draft,
+            prompts=prompts,
+            out=out,
+            quick=quick,
+            argv=sys.argv[1:],
+        )
+    except CliError as error:
+        typer.echo(f"specopt bench-engine: {error}", err=True)
+        code = error.exit_code
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

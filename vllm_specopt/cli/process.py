@@ -10,16 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
+
+from vllm_specopt.cli.errors import CliError
+
 POLL_SECONDS = 0.2
-STOP_SECONDS = 20.0
-
-
-class CliError(Exception):
-    """A run cannot go on: the message is for the user, `exit_code` for the shell (1 a run failed, 2 bad input)."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+STOP_SECONDS = 10.0
 
 
 class ChildProcess:
@@ -84,11 +80,19 @@ class Server(ChildProcess):
     def __init__(self, command: list[str], log: Path, env: dict[str, str], port: int) -> None:
         super().__init__(command, log, env)
         self.url = f"http://127.0.0.1:{port}"
+        self._client = httpx.Client(base_url=self.url, timeout=300)
+
+    def post(self, path: str, body: dict) -> httpx.Response:
+        """Send one request and return the answer; raise CliError if the server refuses or does not answer."""
+        try:
+            return self._client.post(path, json=body).raise_for_status()
+        except httpx.HTTPError as error:
+            raise CliError(
+                f"the server failed {path} ({error}); the end of {self.log}:\n{self.last_lines()}"
+            ) from error
 
     def wait_ready(self, tick: Callable[[], None], timeout: float = 600.0) -> None:
         """Return when /health answers; raise CliError if the server ends or stays silent for `timeout` seconds."""
-        import httpx
-
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -97,7 +101,7 @@ class Server(ChildProcess):
                     f"{self.last_lines()}"
                 )
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if self._client.get("/health", timeout=5).status_code == 200:
                     return
             except httpx.TransportError:
                 pass

@@ -91,9 +91,9 @@ def notes(record: dict) -> list[str]:
         f"One run per row ({config['num_prompts']} requests of {config['output_len']} tokens, "
         f"{config['concurrency']} in flight, {record['machine']['cores']} cores): small differences are noise."
     )
-    cores, load = record["machine"]["cores"], max(record["arms"][arm]["load_average"] for arm in ARMS)
-    if load > cores + 2:
-        found.append(f"The machine was busy (load average {load:.1f} on {cores} cores): these timings mean little.")
+    cores, load = record["machine"]["cores"], record["machine"]["load"]
+    if load > cores:
+        found.append(f"The machine was busy already (load {load} on {cores} cores): these timings mean little.")
     if any(run["scopes"] for arm in ARMS for run in record["arms"][arm]["runs"].values()):
         found.append(
             "Sampling: its share of the model runner's time in vLLM's profiler scopes, over a short burst of its own "

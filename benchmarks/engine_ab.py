@@ -1,0 +1,214 @@
+"""Arms, workloads and order of the engine benchmark: what `specopt bench-engine` runs. Nothing here measures.
+
+A run is one process with one engine (``engine_run.py``): one arm, one way of drafting, each of its workloads once. Per
+way of drafting the arms take turns, there and back (A B, B A, ...), so that a drift of the machine hits all alike, and
+the i-th run of an arm is compared with the i-th run of the baseline, its neighbour in time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vllm_specopt.config import METHODS, parse
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+STOCK, REPAIRED = "stock", "stock-repaired"
+DRAFTING = ("greedy", "probabilistic")
+WORKLOADS = {
+    "T = 1": {"temperature": 1.0},
+    "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "T = 0": {"temperature": 0.0},
+}
+WARMUP_LEN = 6
+MAX_MODEL_LEN = 1024
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
+       "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One sampler: vLLM's own, its own with the broken function replaced, or ours with some option."""
+
+    name: str
+    option: dict | None = None
+    repair: bool = False
+
+    @classmethod
+    def named(cls, name: str, on_cpu: bool) -> Arm:
+        """Return the arm of a name: ``stock``, ``stock-repaired``, a method, or the option as JSON.
+
+        Raises:
+            ValueError: There is no such arm; the message names those there are.
+        """
+        if name == STOCK:
+            return cls(STOCK)
+        if name == REPAIRED:
+            if not on_cpu:
+                raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
+            return cls(REPAIRED, repair=True)
+        if name in METHODS:
+            return cls(name, {"method": name})
+        try:
+            option = json.loads(name) if name.startswith("{") else None
+            if option and parse({"specopt": option}):
+                return cls(json.dumps(option), option)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the arm {name} is not JSON: {error}") from error
+        known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *METHODS))
+        raise ValueError(f"there is no arm {name!r}: take {known}, or the option as JSON")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one benchmark runs. ``repeats`` are runs per arm and way of drafting."""
+
+    arms: tuple[Arm, ...]
+    drafting: tuple[str, ...]
+    prompts: tuple[str, ...]
+    repeats: int
+    output_len: int
+    num_speculative_tokens: int
+    threads: int | None
+    on_cpu: bool
+
+    @property
+    def baseline(self) -> Arm:
+        """The arm the others are compared with: ``stock-repaired`` where it takes part, else the first."""
+        return next((arm for arm in self.arms if arm.name == REPAIRED), self.arms[0])
+
+    def order(self) -> list[tuple[str, int, Arm]]:
+        """Return the runs as (drafting, repeat, arm).
+
+        On a CPU, stock as it comes runs once: at a temperature above 0 its numbers are no comparison.
+        """
+        runs = []
+        for drafting in self.drafting:
+            for repeat in range(self.repeats):
+                arms = self.arms if repeat % 2 == 0 else self.arms[::-1]
+                once = self.on_cpu and len(self.arms) > 1 and repeat > 0
+                runs += [(drafting, repeat, arm) for arm in arms if not (once and arm.name == STOCK)]
+        return runs
+
+    def workloads(self, drafting: str) -> dict[str, dict]:
+        """Return the sampling parameters by workload. At T = 0 all drafting is greedy: it is run with one way only."""
+        return {
+            name: sampling
+            for name, sampling in WORKLOADS.items()
+            if sampling["temperature"] > 0 or drafting == self.drafting[0]
+        }
+
+    def request(self, pair: tuple[Path, Path], vocab_size: int, drafting: str, repeat: int, arm: Arm) -> dict:
+        """Return what ``engine_run.py`` is asked for one run; the arms differ by the option and the repair only.
+
+        ``vocab_size`` is the original one: tokens from there on are counted apart.
+        """
+        target, draft = pair
+        llm = {
+            "model": str(target),
+            "speculative_config": {
+                "model": str(draft),
+                "num_speculative_tokens": self.num_speculative_tokens,
+                "draft_sample_method": drafting,
+            },
+            "dtype": "bfloat16",
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": len(self.prompts),
+            "enforce_eager": self.on_cpu,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": False,
+            "enable_prefix_caching": False,
+            "seed": repeat,
+        }
+        if arm.option:
+            llm["additional_config"] = {"specopt": arm.option}
+        return {
+            "llm": llm,
+            "repair": arm.repair,
+            "prompts": self.prompts,
+            "warmup_len": WARMUP_LEN,
+            "output_len": self.output_len,
+            "original_vocab_size": vocab_size,
+            "workloads": self.workloads(drafting),
+        }
+
+    def env(self) -> dict[str, str]:
+        """Return the environment variables of every run; on a CPU they set the number of threads."""
+        found = {key: value for key, value in ENV.items() if self.on_cpu or not key.startswith("VLLM_CPU_")}
+        return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
+
+    def describe(self) -> dict:
+        """Return the configuration for the record."""
+        return {
+            "arms": {arm.name: {"specopt": arm.option, "repaired": arm.repair} for arm in self.arms},
+            "baseline": self.baseline.name,
+            "drafting": list(self.drafting),
+            "workloads": {drafting: list(self.workloads(drafting)) for drafting in self.drafting},
+            "requests": len(self.prompts),
+            "output_len": self.output_len,
+            "warmup_len": WARMUP_LEN,
+            "num_speculative_tokens": self.num_speculative_tokens,
+            "repeats": self.repeats,
+            "threads": self.threads,
+            "env": self.env(),
+        }
+
+
+def problem(arm: Arm, result: dict) -> str | None:
+    """Why the result of a run is not one of its arm, if it is not."""
+    ours = result["sampler"].startswith("vllm_specopt.")
+    if ours != (arm.option is not None):
+        return f"the arm {arm.name} ran the sampler {result['sampler']}"
+    if result["fallbacks"]:
+        return f"the arm {arm.name} left batches to vLLM's sampler: {', '.join(result['fallbacks'])}"
+    if arm.repair and not result["expands_parameters"]:
+        return f"the arm {arm.name} is not repaired: vLLM's expand_kernel still leaves its output unwritten"
+    return None
+
+
+def conditions(argv: list[str]) -> dict:
+    """Return where, when and with what a record is made, without host names or paths outside the checkout."""
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    on_cpu = installed("vllm-cpu") is not None
+    packages = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numba", "vllm-specopt")
+    gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
+        "command": " ".join(["specopt", *argv]),
+        "machine": {
+            "device": "cpu" if on_cpu else "cuda",
+            "name": cpu_name() if on_cpu else gpu,
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average_before": round(os.getloadavg()[0], 2),
+        },
+        "versions": {"python": platform.python_version()}
+        | {package: found for package in packages if (found := installed(package))},
+    }
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Return the CPU's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

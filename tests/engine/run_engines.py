@@ -1,0 +1,121 @@
+"""Run vLLM engines one after another in this process and write down what they emitted.
+
+Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists engines; each has the keyword arguments of
+``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its sampler's class, how often the
+stock verification ran, and per batch the token ids and log probabilities.
+"""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+INTERPRETER = HERE.parent / "interpreter"
+
+
+def main(request_path: str, result_path: str) -> None:
+    """Run the request; a batch's sampling parameters are one dict for all prompts or a list of one per prompt."""
+    from vllm import LLM, SamplingParams
+
+    with open(request_path) as file:
+        engines = json.load(file)
+    calls = count_stock_calls()
+    results = {}
+    for engine in engines:
+        print(f"engine {engine['name']}", file=sys.stderr, flush=True)
+        calls.clear()
+        # A CPU worker of vLLM 0.32 looks into every loaded module and stumbles over this one, which numba loads: no
+        # engine would start in a process that has run ngram drafting or our CPU backend.
+        sys.modules.pop("llvmlite.binding.ffi", None)
+        llm = LLM(**engine["llm"])
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        sampler = runner.rejection_sampler
+        result = {"sampler": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "batches": {}}
+        for batch in engine["batches"]:
+            params = batch["sampling"]
+            params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
+            outputs = [output.outputs[0] for output in llm.generate(batch["prompts"], params, use_tqdm=False)]
+            result["batches"][batch["name"]] = {
+                "token_ids": [list(output.token_ids) for output in outputs],
+                "logprobs": [
+                    output.logprobs and [{k: v.logprob for k, v in at.items()} for at in output.logprobs]
+                    for output in outputs
+                ],
+            }
+        result["stock_calls"] = dict(calls)
+        result["fallbacks"] = dict(getattr(sampler, "fallbacks", {}))
+        results[engine["name"]] = result
+        del llm, runner, sampler
+        gc.collect()
+    with open(result_path, "w") as file:
+        json.dump(results, file)
+
+
+def start(engines: list[dict], folder: Path, runner: str) -> tuple[dict, dict]:
+    """Run engines on model runner ``V1`` or ``V2`` in a process of their own.
+
+    Returns:
+        The results, and what was logged, both by engine name.
+    """
+    (folder / "request.json").write_text(json.dumps(engines))
+    done = subprocess.run(
+        [sys.executable, str(HERE), "request.json", "result.json"],
+        cwd=folder,
+        env=environment(runner),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    parts = re.split(r"^engine (.*)$", done.stdout, flags=re.MULTILINE)
+    return json.loads((folder / "result.json").read_text()), dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def environment(runner: str) -> dict[str, str]:
+    """Environment for a process that uses vLLM's model runner ``V1`` or ``V2`` on a CPU."""
+    environ = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        # One thread: on a busy machine threads that wait for each other cost more than they save in models this small.
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1" if runner == "V2" else "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
+    }
+    if runner == "V2":
+        environ["PYTHONPATH"] = os.pathsep.join([str(INTERPRETER), environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return environ
+
+
+def count_stock_calls() -> Counter:
+    """Count the stock classes' verifications, in either runner; our classes call them only to fall back."""
+    calls: Counter[str] = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def call(self, *args, **kwargs):
+            calls[f"{owner.__module__}.{name}"] += 1
+            return original(self, *args, **kwargs)
+
+        setattr(owner, name, call)
+
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    counted(RejectionSampler, "forward")
+    if HAS_TRITON:
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler as RejectionSamplerV2
+
+        counted(RejectionSamplerV2, "_verify")
+    return calls
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,281 @@
+"""The V2 adapter on hand-built steps, with vLLM's real sampler states; run by test_v2_adapter.py in its own process.
+
+vLLM decides at import whether it has Triton, and with it V1's CPU path is another one, so these cases cannot share a
+process with V1's.
+"""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import vllm.v1.worker.cpu.shm
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_specopt import testing, verify
+from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.v2 import RejectionSampler
+
+CPU = torch.device("cpu")
+SLOTS, VOCAB, DRAFTS, PROMPT = 9, 203, 4, 3
+
+
+class Reverse(LogitsProcessor):
+    """A custom processor: negates the logits of the requests that ask for it."""
+
+    def __init__(self):
+        self.used = np.zeros(SLOTS, dtype=bool)
+
+    def add_request(self, req_idx, sampling_params):
+        self.used[req_idx] = bool(sampling_params.extra_args)
+        return bool(self.used[req_idx])
+
+    def apply(self, logits, ctx):
+        sign = torch.from_numpy(np.where(self.used, -1.0, 1.0)).float()
+        return logits * sign[ctx.expanded_idx_mapping.long()].unsqueeze(1)
+
+
+class Step:
+    """One step: requests in permuted slots, each with its parameters, drafts and rows."""
+
+    def __init__(self, params, counts, *, seed=0, mode="raw_logprobs", dtype=torch.bfloat16, custom=False, logits=None):
+        torch.manual_seed(seed)
+        self.counts, num_reqs = counts, len(counts)
+        states = RequestState(SLOTS, 64, 64, DRAFTS, VOCAB, CPU)
+        config = SimpleNamespace(reasoning_config=None)
+        extra = {"custom_logits_processors": [Reverse()]} if custom else {}
+        self.sampler = Sampler(config, SLOTS, VOCAB, CPU, states, mode, DRAFTS + 1, **extra)
+        self.slots = torch.randperm(SLOTS)[:num_reqs].to(torch.int32)
+        self.cu = torch.tensor([0, *np.cumsum(np.array(counts) + 1)], dtype=torch.int32)
+        self.rows = int(self.cu[-1])
+        self.local = torch.cat([torch.arange(c + 1) for c in counts]).to(torch.int32)
+        self.request = torch.repeat_interleave(torch.arange(num_reqs), torch.tensor(counts) + 1)
+        base = torch.randn(self.rows, VOCAB) * 2 if logits is None else logits
+        self.logits = torch.zeros(self.rows, VOCAB + 5, dtype=dtype)[:, :VOCAB].copy_(base)
+        near = self.logits.float() + 0.7 * torch.randn(self.rows, VOCAB)
+        self.draft_logits = torch.full((SLOTS, DRAFTS, VOCAB), float("nan"), dtype=dtype)
+        follows = torch.rand(self.rows) < 0.7
+        tokens = torch.randint(VOCAB, (self.rows,), dtype=torch.int32)
+        best = self.logits.float().argmax(1).to(torch.int32)
+        for row in range(self.rows):
+            if self.local[row] < counts[self.request[row]]:
+                self.draft_logits[self.slots[self.request[row]], self.local[row]] = near[row].to(dtype)
+                tokens[row + 1] = best[row] if follows[row] else tokens[row + 1]
+        self.tokens = tokens
+        self.positions = PROMPT + 2 + self.local.long()
+        for request, param in enumerate(params):
+            slot = int(self.slots[request])
+            states.prompt_len.np[slot] = states.prefill_len.np[slot] = PROMPT
+            states.all_token_ids.stage_write(slot, 0, best[5:10].tolist())
+            states.total_len.stage_write_elem(slot, PROMPT + 2)
+            self.sampler.add_request(slot, param)
+        states.all_token_ids.apply_write()
+        states.total_len.apply_write()
+        states.prompt_len.copy_to_uva()
+        states.prefill_len.copy_to_uva()
+        self.sampler.apply_staged_writes()
+
+    def batch(self):
+        """As much of vLLM's InputBatch as a rejection sampler reads."""
+        return SimpleNamespace(
+            num_reqs=len(self.counts),
+            idx_mapping=self.slots,
+            idx_mapping_np=self.slots.numpy(),
+            expanded_idx_mapping=self.slots[self.request],
+            expanded_local_pos=self.local,
+            input_ids=self.tokens,
+            positions=self.positions,
+            logits_indices=torch.arange(self.rows),
+            cu_num_logits=self.cu,
+            cu_num_logits_np=self.cu.numpy(),
+            seq_lens=torch.full((len(self.counts),), 40, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.full((len(self.counts),), 40, dtype=torch.int32),
+        )
+
+    def run(self, which, draft=False, invalid=None, logits=None):
+        """Token lists and output of ``which`` class; stock leaves what follows the last token undefined."""
+        config = SimpleNamespace(
+            num_speculative_tokens=DRAFTS,
+            enable_adaptive_verification=False,
+            rejection_sample_method="standard",
+            fly_entropy_threshold=None,
+            fly_entropy_top_k=3,
+        )
+        self.rejection_sampler = which(self.sampler, config, CPU)
+        rows = (self.logits if logits is None else logits).clone()
+        output = self.rejection_sampler(rows, self.batch(), self.draft_logits if draft else None, invalid)
+        assert torch.equal(rows, self.logits if logits is None else logits), "the logits were modified"
+        ids, numbers = output.sampled_token_ids, output.num_sampled.tolist()
+        assert ids.dtype == torch.int64 and ids.shape == (len(self.counts), DRAFTS + 1)
+        return [row[:n] for row, n in zip(ids.tolist(), numbers, strict=True)], output
+
+    def reference(self, rows=None, draft=False, **changes):
+        states = self.sampler.sampling_states
+        parameters = {
+            "temperature": states.temperature.gpu,
+            "seeds": states.seeds.gpu,
+            "positions": self.positions,
+            "state_indices": self.slots,
+            "draft_logits": self.draft_logits if draft else None,
+            "top_k": states.top_k.gpu,
+            "top_p": states.top_p.gpu,
+            "min_p": states.min_p.gpu,
+        }
+        return exact_verify_ref(
+            self.logits if rows is None else rows, self.cu, self.tokens, DRAFTS, **(parameters | changes)
+        )
+
+
+def assert_follows(lists, reference):
+    """Token lists equal the reference's, save where the reference calls the outcome a close one."""
+    left_out = 0
+    for request, ids in enumerate(lists):
+        if reference.margin[request] < testing.MARGIN:
+            left_out += 1
+            continue
+        assert ids == reference.token_ids[request, : reference.num_sampled[request]].tolist()
+    assert left_out <= 1
+
+
+MIXED = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 12},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 0.9, "min_p": 0.05, "top_p": 0.9, "top_k": 40},
+    {"temperature": 1.0, "seed": -5},
+]
+PLAIN = [{"temperature": t} for t in (0.0, 1.0, 0.7, 1.5, 1.0, 0.0)]
+COUNTS = [4, 3, 0, 2, 4, 1]
+
+
+def sampling(dicts, seed=0):
+    return [SamplingParams(**({"seed": 100 * seed + i} | d)) for i, d in enumerate(dicts)]
+
+
+def case_these_are_the_expected_sources():
+    assert vllm.__version__ == os.environ["EXPECTED_VLLM"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("draft", [False, True], ids=["one-hot", "draft-logits"])
+@pytest.mark.parametrize("dicts", [PLAIN, MIXED], ids=["plain", "filters"])
+def case_equals_reference_token_for_token(monkeypatch, seed, draft, dicts):
+    step = Step(sampling(dicts, seed), COUNTS, seed=seed, dtype=[torch.bfloat16, torch.float32][seed % 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(verify.torch, "empty", testing.poisoned_empty)
+        lists, output = step.run(RejectionSampler, draft)
+    assert_follows(lists, step.reference(draft=draft))
+    after = torch.arange(DRAFTS + 1) >= output.num_sampled.unsqueeze(1)
+    assert (output.sampled_token_ids[after] == -1).all()
+    assert dict(step.rejection_sampler.fallbacks) == {}
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["one-hot", "draft-logits"])
+def case_greedy_equals_stock(draft):
+    for seed in range(4):
+        step = Step(sampling([{"temperature": 0.0}] * 6), COUNTS, seed=seed)
+        invalid = torch.rand(step.rows) < 0.15
+        ours, _ = step.run(RejectionSampler, draft, invalid)
+        assert ours == step.run(stock.RejectionSampler, draft, invalid)[0]
+
+
+PROCESSED = {
+    "penalties": {"repetition_penalty": 2.0, "frequency_penalty": 1.5},
+    "min-tokens": {"min_tokens": 14, "stop_token_ids": list(range(100))},
+    "allowed": {"allowed_token_ids": list(range(50, 90))},
+    "bad-words": {},
+    "custom": {"extra_args": {"reverse": True}},
+}
+
+
+def processed_step(what, temperature, used=True):
+    params = sampling([{"temperature": temperature, **(PROCESSED[what] if used and i % 2 else {})} for i in range(6)])
+    step = Step(params, COUNTS, seed=len(what))
+    if what == "bad-words" and used:
+        for param in params[1::2]:
+            param._bad_words_token_ids = [[int(token)] for token in step.logits.float().argmax(1)]
+        step = Step(params, COUNTS, seed=len(what))
+    return Step(params, COUNTS, seed=len(what), custom=True) if what == "custom" else step
+
+
+@pytest.mark.parametrize("what", PROCESSED)
+def case_logits_processors_are_vllms_own(what):
+    step = processed_step(what, 0.0)
+    ours, _ = step.run(RejectionSampler)
+    assert ours == step.run(stock.RejectionSampler)[0]
+    plain, _ = processed_step(what, 0.0, used=False).run(RejectionSampler)
+    assert ours != plain, "the processor changed nothing, so this shows nothing"
+
+    step = processed_step(what, 1.0)
+    b = step.batch()
+    rows = step.sampler.apply_sampling_params(
+        step.logits, b.expanded_idx_mapping, b.idx_mapping, b.idx_mapping_np, b.positions, step.tokens,
+        b.expanded_local_pos, b.seq_lens_cpu_upper_bound.numpy(),
+    )  # fmt: skip
+    assert_follows(step.run(RejectionSampler)[0], step.reference(rows))
+
+
+def case_processors_run_only_for_batches_that_need_them(monkeypatch):
+    calls = []
+    for name in ("logit_bias.LogitBiasState", "penalties.PenaltiesState", "bad_words.BadWordsState"):
+        monkeypatch.setattr(f"vllm.v1.worker.gpu.sample.{name}.apply", lambda s, rows, ctx: calls.append(1) or rows)
+    monkeypatch.setattr(Reverse, "apply", lambda self, rows, ctx: calls.append(1) or rows)
+    Step(sampling(MIXED), COUNTS).run(RejectionSampler)
+    Step(sampling([{"temperature": 1.0}] * 6), COUNTS, custom=True).run(RejectionSampler)
+    assert not calls
+    step = Step(sampling([*MIXED[:5], {"temperature": 1.0, **PROCESSED["penalties"]}]), COUNTS)
+    step.run(RejectionSampler)
+    assert len(calls) == 3
+    # The request that needs them leaves the batch but keeps its slot.
+    step.counts, step.slots = COUNTS[:5], step.slots[:5]
+    step.cu, step.rows = step.cu[:6], int(step.cu[5])
+    for name in ("local", "request", "logits", "tokens", "positions"):
+        setattr(step, name, getattr(step, name)[: step.rows])
+    step.run(RejectionSampler)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs"])
+def case_log_probabilities_equal_stock(mode):
+    greedy = {"temperature": 0.0, "logprobs": 2}
+    step = Step(sampling([greedy, *[greedy | PROCESSED["penalties"]] * 5]), COUNTS, mode=mode)
+    ours, output = step.run(RejectionSampler)
+    fallbacks = dict(step.rejection_sampler.fallbacks)
+    theirs, expected = step.run(stock.RejectionSampler)
+    assert ours == theirs
+    emitted = step.local < output.num_sampled[step.request]
+    for name in ("logprob_token_ids", "logprobs", "selected_token_ranks"):
+        torch.testing.assert_close(
+            getattr(output.logprobs_tensors, name)[emitted], getattr(expected.logprobs_tensors, name)[emitted]
+        )
+    reason = "log probabilities after sampling parameters are requested"
+    assert fallbacks == ({reason: 1} if mode == "processed_logprobs" else {})
+
+
+def case_chunks_do_not_matter(monkeypatch):
+    step = Step(sampling(MIXED), COUNTS)
+    whole, _ = step.run(RejectionSampler, draft=True)
+    monkeypatch.setattr(stock, "MAX_CHUNK_BYTES", 6 * VOCAB * 4)
+    calls = []
+    original = RejectionSampler._verify
+    monkeypatch.setattr(RejectionSampler, "_verify", lambda self, *a: calls.append(1) or original(self, *a))
+    assert step.run(RejectionSampler, draft=True)[0] == whole
+    assert len(calls) > 2
+
+
+def case_seeded_request_does_not_depend_on_its_batch():
+    rows = torch.randn(4, VOCAB) * 2
+    found = []
+    for others in [0, 2, 5]:
+        logits = torch.cat([torch.randn(2 * others, VOCAB), rows])
+        params = sampling([{"temperature": 0.8}] * others + [{"temperature": 1.1, "seed": 3}])
+        step = Step(params, [1] * others + [3], seed=others, logits=logits)
+        step.tokens[-3:] = torch.tensor([5, 6, 7])
+        found.append(step.run(RejectionSampler)[0][-1])
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,53 @@
+"""The V2 adapter, under Triton's interpreter: runs tests/engine/v2_cases.py in its own process and reports each case.
+
+With SPECOPT_VLLM_033_SOURCE naming a folder with the sources of vLLM 0.33.0, the same cases run against those.
+"""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+pytest.importorskip("triton")
+
+ENGINE = Path(__file__).parent / "engine"
+CASES = re.findall(r"^def (case_\w+)", (ENGINE / "v2_cases.py").read_text(), flags=re.MULTILINE)
+environment = runpy.run_path(str(ENGINE / "run_engines.py"))["environment"]
+
+
+@pytest.fixture(scope="module", params=["installed", "0.33.0"])
+def outcomes(request, tmp_path_factory):
+    """Case name -> list of (identifier, failure or None)."""
+    folder = tmp_path_factory.mktemp("v2")
+    environ = environment("V2") | {"EXPECTED_VLLM": vllm.__version__ if request.param == "installed" else request.param}
+    if request.param == "0.33.0":
+        source = os.environ.get("SPECOPT_VLLM_033_SOURCE")
+        if not source:
+            pytest.skip("SPECOPT_VLLM_033_SOURCE does not name a folder with the sources of vLLM 0.33.0")
+        # The sources carry no metadata; vLLM takes its platform from the version found there.
+        metadata = folder / "vllm-0.33.0+cpu.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0+cpu\n")
+        environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], source, str(folder)])
+    command = [sys.executable, "-m", "pytest", "v2_cases.py", "-q", "--junitxml", str(folder / "report.xml")]
+    command += ["-o", "python_functions=case_*", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ENGINE, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode in (0, 1), done.stdout[-4000:]
+    found: dict[str, list] = {}
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+        failure = next((child.text for child in case if child.tag in ("failure", "error")), None)
+        found.setdefault(case.get("name").split("[")[0], []).append((case.get("name"), failure))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_v2_adapter(outcomes, case):
+    assert outcomes.get(case), "the case did not run"
+    failures = [f"{name}\n{failure}" for name, failure in outcomes[case] if failure]
+    assert not failures, "\n\n".join(failures)

@@ -1,0 +1,185 @@
+"""`specopt bench`: progress and tables around the kernel benchmark; nothing here measures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from vllm_specopt.benchmarks import grid
+from vllm_specopt.cli.errors import CliError
+
+SEED = 1
+HEADINGS = (
+    "implementation",
+    "µs",
+    "p20 – p80",
+    "GB/s",
+    "% of\ncopy",
+    "launches",
+    "extra\nMiB",
+    "accepted",
+    "× stock\nV1",
+    "× stock\nV2",
+    "× V1,\nCPU time",
+)
+
+
+def run(
+    suite: str, pattern: str | None, out: Path, device: str, repeats: int, threads: int | None, minutes: float | None,
+    listed: bool,
+) -> int:  # fmt: skip
+    """Run `specopt bench` and return its exit status: 0, or 1 if a check failed; raise CliError (2) for bad input."""
+    try:
+        cases = grid.suite(suite, pattern)
+    except ValueError as error:
+        raise CliError(str(error), 2) from error
+    console = Console()
+    if listed:
+        for case in cases:
+            console.print(case.name, highlight=False, markup=False, soft_wrap=True)
+        return 0
+    if suite == "rehearsal":
+        # Triton reads this when it is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+        device = "cpu"
+
+    import torch
+
+    from vllm_specopt.benchmarks import kernel_bench, measure, peers, record
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise CliError(f"--device is {device!r}: take cpu, cuda or auto.", 2)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CliError("--device cuda: PyTorch sees no GPU on this machine; take --device cpu.", 2)
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        record.prepare(out)
+    except record.RecordError as error:
+        raise CliError(str(error), 2) from error
+    chosen = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    command = shlex.join(["specopt", "bench", *_arguments(suite, pattern, out, device, repeats, threads, minutes)])
+    provenance = record.Provenance.of(chosen, suite, command, SEED, peers.interpreted())
+    options = kernel_bench.Options(cases, chosen, out, provenance, repeats, grid.SUITES[suite].seconds, minutes)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    for line in (
+        f"Suite {suite}, {len(cases)} cases: {grid.SUITES[suite].purpose}",
+        _heading(provenance, peers.has_vllm(), chosen),
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    load, cores = measure.load_average(), os.cpu_count() or 1
+    if device == "cpu" and load is not None and load > 0.75 * cores:
+        console.print(
+            f"The machine is busy (load average {load:.1f} on {cores} cores), which costs long calls more than short "
+            "ones: compare processor times (the last column), not wall times.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    try:
+        return _measure(console, kernel_bench.run(options), cases, out)
+    except record.RecordError as error:
+        raise CliError(str(error), 1) from error
+
+
+def _arguments(suite, pattern, out, device, repeats, threads, minutes) -> list[str]:
+    found = ["--suite", suite, "--device", device, "--repeats", str(repeats), "--out", str(out)]
+    found += ["--case", pattern] if pattern else []
+    found += ["--threads", str(threads)] if threads else []
+    return found + (["--minutes", f"{minutes:g}"] if minutes else [])
+
+
+def _heading(provenance, has_vllm: bool, device) -> str:
+    if not has_vllm:
+        stock = "vLLM is not installed: ours alone is measured"
+    else:
+        stock = f"vLLM {provenance.vllm}"
+        if device.type == "cpu":
+            stock += ", V1 repaired (as it comes it reads uninitialised memory here), V2 not measured (needs Triton)"
+    if "interpreter" in provenance.device:
+        stock = f"vLLM {provenance.vllm}; the times mean nothing" if has_vllm else stock
+    return f"{provenance.device}, torch {provenance.torch}, Triton {provenance.triton or 'not installed'}; {stock}"
+
+
+def _measure(console: Console, results, cases: list[grid.Case], out: Path) -> int:
+    """Show results as they come, then what is left behind; return the exit status."""
+    weights = [2e7 + case.batch * (case.num_drafts + 1) * case.vocab for case in cases]
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    failed, done, began = [], 0, time.monotonic()
+    with bar:
+        task = bar.add_task(cases[0].name, total=sum(weights), left="")
+        for measured in results:
+            done += 1
+            share = sum(weights[:done]) / sum(weights)
+            left = f"about {(time.monotonic() - began) * (1 - share) / share:.0f} s left"
+            upcoming = cases[done].name if done < len(cases) else "done"
+            bar.update(task, completed=sum(weights[:done]), description=upcoming, left=left)
+            if measured.rows:
+                console.print(table(measured.case.name, measured.rows))
+            failed += measured.errors
+            for error in measured.errors:
+                console.print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
+            if not console.is_terminal:
+                console.print(f"{done}/{len(cases)} cases, {left}", highlight=False, markup=False)
+    if done < len(cases):
+        console.print(f"Time is up: {len(cases) - done} cases were not begun, {cases[done].name} and after it.")
+    if failed:
+        console.print(f"{len(failed)} checks failed; what failed has no number.", highlight=False)
+    paths = [path for path in [out / "kernel_bench.csv"] if path.exists()]
+    if paths and importlib.util.find_spec("matplotlib"):
+        from vllm_specopt.benchmarks import plot
+
+        paths += plot.draw(out)
+    elif paths:
+        console.print("No plots: matplotlib is not installed (pip install 'vllm-specopt[bench]').", markup=False)
+    for path in paths:
+        console.print(f"left: {path}", highlight=False, markup=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def table(title: str, rows: list[dict]) -> Table:
+    """Return one case's table: a row per implementation, the fastest in bold."""
+    drawn = Table(title=title, title_justify="left")
+    for heading in HEADINGS:
+        drawn.add_column(heading, justify="left" if heading == "implementation" else "right", no_wrap=True)
+    fastest = min((row["time_us"] for row in rows if row.get("time_us")), default=None)
+    for row in rows:
+        if row.get("time_us") is None:
+            drawn.add_row(row["implementation"], "no number", *[""] * (len(HEADINGS) - 2))
+            continue
+        memory = row["extra_bytes"]
+        drawn.add_row(
+            row["implementation"],
+            f"{row['time_us']:,.1f}",
+            f"{row['p20_us']:,.1f} – {row['p80_us']:,.1f}",
+            f"{row['gbps']:,.1f}",
+            f"{row['percent_of_copy']:.1f}",
+            _shown(row["launches"], "d"),
+            "" if memory is None else f"{memory / 2**20:,.1f}",
+            f"{row['acceptance']:.3f}",
+            _shown(row["speedup_over_stock_v1"], ".2f"),
+            _shown(row["speedup_over_stock_v2"], ".2f"),
+            _shown(row["cpu_ratio_to_stock_v1"], ".2f"),
+            style="bold" if row["time_us"] == fastest else None,
+        )
+    return drawn
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

