@@ -115,23 +115,26 @@ class RejectionSampler(stock.RejectionSampler):
             sampler.thinking_budget_state.apply(rows, context)
 
         def used(parameter, unused):
-            return parameter.gpu if np.any(parameter.np[idx_mapping_np] != unused) else None
+            return bool(np.any(parameter.np[idx_mapping_np] != unused))
 
-        temperature = used(states.temperature, 0.0)
-        random = temperature is not None
+        random = used(states.temperature, 0.0)
+        # All three filters or none: each combination would be one more variant to compile while serving.
+        filtered = random and (
+            used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0)
+        )
         token_ids, num_sampled = verify(
             rows,
             cu_num_logits,
             verify_draft_sampled,
             self.num_speculative_steps,
-            temperature=temperature,
+            temperature=states.temperature.gpu if random else None,
             seeds=states.seeds.gpu if random else None,
             positions=pos,
             state_indices=idx_mapping,
             draft_logits=draft_logits if random else None,
-            top_k=used(states.top_k, states.vocab_size) if random else None,
-            top_p=used(states.top_p, 1.0) if random else None,
-            min_p=used(states.min_p, 0.0) if random else None,
+            top_k=states.top_k.gpu if filtered else None,
+            top_p=states.top_p.gpu if filtered else None,
+            min_p=states.min_p.gpu if filtered else None,
             bad_row_counter=self.bad_rows,
             backend=BACKEND,
         )
