@@ -8,11 +8,10 @@ Import this module only once vLLM's worker is set up: on a CPU, vLLM 0.32 scans 
 its kernels, and the scan fails on llvmlite's.
 """
 
-import itertools
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import ctypes
+import functools
 
+import numpy as np
 import torch
 
 from vllm_specopt.cpu_kernels import BF16, FP16, FP32, LOGITS, ONE_HOT, PROBS, verify_requests
@@ -122,64 +121,34 @@ def _ints(tensor: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _run(plan: tuple[int, ...], num_reqs: int, num_logits: int) -> int:
+    """Run a plan on torch's own threads; the number of emitting rows without a usable logit."""
+    job = np.array((0, 0, 0, num_reqs, *plan), dtype=np.int64)
     num_threads = min(torch.get_num_threads(), num_reqs)
-    if num_threads == 1 or num_logits < _MIN_LOGITS_TO_SPLIT:
-        return _checked(verify_requests(0, num_reqs, plan))
-    # Requests differ in cost (they stop at their first rejection), so each thread takes the next one when free.
-    order = itertools.count()
-
-    def work() -> int:
-        bad_rows = 0
-        while (request := next(order)) < num_reqs:
-            bad_rows += _checked(verify_requests(request, request + 1, plan))
-        return bad_rows
-
-    helpers = [_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
-    try:
-        bad_rows = work()
-    finally:
-        # The tensors must outlive every thread that reads them.
-        results = [helper.exception() or helper.result() for helper in helpers]
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        bad_rows += result
+    parallel = _openmp() if num_threads > 1 and num_logits >= _MIN_LOGITS_TO_SPLIT else None
+    if parallel is None:
+        verify_requests.ctypes(job.ctypes.data)
+    else:
+        parallel(verify_requests.address, job.ctypes.data, num_threads, 0)
+    _, bad_rows, misfit, *_ = job.tolist()
+    if misfit:
+        raise ValueError(
+            f"request {misfit - 1}: cu_num_logits or state_indices points outside the other arguments "
+            "(expected 1 to max_num_draft_tokens + 1 rows per request, and indices below max_reqs)"
+        )
     return bad_rows
 
 
-def _checked(result: int) -> int:
-    if result < 0:
-        raise ValueError(
-            f"request {-1 - result}: cu_num_logits or state_indices points outside the other arguments "
-            "(expected 1 to max_num_draft_tokens + 1 rows per request, and indices below max_reqs)"
-        )
-    return result
+@functools.cache
+def _openmp():
+    """The call that opens a parallel region in the OpenMP runtime torch has loaded; None if it has none.
 
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    # Keyed by process: threads do not survive a fork.
-    key = (os.getpid(), num_threads)
-    with _pools_lock:
-        if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(num_threads, "specopt", initializer=_use_all_cores)
-        return _pools[key]
-
-
-def _use_all_cores() -> None:
-    """Let a thread run on every core of this process.
-
-    vLLM binds each OpenMP thread, the main thread included, to one core, and new threads inherit that.
+    GNU's and LLVM's runtimes both export it. A pool of our own would compete with torch's workers, which spin for
+    milliseconds after each operation, and would not inherit the cores vLLM binds them to.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = set()
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            cores |= os.sched_getaffinity(int(thread))
-        except OSError:
-            continue
-    os.sched_setaffinity(0, cores)
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel

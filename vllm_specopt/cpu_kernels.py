@@ -12,8 +12,9 @@ All compiled code is in this one file, because numba's cache notices changes of 
 import math
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 BF16, FP16, FP32 = 0, 1, 2
 ONE_HOT, PROBS, LOGITS = 0, 1, 2
@@ -45,26 +46,13 @@ FP16_REBIAS = np.float32(2.0**112)
 BOUND_SLACK = 1 - 1e-6
 
 
-def _jit(entry=False, **flags):
-    """Compile with the options every function here shares.
+# A job, int64 words: next request, rows without a usable logit, 1 + a request that does not fit, requests, the plan.
+JOB_NUM_REQS, JOB_PLAN, PLAN_LENGTH = 3, 4, 33
 
-    Only the entry point is called from Python and cached, or not cached where no directory is writable.
-    """
-    options = {
-        "nogil": True,
-        "error_model": "numpy",
-        "no_cfunc_wrapper": True,
-        "no_cpython_wrapper": not entry,
-        **flags,
-    }
 
-    def decorate(function):
-        try:
-            return njit(cache=entry, **options)(function)
-        except RuntimeError:
-            return njit(**options)(function)
-
-    return decorate
+def _jit(**flags):
+    """Compile with the options every function here shares; none but the entry point is called from Python."""
+    return njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True, **flags)
 
 
 @intrinsic
@@ -73,6 +61,17 @@ def _pointer(typing_context, address, dtype):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(dtype.dtype)(types.int64, dtype), generate
+
+
+@intrinsic
+def _fetch_add(typing_context, address, value):
+    """Add to the int64 at an address, as one step for all threads; returns what was there before."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(types.int64)))
+        return builder.atomic_rmw("add", pointer, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @_jit()
@@ -613,21 +612,38 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
     return bad
 
 
-@_jit(entry=True)
-def verify_requests(first, last, plan):
-    """Verify requests ``first`` to ``last`` of a plan (see ``vllm_specopt.cpu``).
-
-    Returns how many emitted from a row without a usable logit, or -1 - r if the arguments of request r do not fit.
-    """
+@_jit()
+def _verify_requests(job):
+    """Verify requests until none is left; several threads may work on one job, each takes the next request when free."""
+    next_request, bad_rows, misfit = job, job + 8, job + 16
+    num_reqs = _read_int(job, JOB_NUM_REQS, True)
+    plan = to_fixed_tuple(carray(_pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH), PLAN_LENGTH)
     num_tiles = (plan[1] + TILE - 1) // TILE
     x, weights, noise = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     bins, histogram = np.empty(TILE, np.int32), np.empty(BINS + SPILL, np.float64)
     tile_tops, draft_tops = np.empty(num_tiles, np.float32), np.empty(num_tiles, np.float32)
     pool = np.empty(POOL, np.float32)
-    bad_rows = 0
-    for request in range(first, last):
+    request = _fetch_add(next_request, 1)
+    while request < num_reqs:
         bad = _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_tops, histogram, pool)
         if bad < 0:
-            return -1 - request
-        bad_rows += bad
-    return bad_rows
+            _write_int(misfit, 0, True, 1 + request)
+        elif bad:
+            _fetch_add(bad_rows, bad)
+        request = _fetch_add(next_request, 1)
+
+
+def _compile_entry(function):
+    """Compile the entry point to a C function of the job's address, cached where a directory is writable."""
+    signature = types.void(types.intp)
+    options = {"nopython": True, "error_model": "numpy"}
+    try:
+        return cfunc(signature, cache=True, **options)(function)
+    except RuntimeError:
+        return cfunc(signature, **options)(function)
+
+
+@_compile_entry
+def verify_requests(job):
+    """Verify the requests of a job (see ``vllm_specopt.cpu``); ``job`` is its address."""
+    _verify_requests(job)
