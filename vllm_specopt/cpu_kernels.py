@@ -614,7 +614,7 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
 
 @_jit()
 def _verify_requests(job):
-    """Verify requests until none is left; several threads may work on one job, each takes the next request when free."""
+    """Verify requests until none is left. Threads may share a job: each takes the next request when it is free."""
     next_request, bad_rows, misfit = job, job + 8, job + 16
     num_reqs = _read_int(job, JOB_NUM_REQS, True)
     plan = to_fixed_tuple(carray(_pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH), PLAN_LENGTH)
