@@ -97,6 +97,15 @@ def _cpu() -> list[Case]:
     return [Case(batch, 4, **configuration) for configuration in configurations for batch in (1, 8, 32)]
 
 
+def _cpu_lines() -> list[Case]:
+    plain, filtered = {}, {"temperature": 0.8, "top_p": 0.9}
+    # Nearly everything is accepted along K, so that nearly every row is judged.
+    drafts = [Case(2, num_drafts, acceptance=0.99, **line) for line in (plain, filtered) for num_drafts in DRAFTS]
+    vocabs = [Case(8, 4, vocab, **line) for line in (plain, filtered) for vocab in VOCABS]
+    acceptances = [Case(8, 4, acceptance=a) for a in ACCEPTANCE.values()]
+    return drafts + vocabs + acceptances + [Case(8, 4, dtype="fp32"), Case(8, 4, min_p=0.1)]
+
+
 def _quick() -> list[Case]:
     configurations = ({}, {"draft": PROBS}, {"draft": LOGITS}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0})
     return [Case(batch, 3, 32000, **configuration) for batch in (1, 8) for configuration in configurations]
@@ -125,6 +134,7 @@ class Suite(NamedTuple):
 SUITES = {
     "quick": Suite("a first look, on whatever the machine has (under a minute)", _quick, 1.0),
     "cpu": Suite("V = 151,936, K = 4, B = 1 to 32: what vLLM on a CPU does (some minutes)", _cpu, 20.0),
+    "cpu-lines": Suite("on a CPU along K = 1 to 128, the vocabulary and acceptance (some minutes)", _cpu_lines, 8.0),
     "gpu": Suite("the grid for one large GPU: all drafts and filters, B, K, V, acceptance, fp32", _gpu, 3.0),
     "rehearsal": Suite("tiny shapes through Triton's interpreter: the GPU's code, meaningless times", _rehearsal, 0.1),
 }

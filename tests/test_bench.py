@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_specopt.benchmarks import gate, grid, inputs, kernel_bench, measure, peers, record
+from vllm_specopt.benchmarks import gate, grid, inputs, kernel_bench, measure, peers, record, summary
 from vllm_specopt.cli.main import app
 from vllm_specopt.verify import Verified, verify
 
@@ -198,7 +198,7 @@ def test_wrong_peer_is_noticed(ours_alone, wrong):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--suite", "all"], "there is no suite 'all': take one of quick, cpu, gpu, rehearsal."),
+        (["--suite", "all"], "there is no suite 'all': take one of quick, cpu, cpu-lines, gpu, rehearsal."),
         (["--case", "v1-b1"], "no case of suite 'quick' matches 'v1-b1'"),
         (["--case", "("], "is no regular expression"),
         (["--device", "tpu"], "--device is 'tpu'"),
@@ -307,13 +307,27 @@ def test_rehearsal_runs_every_peer_end_to_end(tmp_path):
     assert all(found["time_us"] and "interpreter" in found["device"] and not found["note"] for found in rows)
 
 
+def write_rows_along_batch(folder):
+    numbers = {"time_us": 5, "p20_us": 4, "p80_us": 9, "bytes": 8e6, "copy_gbps": 20, "vllm": "0.33.0"}
+    numbers |= {"rows_judged": 1.5, "speedup_over_stock_v2": 2.5}
+    for batch in (1, 2, 4):
+        names = ("ours", "ours-v2", "stock-v2")
+        record.write(folder, [row(small(batch=batch), name, **numbers) for name in names])
+
+
 def test_plots_come_from_the_csv_alone(tmp_path):
     pytest.importorskip("matplotlib")
     from vllm_specopt.benchmarks import plot
 
-    numbers = {"time_us": 5, "p20_us": 4, "p80_us": 9, "bytes": 8e6, "copy_gbps": 20, "vllm": "0.33.0"}
-    for batch in (1, 2, 4):
-        record.write(tmp_path, [row(small(batch=batch), name, **numbers) for name in ("ours", "stock-v2")])
+    write_rows_along_batch(tmp_path)
     names = {path.name for path in plot.draw(tmp_path)}
     assert names == {"time_by_batch.svg", "time_by_batch.png", "roofline.svg", "roofline.png"}
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+
+def test_the_page_comes_from_the_csv_alone(tmp_path):
+    write_rows_along_batch(tmp_path)
+    lines = [line for line in summary.write(tmp_path).read_text().splitlines() if line.startswith("| stock-v2 |")]
+    assert len(lines) == 3
+    assert all("**2.5x**" in line and "0.005 (0.004 - 0.009)" in line for line in lines)
+    assert [line.split("|")[10].strip() for line in lines] == ["3.33", "1.67", "0.833"]

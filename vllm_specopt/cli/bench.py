@@ -142,6 +142,10 @@ def _measure(console: Console, results, cases: list[grid.Case], out: Path) -> in
     if failed:
         console.print(f"{len(failed)} checks failed; what failed has no number.", highlight=False)
     paths = [path for path in [out / "kernel_bench.csv"] if path.exists()]
+    if paths:
+        from vllm_specopt.benchmarks import summary
+
+        paths.append(summary.write(out))
     if paths and importlib.util.find_spec("matplotlib"):
         from vllm_specopt.benchmarks import plot
 

@@ -65,7 +65,8 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option(help="Which cases: quick, cpu, gpu or rehearsal (Triton's interpreter, tiny shapes).")
+        str,
+        typer.Option(help="Which cases: quick, cpu, cpu-lines, gpu or rehearsal (Triton's interpreter, tiny shapes)."),
     ] = "quick",
     case: Annotated[
         str | None, typer.Option(help="Only cases whose name this regular expression matches, or is.")
