@@ -3,7 +3,7 @@ ARGS ?=
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test prove lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -16,6 +16,9 @@ demo: setup ## serve the shipped pair stock and exact, compare them, write repor
 
 test: setup ## run every test; ARGS="-k name" picks some
 	@$(bin)/python -m pytest tests $(ARGS)
+
+prove: setup ## prove that verification is lossless, write reports/prove.json (about 20 minutes); ARGS="--quick"
+	@$(bin)/python tests/proof/run.py $(ARGS)
 
 lint: setup ## check the code with ruff
 	@$(bin)/ruff check .

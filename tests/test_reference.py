@@ -1,6 +1,5 @@
-"""The reference itself: its law by enumeration, its filters by definition, its random numbers by known answers."""
+"""The reference itself: its filters by definition, its random numbers by known answers (its law: test_proof.py)."""
 
-import itertools
 import math
 
 import pytest
@@ -8,68 +7,12 @@ import torch
 
 from vllm_specopt.kernels import reference
 from vllm_specopt.kernels.reference import (
-    acceptance_probability_ref,
     acceptance_uniform_ref,
     exact_verify_ref,
     exponential_ref,
     filter_row_ref,
     philox_ref,
-    residual_ref,
 )
-
-
-def conditional_laws(vocab_size: int, depth: int, gen: torch.Generator, kind: str) -> dict:
-    """A next-token law for every prefix up to ``depth`` tokens."""
-
-    def law():
-        logits = torch.randn(vocab_size, generator=gen, dtype=torch.float64) * (6 if kind == "peaked" else 1)
-        if kind == "sparse":
-            logits[torch.randperm(vocab_size, generator=gen)[: vocab_size // 2]] = -math.inf
-        return logits.softmax(0)
-
-    prefixes = (p for n in range(depth + 1) for p in itertools.product(range(vocab_size), repeat=n))
-    return {prefix: law() for prefix in prefixes}
-
-
-def sequence_law(laws: dict, vocab_size: int, length: int) -> dict:
-    joint = {}
-    for sequence in itertools.product(range(vocab_size), repeat=length):
-        joint[sequence] = math.prod(float(laws[sequence[:i]][sequence[i]]) for i in range(length))
-    return joint
-
-
-@pytest.mark.parametrize("kind", ["flat", "peaked", "sparse", "identical", "one-hot"])
-@pytest.mark.parametrize(("vocab_size", "num_drafts"), [(2, 4), (3, 3), (4, 2), (5, 1)])
-def test_emitted_sequences_have_the_target_law(kind, vocab_size, num_drafts):
-    """Sum over all drafts and outcomes; what is emitted, continued by the target, must be the target's joint law."""
-    gen = torch.Generator().manual_seed(vocab_size)
-    length = num_drafts + 1
-    target = conditional_laws(vocab_size, num_drafts, gen, "flat" if kind == "identical" else kind)
-    draft = target if kind == "identical" else conditional_laws(vocab_size, num_drafts, gen, kind)
-    if kind == "one-hot":
-        draft = {prefix: torch.eye(vocab_size, dtype=torch.float64)[law.argmax()] for prefix, law in draft.items()}
-    expected = sequence_law(target, vocab_size, length)
-    emitted = dict.fromkeys(expected, 0.0)
-
-    def continue_with_target(prefix, probability):
-        for tail in itertools.product(range(vocab_size), repeat=length - len(prefix)):
-            sequence = prefix + tail
-            steps = range(len(prefix), length)
-            emitted[sequence] += probability * math.prod(float(target[sequence[:i]][sequence[i]]) for i in steps)
-
-    for drafts in itertools.product(range(vocab_size), repeat=num_drafts):
-        reached = math.prod(float(draft[drafts[:i]][drafts[i]]) for i in range(num_drafts))
-        for i in range(num_drafts):
-            target_law, draft_law = target[drafts[:i]], draft[drafts[:i]]
-            accept = acceptance_probability_ref(target_law[drafts[i]], draft_law[drafts[i]])
-            residual = residual_ref(target_law, draft_law)
-            for token in range(vocab_size):
-                recovered = float(residual[token] / residual.sum())
-                continue_with_target((*drafts[:i], token), reached * (1 - accept) * recovered)
-            reached *= accept
-        continue_with_target(drafts, reached)
-    total_variation = sum(abs(emitted[s] - expected[s]) for s in expected) / 2
-    assert total_variation <= 1e-12
 
 
 def test_philox_known_answers():

@@ -1,0 +1,218 @@
+"""What a run consists of: jobs that any process can do, each giving rows of the table."""
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+
+from proof import biased, determinism, enumeration, equality, fuzz
+from proof.cases import make_cases
+from proof.draws import STATISTICS, WrongGreedy, backend_verifier, draw_case, judge_case
+from proof.judgement import FAMILY_ALPHA
+from vllm_specopt.kernels.reference import acceptance_probability_ref, residual_ref
+
+LOSSLESS = {"exact": {"acceptance": acceptance_probability_ref, "residual": residual_ref}}
+"""The methods that claim to be lossless, each with its rule in the reference."""
+DRAWN_CASES = {"flat": 0, "peaked": 2}
+"""Cases on which biased rules must be caught: name and place in the list."""
+CLOSE_SHARE = {"equality": 0.02, "fuzz": 0.1}
+"""Largest share of requests that may be left out as too close to call: fuzzing makes ties and empty residuals."""
+SECTIONS = ("enumeration", "law", "bias", "equality", "fuzz", "determinism")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a run does; ``fuzz`` and ``determinism`` count batches, ``equality`` requests per case."""
+
+    draws: int
+    equality: dict
+    fuzz: dict
+    determinism: dict
+    chunks: int
+
+
+FULL = Size(
+    2_000_000,
+    {"cpu": 1000, "triton": 750},
+    {"cpu": 100_000, "triton": 5_000},
+    {"cpu": 2_000, "triton": 100},
+    20,
+)
+QUICK = Size(40_000, {"cpu": 40, "triton": 2}, {"cpu": 300, "triton": 12}, {"cpu": 40, "triton": 2}, 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work; ``name`` is unique in a run, ``part`` tells chunks of one row apart."""
+
+    section: str
+    backend: str
+    item: str
+    method: str = "exact"
+    part: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}/{self.backend}/{self.method}/{self.item}/{self.part}"
+
+
+@dataclass
+class Row:
+    """A line of the table. draws: observations, requests, batches or sequences, as ``unit`` says."""
+
+    section: str
+    case: str
+    backend: str
+    draws: int
+    unit: str
+    p_value: float | None = None
+    total_variation: float | None = None
+    bound: float | None = None
+    passed: bool = True
+    note: str = ""
+    seconds: float = 0.0
+    job: str = ""
+    extra: dict = field(default_factory=dict)
+
+
+def law_backends() -> tuple[str, ...]:
+    """Backends fast enough to be drawn from: Triton on a GPU only."""
+    return ("cpu", "triton") if torch.cuda.is_available() else ("cpu",)
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
+    """All jobs of a run, the longest first."""
+    jobs, cases = [], make_cases()
+    for method in LOSSLESS:
+        jobs += [Job("fuzz", b, "random batches", method, i) for b in ("triton", "cpu") for i in range(size.chunks)]
+        jobs += [Job("equality", "triton", case.name, method) for case in cases]
+        jobs += [Job("law", b, case.name, method) for b in law_backends() for case in reversed(cases)]
+        jobs += [Job("determinism", b, change, method) for b in ("triton", "cpu") for change in determinism.CHANGES]
+        jobs += [Job("determinism", "cpu", "number of threads", method)]
+        jobs += [Job("equality", "cpu", case.name, method) for case in cases]
+        jobs += [Job("enumeration", "reference", kind, method) for kind in enumeration.KINDS]
+    for name in DRAWN_CASES:
+        jobs += [Job("bias", "cpu", f"{name}: drafter shares the recovery noise")]
+        jobs += [Job("bias", "arrays", f"{name}: {rule}") for rule in ("correct", *biased.RULES)]
+    return [job for job in jobs if job.section in sections]
+
+
+def alpha_per_test(num_cases: int) -> float:
+    """Bonferroni: the run's error chance over every case, statistic, method and backend, two tests each."""
+    return FAMILY_ALPHA / (2 * len(STATISTICS) * num_cases * len(LOSSLESS) * len(law_backends()))
+
+
+def run_job(job: Job, size: Size, seed: int) -> list[Row]:
+    """Do one job. A failed check is a row that did not pass; other exceptions are passed on as such rows too."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        with np.errstate(all="ignore"):
+            rows = _RUN[job.section](job, size, seed)
+    except Exception as error:
+        kind = "" if isinstance(error, AssertionError | WrongGreedy) else f"{type(error).__name__}: "
+        rows = [Row(job.section, job.item, job.backend, 0, "", passed=False, note=f"{kind}{error}")]
+    for row in rows:
+        row.job, row.seconds = job.name, round((time.perf_counter() - start) / len(rows), 2)
+    return rows
+
+
+def _enumerate(job: Job, size: Size, seed: int) -> list[Row]:
+    distances = [enumeration.total_variation(job.item, *shape, **LOSSLESS[job.method]) for shape in enumeration.SHAPES]
+    sequences = sum(vocab ** (drafts + 1) for vocab, drafts in enumeration.SHAPES)
+    row = Row(job.section, job.item, "reference", sequences, "sequences", total_variation=max(distances))
+    row.bound, row.passed = enumeration.BOUND, max(distances) <= enumeration.BOUND
+    return [row]
+
+
+def _case(name: str):
+    return next((i, case) for i, case in enumerate(make_cases()) if case.name == name)
+
+
+def _rows_of(job: Job, judgements: dict) -> list[Row]:
+    return [
+        Row(
+            job.section,
+            f"{job.item} / {statistic}",
+            job.backend,
+            j.draws,
+            "draws",
+            j.p_value,
+            j.total_variation,
+            j.bound,
+            j.passed,
+            f"{j.impossible} tokens outside the support" if j.impossible else "",
+            extra=asdict(j),
+        )
+        for statistic, j in judgements.items()
+    ]
+
+
+def _law(job: Job, size: Size, seed: int) -> list[Row]:
+    index, case = _case(job.item)
+    verifier = backend_verifier(job.backend, device_of(job.backend))
+    counts = draw_case(case, verifier, size.draws, seed * 1000 + index)
+    return _rows_of(job, judge_case(case, counts, alpha_per_test(len(make_cases()))))
+
+
+def _bias(job: Job, size: Size, seed: int) -> list[Row]:
+    name, _, rule = job.item.partition(": ")
+    _, case = _case(name)
+    if job.backend == "cpu":
+        counts = draw_case(case, backend_verifier("cpu"), size.draws, seed, biased.shared_noise_drafter)
+    else:
+        counts = draw_case(case, biased.rule_verifier(rule, seed), size.draws, seed)
+    judgements = judge_case(case, counts, alpha_per_test(len(make_cases())))
+    worst = min(judgements.values(), key=lambda j: (j.passed, j.p_value, j.bound - j.total_variation))
+    caught = [statistic for statistic, j in judgements.items() if not j.passed]
+    passed = bool(caught) != (rule == "correct")
+    note = f"caught by: {', '.join(caught)}" if caught else "not caught" if rule != "correct" else "accepted"
+    return [
+        Row(job.section, job.item, job.backend, worst.draws, "draws", worst.p_value, worst.total_variation,
+            worst.bound, passed, note)
+    ]  # fmt: skip
+
+
+def _equality(job: Job, size: Size, seed: int) -> list[Row]:
+    index, case = _case(job.item)
+    count = size.equality[job.backend]
+    result = equality.compare_case(case, job.backend, device_of(job.backend), count, seed * 1000 + index)
+    return [_counted(job, result.requests, "requests", result.requests, result.close, tokens=result.tokens)]
+
+
+def _fuzz(job: Job, size: Size, seed: int) -> list[Row]:
+    share = size.fuzz[job.backend] // size.chunks
+    indices = range(job.part * share, (job.part + 1) * share)
+    result = fuzz.fuzz(seed, indices, job.backend, device_of(job.backend))
+    return [_counted(job, result.batches, "batches", result.requests, result.close, tokens=result.emitted)]
+
+
+def _counted(job: Job, draws: int, unit: str, requests: int, close: int, **extra) -> Row:
+    row = Row(job.section, job.item, job.backend, draws, unit, extra={"requests": requests, "close": close, **extra})
+    row.passed = close <= max(3, CLOSE_SHARE[job.section] * requests)
+    row.note = f"{close} of {requests} requests too close to call"
+    return row
+
+
+def _determinism(job: Job, size: Size, seed: int) -> list[Row]:
+    count = size.determinism[job.backend]
+    if job.item == "number of threads":
+        result = determinism.check_threads(seed, range(max(1, count // 10)))
+    else:
+        result = determinism.check_batches(job.item, seed, range(count), job.backend, device_of(job.backend))
+    return [Row(job.section, job.item, job.backend, result.requests, "requests", note=f"{result.batches} batches")]
+
+
+_RUN = {
+    "enumeration": _enumerate,
+    "law": _law,
+    "bias": _bias,
+    "equality": _equality,
+    "fuzz": _fuzz,
+    "determinism": _determinism,
+}

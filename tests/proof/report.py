@@ -1,0 +1,108 @@
+"""The table of a run: on the console, as Markdown, and as JSON."""
+
+import json
+import platform
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.table import Table
+
+from proof.jobs import SECTIONS, Row
+
+COLUMNS = ("section", "case", "backend", "count", "chi-square p", "TV", "bound", "verdict")
+
+
+def save(path: Path, conditions: dict, rows: list[Row], seconds: float, workers: int) -> None:
+    """Write the rows and what they were run with; replaces the file in one step."""
+    packages = {name: version(name) for name in ("torch", "triton", "numba", "numpy", "scipy")}
+    record = {
+        "conditions": {
+            **conditions,
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "packages": packages,
+        },
+        "workers": workers,
+        "seconds": round(seconds, 1),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1))
+    part.replace(path)
+
+
+def load(path: Path, conditions: dict) -> list[Row]:
+    """Rows of an earlier run that passed, if it had the same seed and size."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    if any(record["conditions"].get(key) != value for key, value in conditions.items()):
+        return []
+    rows = [Row(**row) for row in record["rows"]]
+    failed = {row.job for row in rows if not row.passed}
+    return [row for row in rows if row.job not in failed]
+
+
+def merge(rows: list[Row]) -> list[Row]:
+    """In the order of the sections, with the chunks of one row added up."""
+    merged: dict[tuple, Row] = {}
+    for row in rows:
+        key = (SECTIONS.index(row.section), row.backend, row.case)
+        if key not in merged:
+            merged[key] = replace(row, extra=dict(row.extra))
+            continue
+        total = merged[key]
+        total.draws, total.seconds = total.draws + row.draws, total.seconds + row.seconds
+        total.passed = total.passed and row.passed
+        both = [total.extra.get(name, 0) + row.extra.get(name, 0) for name in ("close", "requests")]
+        total.extra |= {"close": both[0], "requests": both[1]}
+        if total.passed:
+            total.note = f"{both[0]} of {both[1]} requests too close to call"
+        elif not row.passed:
+            total.note = row.note
+    return [merged[key] for key in sorted(merged, key=lambda k: (k[0], k[1]))]
+
+
+def _cells(row: Row) -> list[str]:
+    def number(value, form):
+        return "" if value is None else format(value, form)
+
+    verdict = "holds" if row.passed else "FAILS"
+    if row.note:
+        verdict += f" ({row.note.splitlines()[0][:120]})"
+    return [
+        row.section,
+        row.case,
+        row.backend,
+        f"{row.draws:,} {row.unit}",
+        number(row.p_value, ".2g"),
+        number(row.total_variation, ".2g"),
+        number(row.bound, ".2g"),
+        verdict,
+    ]
+
+
+def table(rows: list[Row]) -> Table:
+    """For the console."""
+    result = Table(*COLUMNS)
+    section = None
+    for row in rows:
+        if section not in (None, row.section):
+            result.add_section()
+        section = row.section
+        result.add_row(*_cells(row), style=None if row.passed else "red")
+    return result
+
+
+def markdown(rows: list[Row]) -> str:
+    """For docs/proof.md."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in rows]) + "\n"
+
+
+def shown(path: Path) -> str:
+    """The path as the user would type it."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,18 @@
+"""Entry of ``make prove``: finds the checkout, chooses where Triton runs, and hands over to ``command.py``."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Before anything imports Triton: without a GPU its kernels run in the interpreter. Worker processes come here too.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if __name__ == "__main__":
+    from proof.command import main
+
+    sys.exit(main())

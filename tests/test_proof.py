@@ -1,0 +1,297 @@
+"""The small form of ``make prove``, and tests of the proofs themselves: what is wrong must be caught."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from proof import biased, determinism, enumeration, fuzz, jobs
+from proof import command as proof_command
+from proof.cases import make_cases
+from proof.draws import STATISTICS, backend_verifier, draw_case, independent_drafter, judge_case, make_step
+from proof.equality import compare_case
+from proof.judgement import judge, pool, variation_bound
+from proof.report import load, merge
+
+from vllm_specopt.kernels.reference import RECOVERED, exponential_ref, philox_ref
+from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS
+
+DRAWS = 20_000
+CASES = make_cases()
+ALPHA = jobs.alpha_per_test(len(CASES))
+TRITON_DEVICE = jobs.device_of("triton")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with np.errstate(all="ignore"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cpu_backend_has_the_target_law(case):
+    counts = draw_case(case, backend_verifier("cpu"), DRAWS, seed=11)
+    for statistic, judgement in judge_case(case, counts, ALPHA).items():
+        assert judgement.draws >= DRAWS
+        assert judgement.passed, f"{statistic}: {judgement}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_triton_backend_has_the_target_law(case):
+    counts = draw_case(case, backend_verifier("triton", "cuda"), DRAWS, seed=11)
+    for statistic, judgement in judge_case(case, counts, ALPHA).items():
+        assert judgement.passed, f"{statistic}: {judgement}"
+
+
+@pytest.mark.parametrize("case", [CASES[place] for place in jobs.DRAWN_CASES.values()], ids=lambda case: case.name)
+@pytest.mark.parametrize("rule", biased.RULES)
+def test_biased_rules_are_caught(case, rule):
+    """The same draws, limits and cases that a correct rule passes."""
+    good = judge_case(case, draw_case(case, biased.rule_verifier("correct", 1), DRAWS, 5), ALPHA)
+    assert all(judgement.passed for judgement in good.values()), good
+    bad = judge_case(case, draw_case(case, biased.rule_verifier(rule, 1), DRAWS, 5), ALPHA)
+    assert not all(judgement.passed for judgement in bad.values()), bad
+
+
+@pytest.mark.parametrize("case", [CASES[place] for place in jobs.DRAWN_CASES.values()], ids=lambda case: case.name)
+def test_a_drafter_that_shares_the_recovery_noise_is_caught(case):
+    """The verifier is the real one and the drafts have the right law; only their independence is missing."""
+    counts = draw_case(case, backend_verifier("cpu"), DRAWS, 5, biased.shared_noise_drafter)
+    assert not all(judgement.passed for judgement in judge_case(case, counts, ALPHA).values())
+    rng, seeds, positions = np.random.default_rng(0), np.arange(DRAWS), np.full(DRAWS, 5)
+    drafts = biased.shared_noise_drafter(case, 0, np.zeros(DRAWS, np.int64), seeds, positions, rng)
+    drafted = judge(np.bincount(drafts, minlength=case.vocab_size), case.draft_probs[0, 0], ALPHA)
+    assert drafted.passed, drafted
+
+
+def test_noise_on_arrays_is_that_of_the_reference():
+    seeds, positions = np.array([-5, 2**62, 7]), np.array([0, 2**35, 19])
+    words = np.stack(biased.philox_words(seeds, positions, RECOVERED), 1)
+    noise = biased.recovery_noise(seeds, positions, 50)
+    for row, (seed, position) in enumerate(zip(seeds.tolist(), positions.tolist(), strict=True)):
+        assert tuple(words[row].tolist()) == philox_ref(seed, position, RECOVERED)[:2]
+        assert np.allclose(noise[row], exponential_ref(seed, position, RECOVERED, 50).numpy(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", enumeration.KINDS)
+@pytest.mark.parametrize(("vocab_size", "num_drafts"), enumeration.SHAPES)
+def test_enumerated_law_is_the_targets(kind, vocab_size, num_drafts):
+    """Sum over all drafts and outcomes; what is emitted, continued by the target, must be the target's joint law."""
+    assert enumeration.total_variation(kind, vocab_size, num_drafts) <= enumeration.BOUND
+
+
+def test_enumeration_catches_a_biased_rule():
+    assert enumeration.total_variation("flat", 3, 3, residual=lambda target, draft: target) > 1e-3
+    assert enumeration.total_variation("flat", 3, 3, acceptance=lambda t, d: min(1.0, float(t / d) ** 0.5)) > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_laws_are_laws(case):
+    for law in (case.first_law(), case.pair_law(), case.length_law()):
+        assert law.min() >= 0
+        assert law.sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_judge_rejects_and_accepts():
+    rng, law = np.random.default_rng(0), np.array([0.5, 0.25, 0.125, 0.125, 0.0])
+    assert judge(rng.multinomial(100_000, law), law, 1e-4).passed
+    shifted = judge(rng.multinomial(100_000, np.array([0.51, 0.24, 0.125, 0.125, 0.0])), law, 1e-4)
+    assert shifted.p_value < 1e-4 and not shifted.passed
+    outside = judge(np.array([5000, 2500, 1250, 1249, 1]), law, 1e-4)
+    assert outside.impossible == 1 and not outside.passed
+
+
+def test_judge_has_its_error_rate():
+    """Of 1000 correct samples at 1 %, about ten fail the chi-square test, and hardly any the distance."""
+    rng, law = np.random.default_rng(1), np.random.default_rng(2).dirichlet(np.ones(40))
+    judged = [judge(rng.multinomial(20_000, law), law, 0.01) for _ in range(1000)]
+    assert 2 <= sum(j.p_value < 0.01 for j in judged) <= 24
+    assert sum(j.total_variation > j.bound for j in judged) <= 10
+
+
+def test_pooled_bins_have_enough():
+    law = np.concatenate([np.full(4, 0.2), np.full(2000, 0.1 / 2000), np.full(5, 0.02), np.zeros(10)])
+    bins = pool(law, 10_000)
+    expected = np.bincount(bins, law * 10_000)
+    assert expected.min() >= 25 and len(expected) > 10
+    assert variation_bound(law, 10_000, 1e-3) < variation_bound(law, 1_000, 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("place", range(1, len(CASES), 9))
+def test_cases_equal_the_reference(backend, place):
+    result = compare_case(CASES[place], backend, jobs.device_of(backend), 40 if backend == "cpu" else 3, seed=place)
+    assert result.close <= 2
+
+
+def test_greedy_batch_mates_are_checked():
+    case = next(case for case in CASES if case.greedy_every)
+    real = backend_verifier("cpu")
+
+    def wrong(step):
+        token_ids, num_sampled = real(step)
+        greedy = step.greedy.nonzero()[0]
+        token_ids[greedy[0], 0] = (token_ids[greedy[0], 0] + 1) % case.vocab_size
+        return token_ids, num_sampled
+
+    with pytest.raises(AssertionError, match="did not get its argmax"):
+        draw_case(case, wrong, 1000, 0)
+
+
+plans = st.builds(
+    fuzz.Plan,
+    value_seed=st.integers(0, 2**62),
+    num_drafts=st.one_of(
+        st.lists(st.integers(0, 5), min_size=1, max_size=5), st.lists(st.integers(0, 128), min_size=1, max_size=1)
+    ).map(tuple),
+    vocab=st.one_of(st.integers(1, 9), st.integers(1, 600), st.sampled_from([511, 512, 513, 1025, 4097])),
+    draft_vocab=st.just(0),
+    dtype=st.sampled_from(fuzz.DTYPES),
+    draft_dtype=st.sampled_from(fuzz.DTYPES),
+    draft=st.sampled_from([NO_DRAFT, PROBS, LOGITS]),
+    spread=st.sampled_from([0.0, 0.3, 1.0, 2.5, 6.0]),
+    ties=st.booleans(),
+    poison=st.sampled_from([0.0, 0.0, 0.02, 0.3, 0.9]),
+    improper=st.booleans(),
+    same=st.booleans(),
+    by_row=st.booleans(),
+    state=st.booleans(),
+    positions=st.booleans(),
+    greedy=st.sampled_from(["mixed", "none", "all", "no temperature"]),
+    bonus=st.booleans(),
+    filters=st.lists(st.sampled_from(["top_k", "top_p", "min_p"]), unique=True).map(tuple),
+    pad=st.sampled_from([0, 1, 24]),
+    skip=st.sampled_from([0, 3]),
+    index_bits=st.integers(0, 63),
+    extra_width=st.sampled_from([0, 1, 9]),
+)
+draft_widths = st.sampled_from([-7, -1, 0, 0, 0, 5])
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(plan=plans, wider=draft_widths)
+def test_cpu_backend_on_any_batch(plan, wider):
+    plan = replace(plan, draft_vocab=max(1, plan.vocab + wider))
+    fuzz.check_plan(plan, "cpu", "cpu", fuzz.FuzzResult())
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(plan=plans, wider=draft_widths)
+def test_triton_backend_on_any_batch(plan, wider):
+    short = tuple(min(k, 3) for k in plan.num_drafts[:2])
+    plan = replace(plan, draft_vocab=max(1, plan.vocab + wider), num_drafts=short)
+    fuzz.check_plan(plan, "triton", TRITON_DEVICE, fuzz.FuzzResult())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_long_run_in_small(backend):
+    result = fuzz.fuzz(1, range(200 if backend == "cpu" else 8), backend, jobs.device_of(backend))
+    assert result.batches == (200 if backend == "cpu" else 8) and result.emitted > result.batches
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", fuzz.DTYPES, ids=str)
+def test_rows_beyond_two_to_the_31_elements(backend, dtype):
+    plan = replace(fuzz.random_plan(0, 0, backend), num_drafts=(2, 1), vocab=37, draft_vocab=37, dtype=dtype, far=True)
+    batch = fuzz.build(plan)
+    assert batch.logits.stride(0) * (batch.logits.shape[0] - 1) >= 2**31
+    fuzz.check_plan(plan, backend, jobs.device_of(backend), fuzz.FuzzResult())
+
+
+def test_fuzzing_reaches_every_corner():
+    """The long run's plans hold every form at least once in a thousand."""
+    seen = [fuzz.random_plan(0, index, "cpu") for index in range(2000)]
+    for name in ("ties", "improper", "same", "far", "by_row", "state", "bonus", "poison"):
+        assert sum(bool(getattr(plan, name)) for plan in seen) >= 2, name
+    assert {plan.draft for plan in seen} == {NO_DRAFT, PROBS, LOGITS}
+    assert {plan.dtype for plan in seen} == set(fuzz.DTYPES)
+    assert min(plan.vocab for plan in seen) == 1 and max(plan.vocab for plan in seen) > 1000
+    assert min(max(plan.num_drafts) for plan in seen) == 0 and max(max(plan.num_drafts) for plan in seen) > 100
+
+
+def test_a_failing_batch_says_how_to_repeat_it(monkeypatch):
+    def fail(*_):
+        raise AssertionError("token 3 instead of 4")
+
+    monkeypatch.setattr(fuzz, "check_plan", fail)
+    with pytest.raises(AssertionError, match=r"instead of 4(.|\n)*run.py --seed 9 --batch 2 --backend cpu"):
+        fuzz.fuzz(9, range(2, 4), "cpu", "cpu")
+    assert proof_command.main(["--seed", "9", "--batch", "2"]) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("change", determinism.CHANGES)
+def test_tokens_do_not_depend_on(change, backend):
+    result = determinism.check_batches(
+        change, 2, range(30 if backend == "cpu" else 2), backend, jobs.device_of(backend)
+    )
+    assert result.requests
+
+
+def test_tokens_do_not_depend_on_the_number_of_threads():
+    assert determinism.check_threads(2, range(3)).requests == 12
+
+
+def test_determinism_check_catches_a_change(monkeypatch):
+    """A verifier whose draws depend on the place in the batch must be noticed."""
+    real = determinism.verify
+
+    def by_place(*args, **kwargs):
+        if kwargs.get("seeds") is not None:
+            kwargs["seeds"] = kwargs["seeds"] + len(args[1])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(determinism, "verify", by_place)
+    with pytest.raises(AssertionError, match="tokens changed with more batch mates"):
+        determinism.check_batches("more batch mates", 2, range(40), "cpu", "cpu")
+
+
+def test_second_steps_read_the_next_position():
+    case = CASES[0]
+    rng, seeds = np.random.default_rng(0), np.arange(4)
+    step = make_step(case, 1, np.array([0, 1, 0, 1]), seeds, np.full(4, 18), rng, independent_drafter)
+    batch = step.batch()
+    rows = case.num_drafts + 1
+    assert torch.equal(batch.logits[rows], case.target[1, 1])
+    assert batch.kwargs["positions"][:rows].tolist() == list(range(18, 18 + rows))
+
+
+def test_run_writes_its_report_and_resumes(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "prove.json"
+    arguments = ["--quick", "--only", "enumeration", "--workers", "1", "--report", str(path)]
+    assert proof_command.main(arguments) == 0
+    record = json.loads(path.read_text())
+    assert [row["case"] for row in record["rows"]] == list(enumeration.KINDS)
+    assert "5 of 5 hold" in capsys.readouterr().out
+    record["rows"][0] |= {"passed": False, "total_variation": 0.25, "note": "biased"}
+    path.write_text(json.dumps(record))
+    rows = load(path, {"quick": True, "seed": 0})
+    assert len(rows) == 4, "a failed row is run again"
+    monkeypatch.setattr(proof_command, "run", lambda *_: [jobs.Row(**row) for row in record["rows"]])
+    assert proof_command.main(arguments) == 1
+    assert '"why": "biased"' in capsys.readouterr().out
+
+
+def test_chunks_of_one_row_are_added_up():
+    rows = [
+        jobs.Row("fuzz", "random batches", "cpu", 10, "batches", extra={"close": 1, "requests": 30}, job="a"),
+        jobs.Row("fuzz", "random batches", "cpu", 12, "batches", extra={"close": 2, "requests": 40}, job="b"),
+        jobs.Row("fuzz", "random batches", "triton", 5, "batches", passed=False, note="no", job="c"),
+    ]
+    cpu, triton = merge(rows)
+    assert (cpu.draws, cpu.passed, cpu.note) == (22, True, "3 of 70 requests too close to call")
+    assert not triton.passed
+    assert set(STATISTICS) == {"first token", "pair of tokens", "accepted length and its token"}
