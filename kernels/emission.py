@@ -1,4 +1,4 @@
-"""From row statistics to tokens: where each request stops, and which token it emits there.
+"""From row statistics to candidates: where each request stops, and which tokens it may emit there.
 
 Every program of a request repeats the acceptance decision, which reads a few numbers per draft token, and then sweeps
 its own tile of the one emitting row. The token is drawn by an exponential race: argmax of log weight - log noise.
@@ -10,9 +10,8 @@ import triton.language as tl
 from .filters import load_logits
 from .noise import BONUS, RECOVERED, acceptance_uniform, log_exponential, row_words
 from .row_statistics import log_prob, merge_tiles, state_index
-
-INF_FLAG = tl.constexpr(1 << 30)
-NO_TOKEN = tl.constexpr(2147483647)
+from .sigmoid import best_by_score_residual, judged_scores, uses_sigmoid
+from .token_output import INF_FLAG, NO_TOKEN
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def _greedy_accepted(tokens, judged, rows, tile_max_ptr, tile_argmax_ptr, num_ti
 
 
 @triton.jit
-def _sampled_accepted(
+def _judged_probs(
     tokens,
     valid,
     pos,
@@ -38,8 +37,6 @@ def _sampled_accepted(
     temp,
     logits_ptr,
     logits_stride,
-    seeds_ptr,
-    positions_ptr,
     draft_probs_ptr,
     draft_probs_stride,
     draft_logits_ptr,
@@ -53,7 +50,7 @@ def _sampled_accepted(
     num_tiles,
     PADDED_TILES: tl.constexpr,
 ):
-    """Which draft tokens ``[BLOCK_K]`` pass u <= target_prob / draft_prob."""
+    """Target and draft probabilities ``[BLOCK_K]`` of the draft tokens."""
     largest, log_sum_exp = merge_tiles(tile_max_ptr, tile_sum_ptr, rows, valid, num_tiles, PADDED_TILES)
     logits = load_logits(logits_ptr, rows * logits_stride + tokens, valid)
     log_target = log_prob(logits / temp, largest, log_sum_exp)
@@ -74,6 +71,12 @@ def _sampled_accepted(
         draft_prob = tl.where(draft_largest > float("-inf"), draft_prob, 0.0)
     else:
         draft_prob = tl.where(valid, 1.0, 0.0)
+    return target_prob, draft_prob
+
+
+@triton.jit
+def _sampled_accepted(valid, pos, rows, state, seeds_ptr, positions_ptr, target_prob, draft_prob):
+    """Which draft tokens ``[BLOCK_K]`` pass u <= target_prob / draft_prob (or the same of scores)."""
     row_positions = pos.to(tl.int64)
     if positions_ptr is not None:
         row_positions = tl.load(positions_ptr + rows, mask=valid, other=0).to(tl.int64)
@@ -152,6 +155,8 @@ def emission_kernel(
     tile_argmax_ptr,  # [num_rows, num_tiles]
     draft_tile_max_ptr,  # [num_rows, num_tiles] or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
+    sigmoid_ptr,  # [10] or None, see sigmoid.py
+    sigmoid_requests_ptr,  # [max_reqs] or None
     num_accepted_ptr,  # [num_reqs] out
     candidate_score_ptr,  # [num_reqs, num_tiles] out
     candidate_token_ptr,  # [num_reqs, num_tiles] out, INF_FLAG added where the row has +inf
@@ -172,6 +177,7 @@ def emission_kernel(
     num_drafts = (tl.load(cu_num_logits_ptr + req_idx + 1) - start_row - 1).to(tl.int32)
     state = state_index(state_indices_ptr, req_idx)
     temp = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
+    by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state)
     # Compact drafts lack one bonus row per earlier request; otherwise row i judges entry i + 1.
     draft_start = start_row - req_idx if COMPACT_DRAFTS else start_row + 1
 
@@ -192,30 +198,55 @@ def emission_kernel(
                         tokens, valid, rows, tile_max_ptr, tile_argmax_ptr, num_tiles, PADDED_TILES
                     )
                 else:
+                    target_prob = tl.zeros([BLOCK_K], tl.float32)
+                    draft_prob = tl.zeros([BLOCK_K], tl.float32)
+                    if sigmoid_ptr is None or sigmoid_requests_ptr is not None:
+                        target_prob, draft_prob = _judged_probs(
+                            tokens,
+                            valid,
+                            pos,
+                            rows,
+                            req_idx,
+                            state,
+                            temp,
+                            logits_ptr,
+                            logits_stride,
+                            draft_probs_ptr,
+                            draft_probs_stride,
+                            draft_logits_ptr,
+                            draft_logits_stride_0,
+                            draft_logits_stride_1,
+                            threshold_ptr,
+                            tile_max_ptr,
+                            tile_sum_ptr,
+                            draft_tile_max_ptr,
+                            draft_tile_sum_ptr,
+                            num_tiles,
+                            PADDED_TILES,
+                        )
+                    if sigmoid_ptr is not None:
+                        target_score, draft_score = judged_scores(
+                            tokens,
+                            valid,
+                            pos,
+                            rows,
+                            req_idx,
+                            state,
+                            temp,
+                            logits_ptr,
+                            logits_stride,
+                            draft_probs_ptr,
+                            draft_probs_stride,
+                            draft_logits_ptr,
+                            draft_logits_stride_0,
+                            draft_logits_stride_1,
+                            threshold_ptr,
+                            sigmoid_ptr,
+                        )
+                        target_prob = tl.where(by_scores, target_score, target_prob)
+                        draft_prob = tl.where(by_scores, draft_score, draft_prob)
                     accepted = _sampled_accepted(
-                        tokens,
-                        valid,
-                        pos,
-                        rows,
-                        req_idx,
-                        state,
-                        temp,
-                        logits_ptr,
-                        logits_stride,
-                        seeds_ptr,
-                        positions_ptr,
-                        draft_probs_ptr,
-                        draft_probs_stride,
-                        draft_logits_ptr,
-                        draft_logits_stride_0,
-                        draft_logits_stride_1,
-                        threshold_ptr,
-                        tile_max_ptr,
-                        tile_sum_ptr,
-                        draft_tile_max_ptr,
-                        draft_tile_sum_ptr,
-                        num_tiles,
-                        PADDED_TILES,
+                        valid, pos, rows, state, seeds_ptr, positions_ptr, target_prob, draft_prob
                     )
             num_accepted = tl.min(tl.where(accepted | (pos >= num_drafts), num_drafts, pos), axis=0)
     if tile == 0:
@@ -262,93 +293,65 @@ def emission_kernel(
                 target_score_ptr, target_token_ptr, out, log_target_weight, log_noise, tile * TILE, has_inf * INF_FLAG
             )
             if has_draft:
-                log_weight = _log_residual(
-                    scaled,
-                    token_ids,
-                    mask,
-                    row,
-                    req_idx,
-                    num_accepted,
-                    state,
-                    temp,
-                    draft_probs_ptr,
-                    draft_probs_stride,
-                    draft_logits_ptr,
-                    draft_logits_stride_0,
-                    draft_logits_stride_1,
-                    tile_max_ptr,
-                    tile_sum_ptr,
-                    draft_tile_max_ptr,
-                    draft_tile_sum_ptr,
-                    num_tiles,
-                    PADDED_TILES,
-                )
-                _store_candidate(candidate_score_ptr, candidate_token_ptr, out, log_weight, log_noise, tile * TILE, 0)
+                if draft_probs_ptr is None and draft_logits_ptr is None:
+                    log_weight = tl.where(token_ids == rejected, float("-inf"), log_target_weight)
+                    flag = has_inf * INF_FLAG
+                    _store_candidate(
+                        candidate_score_ptr, candidate_token_ptr, out, log_weight, log_noise, tile * TILE, flag
+                    )
+                else:
+                    if sigmoid_ptr is None or sigmoid_requests_ptr is not None:  # noqa: SIM102 (compile time)
+                        if not by_scores:
+                            log_weight = _log_residual(
+                                scaled,
+                                token_ids,
+                                mask,
+                                row,
+                                req_idx,
+                                num_accepted,
+                                state,
+                                temp,
+                                draft_probs_ptr,
+                                draft_probs_stride,
+                                draft_logits_ptr,
+                                draft_logits_stride_0,
+                                draft_logits_stride_1,
+                                tile_max_ptr,
+                                tile_sum_ptr,
+                                draft_tile_max_ptr,
+                                draft_tile_sum_ptr,
+                                num_tiles,
+                                PADDED_TILES,
+                            )
+                            _store_candidate(
+                                candidate_score_ptr, candidate_token_ptr, out, log_weight, log_noise, tile * TILE, 0
+                            )
+                    if sigmoid_ptr is not None:  # noqa: SIM102 (compile time)
+                        if by_scores:
+                            score, token = best_by_score_residual(
+                                tile * TILE,
+                                vocab_size,
+                                has_inf,
+                                key0,
+                                key1,
+                                row,
+                                req_idx,
+                                num_accepted,
+                                state,
+                                temp,
+                                logits_ptr,
+                                logits_stride,
+                                draft_probs_ptr,
+                                draft_probs_stride,
+                                draft_logits_ptr,
+                                draft_logits_stride_0,
+                                draft_logits_stride_1,
+                                threshold_ptr,
+                                sigmoid_ptr,
+                                TILE,
+                            )
+                            tl.store(candidate_score_ptr + out, score)
+                            tl.store(candidate_token_ptr + out, token + has_inf * INF_FLAG)
             else:
                 tl.store(candidate_score_ptr + out, float("-inf"))
                 tl.store(candidate_token_ptr + out, 0)
-
-
-@triton.jit
-def _best_candidate(score_ptr, token_ptr, req_idx, num_tiles, PADDED_TILES: tl.constexpr):
-    """Token with the largest score over the tiles, first one on a tie; and whether there was any."""
-    tiles = tl.arange(0, PADDED_TILES)
-    mask = tiles < num_tiles
-    scores = tl.load(score_ptr + req_idx * num_tiles + tiles, mask=mask, other=float("-inf"))
-    tokens = tl.load(token_ptr + req_idx * num_tiles + tiles, mask=mask, other=0)
-    flagged = tokens >= INF_FLAG
-    any_flagged = tl.max(flagged.to(tl.int32), axis=0) == 1
-    scores = tl.where(any_flagged & (not flagged), float("-inf"), scores)
-    best = tl.max(scores, axis=0)
-    tokens = tl.where(flagged, tokens - INF_FLAG, tokens)
-    return tl.min(tl.where(mask & (scores == best), tokens, NO_TOKEN), axis=0), best > float("-inf")
-
-
-@triton.jit(do_not_specialize=["num_tiles", "width"])
-def token_output_kernel(
-    token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out
-    token_ids_stride,
-    num_sampled_ptr,  # [num_reqs] out
-    num_accepted_ptr,  # [num_reqs]
-    candidate_score_ptr,  # [num_reqs, num_tiles]
-    candidate_token_ptr,  # [num_reqs, num_tiles]
-    target_score_ptr,  # [num_reqs, num_tiles] or None
-    target_token_ptr,  # [num_reqs, num_tiles] or None
-    bonus_token_ids_ptr,  # [num_reqs] or None
-    bad_row_counter_ptr,  # [1] or None
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
-    num_tiles,
-    width,
-    COMPACT_DRAFTS: tl.constexpr,
-    PADDED_TILES: tl.constexpr,
-    PADDED_WIDTH: tl.constexpr,
-):
-    """One program per request: accepted draft tokens, the best candidate, then -1."""
-    req_idx = tl.program_id(0).to(tl.int64)
-    start_row = tl.load(cu_num_logits_ptr + req_idx).to(tl.int64)
-    num_drafts = (tl.load(cu_num_logits_ptr + req_idx + 1) - start_row - 1).to(tl.int32)
-    num_accepted = tl.load(num_accepted_ptr + req_idx)
-    token, found = _best_candidate(candidate_score_ptr, candidate_token_ptr, req_idx, num_tiles, PADDED_TILES)
-    if target_score_ptr is not None:
-        target_token, target_found = _best_candidate(
-            target_score_ptr, target_token_ptr, req_idx, num_tiles, PADDED_TILES
-        )
-        token = tl.where(found, token, target_token)
-        found = found | target_found
-    token = tl.where(found, token, 0).to(tl.int64)
-    counted = not found
-    if bonus_token_ids_ptr is not None:  # noqa: SIM102 (the pointer test is made at compile time)
-        if num_accepted == num_drafts:
-            token = tl.load(bonus_token_ids_ptr + req_idx).to(tl.int64)
-            counted = tl.full((), False, tl.int1)
-    if bad_row_counter_ptr is not None:
-        tl.atomic_add(bad_row_counter_ptr, 1, mask=counted)
-
-    columns = tl.arange(0, PADDED_WIDTH)
-    draft_start = start_row - req_idx if COMPACT_DRAFTS else start_row + 1
-    accepted = columns < num_accepted
-    drafts = tl.load(draft_token_ids_ptr + draft_start + columns, mask=accepted, other=-1).to(tl.int64)
-    tokens = tl.where(accepted, drafts, tl.where(columns == num_accepted, token, -1))
-    tl.store(token_ids_ptr + req_idx * token_ids_stride + columns, tokens, mask=columns < width)
-    tl.store(num_sampled_ptr + req_idx, num_accepted + 1)

@@ -1,5 +1,8 @@
 """Exact verification (Leviathan et al. 2211.17192, Chen et al. 2302.01318) on raw logits, in three launches.
 
+The same launches serve requests verified by sigmoid scores, alone or mixed with exact ones (``sigmoid.py``): of these
+the first kernel sweeps nothing, and the second judges by two numbers per draft token.
+
 Never materialised: probabilities, scaled or filtered logits, noise, recovered tokens of positions that emit nothing.
 
 1. ``row_statistics_kernel`` sweeps every judged row once: maximum and sum of exponentials per vocabulary tile (argmax
@@ -17,9 +20,10 @@ fixed order, so a request's tokens do not depend on its batch mates, and tensor-
 import torch
 import triton
 
-from .emission import emission_kernel, token_output_kernel
+from .emission import emission_kernel
 from .filters import RADIX_DIGITS, filter_threshold_kernel
 from .row_statistics import row_statistics_kernel
+from .token_output import token_output_kernel
 
 GREEDY_BELOW = 1e-5
 TILE = 4096
@@ -45,6 +49,8 @@ def exact_verify(
     min_p: torch.Tensor | None,
     bonus_token_ids: torch.Tensor | None,
     bad_row_counter: torch.Tensor | None,
+    sigmoid: torch.Tensor | None,
+    sigmoid_requests: torch.Tensor | None,
     token_ids: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
@@ -75,7 +81,8 @@ def exact_verify(
     if draft_logits is not None:
         draft_tile_max, draft_tile_sum = buffer(num_rows, torch.float32), buffer(num_rows, torch.float32)
         draft_logits_stride_0, draft_logits_stride_1 = draft_logits.stride(0), draft_logits.stride(1)
-    if has_draft_distribution:
+    # A residual may be empty; then the token comes from the full target row. Of one-hot drafts that is true of scores.
+    if has_draft_distribution or sigmoid is not None:
         target_score, target_token = buffer(num_reqs, torch.float32), buffer(num_reqs, torch.int32)
     candidate_score, candidate_token = buffer(num_reqs, torch.float32), buffer(num_reqs, torch.int32)
     num_accepted = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
@@ -92,6 +99,8 @@ def exact_verify(
         top_k,
         top_p,
         min_p,
+        sigmoid,
+        sigmoid_requests,
         tile_max,
         tile_sum,
         tile_argmax,
@@ -147,6 +156,8 @@ def exact_verify(
         tile_argmax,
         draft_tile_max,
         draft_tile_sum,
+        sigmoid,
+        sigmoid_requests,
         num_accepted,
         candidate_score,
         candidate_token,

@@ -1,4 +1,4 @@
-"""The definition of correct: exact verification in float64, one token at a time, with the kernels' random numbers.
+"""The definition of correct: exact and sigmoid verification in float64, one token at a time, with the kernels' noise.
 
 Every backend must return the token ids that :func:`exact_verify_ref` returns, except where its ``margin`` says that two
 outcomes lie closer together than single precision can tell apart. Imported by tests and benchmarks only.
@@ -119,18 +119,103 @@ def residual_ref(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch
     return weights if (weights > 0).any() else target_probs
 
 
-def _draw_ref(weights: torch.Tensor, exponential: torch.Tensor) -> tuple[int, float]:
-    """Exponential race: the token with the largest weight / exponential, first one on a tie; and the winning margin."""
+def sigmoid_score_ref(
+    values: torch.Tensor, temperature: float | None, alpha: float, beta: float, clip: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score sigmoid((z / T - alpha) / (beta - alpha)) of arXiv 2406.11016, which takes the place of a probability.
+
+    Args:
+        values: Logits z, or probabilities (whose logarithm stands in for z / T) where ``temperature`` is None.
+        temperature: T, or None.
+        alpha, beta: The constants of this side.
+        clip: Scores are 0 where z / T < alpha and 1 where z / T > beta, as in the released code. Decided in single
+            precision as z < alpha * T (or probability < exp(alpha)), so that every backend decides alike.
+
+    Returns:
+        Scores and the sigmoid's arguments, float64. NaN, -inf and probability 0 have score 0; +inf has score 1.
+    """
+    values = torch.where(values.isnan(), -math.inf if temperature is not None else 0.0, values)
+    if temperature is None:
+        values = values.clamp(min=0)
+        scaled, limits = values.double().log(), torch.tensor([alpha, beta]).double().exp().float()
+    else:
+        scaled, limits = values.double() / temperature, torch.tensor([alpha, beta]) * torch.tensor(temperature)
+    arguments = (scaled - alpha) / (beta - alpha)
+    scores = arguments.sigmoid()
+    if clip:
+        scores = torch.where(values.float() < limits[0], 0.0, torch.where(values.float() > limits[1], 1.0, scores))
+    return torch.where(scaled == math.inf, 1.0, scores), arguments
+
+
+def _draw_ref(
+    weights: torch.Tensor, exponential: torch.Tensor, cancels: torch.Tensor | None = None
+) -> tuple[int, float]:
+    """Exponential race: the token with the largest weight / exponential, first one on a tie; and the winning margin.
+
+    cancels: By how much the rounding of each weight exceeds its own precision, at least 1; lowers the margin.
+    """
     score = weights.log() - exponential.log()
     best = score.max()
-    others = score[score < best]
-    margin = (best - others.max()).item() if len(others) else math.inf
-    return int((score == best).nonzero()[0]), margin
+    winner = int((score == best).nonzero()[0])
+    lead = best - score
+    if cancels is not None:
+        lead = lead / torch.maximum(cancels, cancels[winner])
+    others = lead[score < best]
+    return winner, others.min().item() if len(others) else math.inf
 
 
 def _argmax_ref(row: torch.Tensor) -> int:
     row = torch.where(row.isnan(), -math.inf, row.double())
     return int((row == row.max()).nonzero()[0])
+
+
+def _sigmoid_row_ref(target_row, temp, filters, draft_row, draft_temp, token, seed, pos, constants):
+    """Judge one draft token by its scores: (margin, None if it survives, else the recovered token or -1 for a bad row).
+
+    draft_row: Draft logits (with their temperature) or probabilities (``draft_temp`` None); None for a one-hot draft.
+    token: The draft token, -1 if it is a placeholder.
+    """
+    target_constants = constants.target_alpha, constants.target_beta, constants.clip
+    draft_constants = constants.draft_alpha, constants.draft_beta, constants.clip
+    vocab_size = target_row.shape[0]
+    scaled, probs, filter_margin = target_row_ref(target_row, temp, *filters)
+    margin, allowed = math.inf, torch.ones(vocab_size, dtype=torch.bool)
+    if 1 <= filters[0] < vocab_size or filters[1] < 1 or filters[2] > 0:
+        margin, allowed = filter_margin, scaled > -math.inf
+    target_score, target_argument = sigmoid_score_ref(target_row, temp, *target_constants)
+    target_score = target_score.where(allowed, 0.0)
+    draft_score, draft_argument = torch.ones(vocab_size, dtype=torch.float64), None
+    if draft_row is not None:
+        draft_score, draft_argument = sigmoid_score_ref(draft_row, draft_temp, *draft_constants)
+
+    if token >= 0 and draft_score[token] > 0:
+        u, ratio = acceptance_uniform_ref(seed, pos), float(target_score[token] / draft_score[token])
+        margin = min(margin, abs(u - ratio) / u)
+        if target_score[token] > 0 and u <= ratio:
+            return margin, None
+
+    # The emitting row is read as a whole, so +inf takes all of its score too.
+    if (target_row == math.inf).any():
+        target_score = target_score.where(target_row == math.inf, 0.0)
+    weights, cancels = probs, None
+    if token >= 0 and draft_row is None:
+        weights = probs.clone()
+        weights[token] = 0.0
+    elif token >= 0:
+        weights = (target_score - draft_score).clamp(min=0)
+        if draft_temp is None or target_constants != draft_constants:
+            shifts = [c[0] / (c[1] - c[0]) for c in (target_constants, draft_constants)]
+            size = (target_argument + shifts[0]).abs() + (draft_argument + shifts[1]).abs()
+            size = size + abs(shifts[0] - shifts[1]) + 1 / (target_constants[1] - target_constants[0])
+            cancels = (size / (target_argument - draft_argument).abs()).nan_to_num(1.0, 1.0, 1.0).clamp(min=1)
+        # Single precision runs out of range here, and backends of exponents.
+        margin = min(margin, math.inf if weights.max() > 1e-30 or weights.max() == 0 else 0.0)
+    if not (weights > 0).any():
+        weights, cancels = probs, None
+    if not (weights > 0).any():
+        return margin, -1
+    recovered, draw_margin = _draw_ref(weights, exponential_ref(seed, pos, RECOVERED, vocab_size), cancels)
+    return min(margin, draw_margin), recovered
 
 
 def exact_verify_ref(
@@ -149,8 +234,10 @@ def exact_verify_ref(
     top_p: torch.Tensor | None = None,  # [max_reqs]
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
+    sigmoid=None,
+    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
 ) -> Reference:
-    """Exact verification; arguments and meaning as in ``vllm_specopt.verify.verify``."""
+    """Exact or sigmoid verification; arguments and meaning as in ``vllm_specopt.verify.verify``."""
     num_reqs = cu_num_logits.shape[0] - 1
     starts = cu_num_logits.tolist()
     num_rows, vocab_size = logits.shape
@@ -186,6 +273,21 @@ def exact_verify_ref(
                 token_ids[req, i] = token
                 continue
             seed, pos = int(seeds[state]), i if positions is None else int(positions[row])
+            if sigmoid is not None and (sigmoid_requests is None or bool(sigmoid_requests[state])):
+                draft_row, draft_temp = None, None
+                if draft_probs is not None:
+                    draft_row = draft_probs[row - req, :vocab_size].cpu()
+                elif draft_logits is not None:
+                    draft_row, draft_temp = draft_logits[state, i, :vocab_size].cpu(), temp
+                token_margin, recovered = _sigmoid_row_ref(
+                    target_row, temp, filters, draft_row, draft_temp, token if valid else -1, seed, pos, sigmoid
+                )
+                margin = min(margin, token_margin)
+                if recovered is None:
+                    token_ids[req, i] = token
+                    continue
+                emitted, bad_rows = max(recovered, 0), bad_rows + int(recovered < 0)
+                break
             _, target_probs, row_margin = target_row_ref(target_row, temp, *filters)
             margin = min(margin, row_margin)
             if draft_probs is not None:

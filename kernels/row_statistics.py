@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .filters import load_logits
+from .sigmoid import uses_sigmoid
 
 
 @triton.jit
@@ -68,6 +69,8 @@ def row_statistics_kernel(
     top_k_ptr,  # [max_reqs] or None
     top_p_ptr,  # [max_reqs] or None
     min_p_ptr,  # [max_reqs] or None
+    sigmoid_ptr,  # [10] or None, see sigmoid.py
+    sigmoid_requests_ptr,  # [max_reqs] or None
     tile_max_ptr,  # [num_rows, num_tiles] out: largest logit / temperature of the tile
     tile_sum_ptr,  # [num_rows, num_tiles] out: sum of exp(logit / temperature - tile maximum)
     tile_argmax_ptr,  # [num_rows, num_tiles] out, greedy requests only
@@ -79,7 +82,10 @@ def row_statistics_kernel(
     GREEDY_BELOW: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per (request, row, tile). Bonus rows of sampled requests need no statistics and are skipped."""
+    """One program per (request, row, tile).
+
+    Rows that need no statistics are skipped: bonus rows of sampled requests, and all rows of those verified by scores.
+    """
     req_idx = tl.program_id(0) // rows_per_req
     pos = tl.program_id(0) % rows_per_req
     tile = tl.program_id(1)
@@ -99,7 +105,7 @@ def row_statistics_kernel(
         largest, index = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(tile_max_ptr + out, largest)
         tl.store(tile_argmax_ptr + out, tile * TILE + index)
-    elif not is_bonus:
+    elif not (is_bonus | uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state)):
         has_filter = tl.full((), False, tl.int1)
         if top_k_ptr is not None:
             top_k = tl.load(top_k_ptr + state)

@@ -36,7 +36,7 @@ def compiled(tmp_path_factory):
 def test_every_variant_compiles_without_spills(compiled, architecture):
     results = compiled[architecture]
     assert {result["kernel"] for result in results} == KERNELS
-    assert len(results) >= 60
+    assert len(results) >= 150
     spilling = [(r["kernel"], r["variant"], r["spilled_bytes"]) for r in results if r["spilled_bytes"]]
     assert not spilling
     assert all(r["cubin_bytes"] > 0 and r["registers"] <= 255 for r in results)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vllm_specopt.config import SpecoptConfig, parse
+from vllm_specopt.config import PAPER, SigmoidConstants, SpecoptConfig, parse, requested_method
 
 
 @pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"specopt": None}, object()])
@@ -19,6 +19,16 @@ def test_absent_option_is_none(additional_config):
         ("exact", SpecoptConfig("exact", "error")),
         ({"method": "exact"}, SpecoptConfig("exact", "error")),
         ({"method": "exact", "on_unknown_vllm": "stock"}, SpecoptConfig("exact", "stock")),
+        ({"method": "exact", "allow_per_request": False, "sigmoid": None}, SpecoptConfig("exact")),
+        ({"method": "sigmoid", "sigmoid": "paper"}, SpecoptConfig("sigmoid", sigmoid=PAPER)),
+        (
+            {"method": "sigmoid", "sigmoid": {"alpha": -10, "beta": 10.5}},
+            SpecoptConfig("sigmoid", sigmoid=SigmoidConstants(-10.0, 10.5, -10.0, 10.5)),
+        ),
+        (
+            {"method": "exact", "sigmoid": "paper", "allow_per_request": True},
+            SpecoptConfig("exact", sigmoid=PAPER, allow_per_request=True),
+        ),
     ],
 )
 def test_accepted_forms(option, expected):
@@ -41,14 +51,79 @@ def test_accepted_forms(option, expected):
             {"method": "exact", "on_unknown_vllm": "ignore"},
             r"specopt\.on_unknown_vllm is 'ignore', expected 'error' or 'stock'",
         ),
-        (True, r"specopt is True, expected a method \('exact'\) or a mapping"),
+        (True, r"specopt is True, expected a method \('exact' or 'sigmoid'\) or a mapping"),
         (["exact"], r"specopt is \['exact'\], expected a method"),
+        ("sigmoid", r"specopt\.sigmoid is missing \(method is 'sigmoid'\), expected \"paper\" .* or \{\"alpha\""),
+        (
+            {"method": "exact", "allow_per_request": True},
+            r"specopt\.sigmoid is missing \(allow_per_request is true\), expected \"paper\"",
+        ),
+        (
+            {"method": "exact", "sigmoid": "paper"},
+            r"specopt\.sigmoid is given, but nothing can use it: method is 'exact' and allow_per_request is not true",
+        ),
+        (
+            {"method": "exact", "allow_per_request": "yes"},
+            r"specopt\.allow_per_request is 'yes', expected true or false",
+        ),
+        ({"method": "sigmoid", "sigmoid": "typical"}, r"specopt\.sigmoid is 'typical', expected \"paper\""),
+        ({"method": "sigmoid", "sigmoid": 3}, r"specopt\.sigmoid is 3, expected \"paper\""),
+        ({"method": "sigmoid", "sigmoid": {"alpha": 1}}, r"specopt\.sigmoid lacks the key beta, expected a number"),
+        (
+            {"method": "sigmoid", "sigmoid": {"calibration": "file.json"}},
+            r"specopt\.sigmoid has the unknown key 'calibration', expected 'alpha' or 'beta'",
+        ),
+        (
+            {"method": "sigmoid", "sigmoid": {"alpha": 2, "beta": 2}},
+            r"specopt\.sigmoid\.alpha is 2\.0, expected less than specopt\.sigmoid\.beta \(2\.0\)",
+        ),
+        (
+            {"method": "sigmoid", "sigmoid": {"alpha": 1e9, "beta": 1e9 + 1}},
+            r"specopt\.sigmoid\.alpha is 1000000000\.0, expected less than specopt\.sigmoid\.beta",
+        ),
+        *(
+            (
+                {"method": "sigmoid", "sigmoid": {"alpha": 0, "beta": value}},
+                r"specopt\.sigmoid\.beta is .*, expected a number from -1e30 to 1e30",
+            )
+            for value in (float("nan"), float("inf"), "1e4", True, None, 10**400)
+        ),
     ],
 )
 def test_mistakes_are_named(option, message):
     with pytest.raises(ValueError, match=message) as error:
         parse({"specopt": option})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"other": 1}, None),
+        ({"specopt": None}, None),
+        ({"specopt": "sigmoid"}, "sigmoid"),
+        ({"specopt": {"method": "exact"}, "other": 1}, "exact"),
+    ],
+)
+def test_what_a_request_asks_for(extra_args, expected):
+    assert requested_method(extra_args) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("fast", r"extra_args\['specopt'\] is 'fast', expected 'exact' or 'sigmoid'"),
+        (1, r"extra_args\['specopt'\] is 1, expected"),
+        ({"method": "fast"}, r"extra_args\['specopt'\]\['method'\] is 'fast', expected"),
+        ({}, r"extra_args\['specopt'\]\['method'\] is None, expected"),
+        ({"method": "exact", "alpha": 1}, r"extra_args\['specopt'\] has the unknown key 'alpha', expected 'method'"),
+    ],
+)
+def test_mistakes_of_a_request_are_named(choice, message):
+    with pytest.raises(ValueError, match=message):
+        requested_method({"specopt": choice})
 
 
 def test_option_cannot_be_changed_later():

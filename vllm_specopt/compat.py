@@ -23,6 +23,8 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("v1/sample/metadata.py", "SamplingMetadata"): ("4d5a48792a341df1",),
         ("v1/spec_decode/metadata.py", "SpecDecodeMetadata"): ("41bb36606eb19917",),
         ("v1/worker/gpu_model_runner.py", "GPUModelRunner._sample"): ("0e5d07b1a03ebda7",),
+        ("v1/worker/gpu_input_batch.py", "InputBatch.refresh_metadata"): ("da0b8a7683cd8970",),
+        ("v1/engine/input_processor.py", "InputProcessor._validate_params"): ("1533e2351fe8e310",),
         ("v1/worker/gpu_model_runner.py", "GPUModelRunner._calc_spec_decode_metadata"): ("57820ad4a011ede9",),
         ("v1/worker/gpu_model_runner.py", "GPUModelRunner._get_spec_decode_draft_probs"): ("a6ca9cce82907287",),
     },
@@ -41,6 +43,7 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("v1/worker/gpu/sample/states.py", "SamplingStates.__init__"): ("cf003561df3e8019",),
         ("v1/worker/gpu/sample/states.py", "SamplingStates.add_request"): ("f82712eeadaaea99",),
         ("v1/worker/gpu/sample/logits_processor/interface.py", "LogitsContext"): ("2900a7facdf5724e",),
+        ("v1/worker/gpu/sample/logits_processor/interface.py", "LogitsProcessor"): ("eea0cd6033e75f9e",),
         ("v1/worker/gpu/sample/logit_bias.py", "LogitBiasState.apply"): ("358c53c66f7b3acf",),
         ("v1/worker/gpu/sample/penalties.py", "PenaltiesState.apply"): ("20d2a7be0d6c2292",),
         ("v1/worker/gpu/sample/bad_words.py", "BadWordsState.apply"): ("dec69bbe0743b661",),
@@ -48,6 +51,7 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("v1/worker/gpu/sample/gumbel.py", "gumbel_sample"): ("612303a071f0f19a",),
         ("v1/worker/gpu/model_states/interface.py", "ModelState.custom_sampler"): ("a58b4e7bf65e1b09",),
         ("v1/worker/gpu/model_runner.py", "GPUModelRunner.sample"): ("d3e7c9c090226f8a",),
+        ("v1/engine/input_processor.py", "InputProcessor._validate_params"): ("1533e2351fe8e310",),
     },
 }
 

@@ -1,12 +1,35 @@
-"""The option that turns the plugin on: ``additional_config["specopt"]``."""
+"""The option that turns the plugin on: ``additional_config["specopt"]``; and a request's own choice of method."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-METHODS = ("exact",)
+METHODS = ("exact", "sigmoid")
 ON_UNKNOWN_VLLM = ("error", "stock")
 ALLOWED = {"method": METHODS, "on_unknown_vllm": ON_UNKNOWN_VLLM}
+REQUEST_KEY = "specopt"
+# Single precision must hold the constants, and tell alpha from beta.
+_LARGEST, _NARROWEST = 1e30, 1e-6
+_CONSTANTS = '"paper" (alpha -1e4, beta 1e4, those of the paper\'s released code) or {"alpha": ..., "beta": ...}'
+
+
+@dataclass(frozen=True)
+class SigmoidConstants:
+    """Constants of sigmoid verification: score(z) = sigmoid((z / T - alpha) / (beta - alpha)), T the temperature.
+
+    Each side has its own pair, because the two models' logits need not be centred alike. With ``clip`` scores are 0
+    where z / T < alpha and 1 where z / T > beta, as in the code the paper released.
+    """
+
+    target_alpha: float
+    target_beta: float
+    draft_alpha: float
+    draft_beta: float
+    clip: bool = True
+
+
+PAPER = SigmoidConstants(-1e4, 1e4, -1e4, 1e4)
+"""The constants of the code released with arXiv 2406.11016."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +39,16 @@ class SpecoptConfig:
     method: How draft tokens are verified; one of ``METHODS``.
     on_unknown_vllm: What to do on a vLLM this version was not checked against: ``error`` stops at startup, ``stock``
         runs vLLM's own sampler with a warning.
+    sigmoid: Constants of the sigmoid method; None where nothing can use them. Given as ``"paper"`` (:data:`PAPER`) or
+        as ``{"alpha": ..., "beta": ...}``, the same for both models. They have no default: they decide how far the
+        output may leave the target's distribution.
+    allow_per_request: Whether a request may choose another method than the engine's, see :func:`requested_method`.
     """
 
     method: str
     on_unknown_vllm: str = "error"
+    sigmoid: SigmoidConstants | None = None
+    allow_per_request: bool = False
 
 
 def parse(additional_config: Any) -> SpecoptConfig | None:
@@ -44,16 +73,76 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
         raise ValueError(
             f"specopt is {option!r}, expected a method ({_either(METHODS)}) or a mapping with the key method"
         )
-    keys = [field.name for field in fields(SpecoptConfig)]
-    for key in option:
-        if key not in keys:
-            raise ValueError(f"specopt has the unknown key {key!r}, expected {_either(keys)}")
+    _known_keys("specopt", option, [field.name for field in fields(SpecoptConfig)])
     if "method" not in option:
         raise ValueError(f"specopt lacks the key method, expected {_either(METHODS)}")
-    for key, value in option.items():
-        if not isinstance(value, str) or value not in ALLOWED[key]:
-            raise ValueError(f"specopt.{key} is {value!r}, expected {_either(ALLOWED[key])}")
-    return SpecoptConfig(**option)
+    for key, allowed in ALLOWED.items():
+        if key in option and (not isinstance(option[key], str) or option[key] not in allowed):
+            raise ValueError(f"specopt.{key} is {option[key]!r}, expected {_either(allowed)}")
+    per_request = option.get("allow_per_request", False)
+    if not isinstance(per_request, bool):
+        raise ValueError(f"specopt.allow_per_request is {per_request!r}, expected true or false")
+    constants = option.get("sigmoid")
+    if constants is None and (option["method"] == "sigmoid" or per_request):
+        needs = "method is 'sigmoid'" if option["method"] == "sigmoid" else "allow_per_request is true"
+        raise ValueError(f"specopt.sigmoid is missing ({needs}), expected {_CONSTANTS}")
+    if constants is not None and option["method"] != "sigmoid" and not per_request:
+        raise ValueError(
+            f"specopt.sigmoid is given, but nothing can use it: method is {option['method']!r} and allow_per_request "
+            "is not true"
+        )
+    return SpecoptConfig(**{**option, "sigmoid": None if constants is None else _sigmoid_constants(constants)})
+
+
+def requested_method(extra_args: Any) -> str | None:
+    """The method a request asks for: ``SamplingParams.extra_args["specopt"]``, in the OpenAI API ``vllm_xargs``.
+
+    Args:
+        extra_args: The request's extra arguments, or None.
+
+    Returns:
+        One of ``METHODS``, given as such or as ``{"method": ...}``; None if the request leaves it to the engine.
+
+    Raises:
+        ValueError: The value is malformed; the message names it and what is allowed.
+    """
+    choice = extra_args.get(REQUEST_KEY) if extra_args else None
+    if choice is None:
+        return None
+    name = f"extra_args[{REQUEST_KEY!r}]"
+    if isinstance(choice, Mapping):
+        _known_keys(name, choice, ["method"])
+        choice, name = choice.get("method"), f"{name}['method']"
+    if not isinstance(choice, str) or choice not in METHODS:
+        raise ValueError(f"{name} is {choice!r}, expected {_either(METHODS)}")
+    return choice
+
+
+def _sigmoid_constants(value: Any) -> SigmoidConstants:
+    if value == "paper":
+        return PAPER
+    if not isinstance(value, Mapping):
+        raise ValueError(f"specopt.sigmoid is {value!r}, expected {_CONSTANTS}")
+    _known_keys("specopt.sigmoid", value, ["alpha", "beta"])
+    for key in ("alpha", "beta"):
+        if key not in value:
+            raise ValueError(f"specopt.sigmoid lacks the key {key}, expected a number")
+        number = value[key]
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= _LARGEST:
+            raise ValueError(f"specopt.sigmoid.{key} is {number!r}, expected a number from -1e30 to 1e30")
+    alpha, beta = float(value["alpha"]), float(value["beta"])
+    if not beta - alpha >= _NARROWEST * max(abs(alpha), abs(beta), 1.0):
+        raise ValueError(
+            f"specopt.sigmoid.alpha is {alpha!r}, expected less than specopt.sigmoid.beta ({beta!r}) by at least "
+            "one part in a million"
+        )
+    return SigmoidConstants(alpha, beta, alpha, beta)
+
+
+def _known_keys(name: str, mapping: Mapping, keys: list[str]) -> None:
+    for key in mapping:
+        if key not in keys:
+            raise ValueError(f"{name} has the unknown key {key!r}, expected {_either(keys)}")
 
 
 def _either(values) -> str:

@@ -1,4 +1,4 @@
-"""Exact verification on a CPU: reads each judged row once, and the emitting row once more.
+"""Verification on a CPU: exact reads each judged row once, and the emitting row once more; sigmoid the latter alone.
 
 The loops are compiled by numba, which vLLM itself requires, on first use (a few seconds; see :func:`warm_up`) and kept
 in ``__pycache__`` beside this file, or in numba's per-user cache directory where the package is read-only
@@ -39,8 +39,12 @@ def exact_verify(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
+    sigmoid: torch.Tensor | None = None,  # [10]
+    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
 ) -> None:
     """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
+
+    ``sigmoid`` holds the constants as that function packs them.
 
     Writes every element of ``token_ids`` (int32 or int64) and ``num_sampled`` (int32). Uses up to
     ``torch.get_num_threads()`` threads; the result does not depend on their number.
@@ -50,7 +54,7 @@ def exact_verify(
     """
     num_reqs = cu_num_logits.shape[0] - 1
     num_rows, vocab_size = logits.shape
-    per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p)
+    per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p, sigmoid_requests)
     num_states = min((t.shape[0] for t in per_state if t is not None), default=1 << 62)
     mode, draft = ONE_HOT, None
     draft_stride = draft_position_stride = 0
@@ -84,6 +88,8 @@ def exact_verify(
         _address(top_p),
         _address(min_p),
         *_ints(bonus_token_ids),
+        _address(sigmoid),
+        _address(sigmoid_requests),
         token_ids.data_ptr(),
         token_ids.stride(0),
         token_ids.shape[1],

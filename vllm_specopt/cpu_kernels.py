@@ -42,6 +42,14 @@ HALF = np.float32(0.5)
 TWO_M32 = np.float32(2.0**-32)
 NOISE_MAX = np.float32(1 - 2.0**-24)
 FP16_REBIAS = np.float32(2.0**112)
+LOG2_E = np.float32(1.4426950408889634)
+# Cephes' logf: coefficients, and ln 2 in two parts so that its multiples are exact.
+SQRT_HALF, LN2_HIGH, LN2_LOW = np.float32(0.70710678), np.float32(0.693359375), np.float32(-2.12194440e-4)
+L0, L1, L2 = np.float32(7.0376836292e-2), np.float32(-1.1514610310e-1), np.float32(1.1676998740e-1)
+L3, L4, L5 = np.float32(-1.2420140846e-1), np.float32(1.4249322787e-1), np.float32(-1.6668057665e-1)
+L6, L7, L8 = np.float32(2.0000714765e-1), np.float32(-2.4999993993e-1), np.float32(3.3333331174e-1)
+# Constants of the sigmoid method (see vllm_specopt.verify): where the draft's begin, and the differences.
+DRAFT_SIDE, DIFFERENCE = 4, 8
 # Slack of the single-precision comparison that decides whether a token's exact score is worth computing.
 BOUND_SLACK = 1 - 1e-6
 
@@ -92,6 +100,11 @@ def _write_int(address, i, wide, value):
 @_jit()
 def _read_float(address, i):
     return float(carray(_pointer(address + 4 * i, types.float32), 1)[0])
+
+
+@_jit()
+def _read_bool(address, i):
+    return carray(_pointer(address + i, types.uint8), 1)[0] != 0
 
 
 @_jit()
@@ -469,15 +482,116 @@ def _residual(weights, inverse, mode, draft, draft_top, draft_inverse, scale):
             weights[i] = np.float32(weights[i] * inverse) - prob
 
 
+@_jit(fastmath={"contract"})
+def _log(value):
+    """Natural logarithm of a positive normal number, within 1e-7 of its size or of 1; -inf for anything smaller."""
+    bits = np.float32(value).view(np.int32)
+    exponent = np.int32((bits >> 23) - 126)
+    mantissa = np.int32((bits & 0x007FFFFF) | 0x3F000000).view(np.float32)
+    small = mantissa < SQRT_HALF
+    x = (mantissa + mantissa if small else mantissa) - ONE
+    e = np.float32(exponent - np.int32(small))
+    square = x * x
+    poly = ((((((((L0 * x + L1) * x + L2) * x + L3) * x + L4) * x + L5) * x + L6) * x + L7) * x + L8) * x * square
+    log = x + (poly + LN2_LOW * e - HALF * square) + LN2_HIGH * e
+    return log if value > np.float32(2e-38) else -INF
+
+
+@_jit()
+def _sigmoid(x):
+    size = x if x >= ZERO else -x
+    power = _exp2(np.float32(-size * LOG2_E))
+    return (ONE if x >= ZERO else power) / (ONE + power)
+
+
+@_jit()
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0, with full relative accuracy down to x = 0."""
+    series = ONE + x * np.float32(1 / 8)
+    series = ONE + x * np.float32(1 / 7) * series
+    series = ONE + x * np.float32(1 / 6) * series
+    series = ONE + x * np.float32(1 / 5) * series
+    series = ONE + x * np.float32(1 / 4) * series
+    series = ONE + x * np.float32(1 / 3) * series
+    series = ONE + x * np.float32(1 / 2) * series
+    return -x * series if x > -HALF else ONE - _exp2(np.float32(x * LOG2_E))
+
+
+@_jit()
+def _score(constants, side, value, scaled, unit):
+    """Score of one token; value: what the limits (times ``unit``) apply to, scaled: logit / temperature."""
+    if value < np.float32(_read_float(constants, side + 2) * unit):
+        return 0.0
+    if value > np.float32(_read_float(constants, side + 3) * unit):
+        return 1.0
+    argument = scaled * _read_float(constants, side) + _read_float(constants, side + 1)
+    return 1.0 / (1.0 + math.exp(-argument)) if argument > -700.0 else 0.0
+
+
+@_jit()
+def _passes(constants, temp, uniform, value, mode, draft_row, draft_kind, token):
+    """Whether a draft token survives: uniform <= target score / draft score, both above 0."""
+    draft_score = 1.0
+    if mode == PROBS:
+        prob = max(_read(draft_row, draft_kind, token), ZERO)
+        draft_score = _score(constants, DRAFT_SIDE, prob, math.log(float(prob)) if prob > ZERO else -np.inf, 1.0)
+    elif mode == LOGITS:
+        logit = _read(draft_row, draft_kind, token)
+        draft_score = _score(constants, DRAFT_SIDE, logit, float(logit) / temp, temp)
+    return draft_score > 0 and uniform * draft_score <= _score(constants, 0, value, float(value) / temp, temp)
+
+
+@_jit()
+def _score_residual(x, draft, mode, constants, temp, top, floor, weights):
+    """max(target score - draft score, 0) of a tile, as sigmoid(a) sigmoid(-b) (1 - exp(b - a)): see kernels/sigmoid.py.
+
+    x: target logits; draft: the draft's logits or probabilities; a row with +inf keeps its +inf alone.
+    """
+    unit = ONE if mode == PROBS else np.float32(temp)
+    low, high = np.float32(_read_float(constants, 2) * temp), np.float32(_read_float(constants, 3) * temp)
+    draft_low = np.float32(_read_float(constants, DRAFT_SIDE + 2) * float(unit))
+    draft_high = np.float32(_read_float(constants, DRAFT_SIDE + 3) * float(unit))
+    inverse = 1.0 / temp
+    draft_inverse = 1.0 if mode == PROBS else inverse
+    scale, shift = np.float32(_read_float(constants, 0) * inverse), np.float32(_read_float(constants, 1))
+    draft_scale = np.float32(_read_float(constants, DRAFT_SIDE) * draft_inverse)
+    draft_shift = np.float32(_read_float(constants, DRAFT_SIDE + 1))
+    more_scale = np.float32(_read_float(constants, DIFFERENCE) * draft_inverse)
+    more_shift = np.float32(_read_float(constants, DIFFERENCE + 1))
+    # Logits are subtracted before they are scaled, and logarithms of probabilities after.
+    inside = ONE if mode == PROBS else scale
+    outside = np.float32(_read_float(constants, 0)) if mode == PROBS else ONE
+    target_unit = np.float32(inverse) if mode == PROBS else ONE
+    cut = INF if top == INF else floor
+    for i in range(TILE):
+        value = draft[i]
+        zero = value < draft_low
+        one = value > draft_high
+        if mode == PROBS:
+            value = _log(value)
+        gap = np.float32((value - x[i] * target_unit) * inside) * outside + (value * more_scale + more_shift)
+        above = x[i] > high
+        above |= x[i] == INF
+        zero |= value == -INF
+        one |= value == INF
+        score = ONE if above else _sigmoid(np.float32(x[i] * scale + shift))
+        rest = ONE if zero else _sigmoid(np.float32(-(value * draft_scale + draft_shift)))
+        factor = _one_minus_exp(gap) if gap < ZERO else ZERO
+        factor = ONE if above | zero else factor
+        weight = score * rest * factor
+        weights[i] = ZERO if one | (x[i] < low) | (x[i] < cut) | (x[i] == -INF) else weight
+
+
 @_jit()
 def _draw(
-    address, kind, vocab, scale, top, total, floor, mode, token, draft, draft_kind, draft_top, draft_total, key, scratch
-):
+    address, kind, vocab, scale, top, total, floor, mode, token, draft, draft_kind, draft_top, draft_total,
+    constants, temp, key, scratch,
+):  # fmt: skip
     """Exponential race (the largest weight / exponential wins) over a row; -1 if no weight is positive.
 
     The weights are those of the target, without ``token`` where that is not negative (``mode`` ONE_HOT), or the target
-    probabilities minus the draft's (PROBS, LOGITS). A token's logarithm is computed only where weight / v, an upper
-    bound of its score, beats the best so far.
+    probabilities minus the draft's (PROBS, LOGITS), scores in their place where there are ``constants``. A token's
+    logarithm is computed only where weight / v, an upper bound of its score, beats the best so far.
     """
     x, weights, noise, tile_tops = scratch
     inverse, draft_inverse = np.float32(1 / total), np.float32(1 / draft_total)
@@ -486,11 +600,15 @@ def _draw(
         if tile_tops[start // TILE] == -INF or tile_tops[start // TILE] < floor:
             continue
         _load(address, kind, start, vocab, x)
-        _weights(x, top, scale, floor, weights)
-        if mode != ONE_HOT:
+        if mode != ONE_HOT and constants:
+            _load(draft, draft_kind, start, vocab, noise)
+            _score_residual(x, noise, mode, constants, temp, top, floor, weights)
+        else:
+            _weights(x, top, scale, floor, weights)
+        if mode != ONE_HOT and not constants:
             _load(draft, draft_kind, start, vocab, x)
             _residual(weights, inverse, mode, x, draft_top, draft_inverse, scale)
-        elif start <= token < start + TILE:
+        elif mode == ONE_HOT and start <= token < start + TILE:
             weights[token - start] = ZERO
         _noise(start, key[0], key[1], noise)
         hopeful = np.int32(0)
@@ -513,7 +631,7 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         num_rows, vocab, logits, logits_stride, kind, starts, wide_starts, drafts, wide_drafts, compact,
         temperature, seeds, positions, wide_positions, states, wide_states, num_states,
         mode, draft, draft_stride, draft_position_stride, draft_kind, top_k, wide_top_k, top_p, min_p,
-        bonus, wide_bonus, out, out_stride, out_width, wide_out, num_sampled,
+        bonus, wide_bonus, sigmoid, sigmoid_requests, out, out_stride, out_width, wide_out, num_sampled,
     ) = plan  # fmt: skip
     start = _read_int(starts, request, wide_starts)
     num_drafts = _read_int(starts, request + 1, wide_starts) - start - 1
@@ -531,6 +649,8 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
     row_top_k = _read_int(top_k, state, wide_top_k) if top_k else 0
     row_top_p = _read_float(top_p, state) if top_p else 1.0
     row_min_p = _read_float(min_p, state) if min_p else 0.0
+    filtered = 1 <= row_top_k < vocab or row_top_p < 1 or row_min_p > 0
+    constants = sigmoid if not greedy and (sigmoid_requests == 0 or _read_bool(sigmoid_requests, state)) else 0
     out += request * out_stride * (8 if wide_out else 4)
     emitted, bad, i = -1, 0, 0
     filter_scratch = (x, weights, bins, tile_tops, histogram, pool)
@@ -546,8 +666,25 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         if not last:
             token = _read_int(drafts, row - request if compact else row + 1, wide_drafts)
         judged = 0 <= token < vocab
-        filtered = row_top_k > 0 or row_top_p < 1 or row_min_p > 0
-        with_total = not greedy and (judged or filtered)
+        position, uniform, row_mode, draft_row = np.int64(0), 0.0, ONE_HOT, np.int64(0)
+        if not greedy:
+            position = _read_int(positions, row, wide_positions) if positions else i
+        if judged and not greedy:
+            row_mode = mode
+            uniform = (float(_philox(seed, position, ACCEPTANCE)[0] >> 9) + 0.5) * 2.0**-23
+            if mode == PROBS:
+                draft_row = draft + (row - request) * draft_stride * draft_size
+            elif mode == LOGITS:
+                draft_row = draft + (state * draft_stride + i * draft_position_stride) * draft_size
+        passes = False
+        if constants and judged:
+            value = _read(address, kind, token)
+            passes = _passes(constants, temp, uniform, value, mode, draft_row, draft_kind, token)
+        if passes and not filtered:
+            _write_int(out, i, wide_out, token)
+            i += 1
+            continue
+        with_total = not greedy and (filtered or (judged and not constants))
         top, total = _sweep(address, kind, vocab, scale, with_total, x, tile_tops)
         if greedy:
             best = _first_of(address, kind, vocab, top, x, tile_tops)
@@ -557,7 +694,6 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
                 continue
             emitted, bad = best, int(top == -INF)
             break
-        position = _read_int(positions, row, wide_positions) if positions else i
         if top == -INF:
             emitted, bad = 0, 1
             break
@@ -566,29 +702,26 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
             floor, total = _filter(
                 address, kind, vocab, scale, row_top_k, row_top_p, row_min_p, top, total, filter_scratch
             )
-        draft_row, draft_top, draft_total = np.int64(0), ZERO, 1.0
-        row_mode, removed = ONE_HOT, -1
+            if top == INF and constants:
+                floor = INF
+        draft_top, draft_total, removed = ZERO, 1.0, -1
         if judged:
-            draft_prob, removed = 1.0, token
-            if mode == PROBS:
-                row_mode = PROBS
-                draft_row = draft + (row - request) * draft_stride * draft_size
-                draft_prob = float(_read(draft_row, draft_kind, token))
-            elif mode == LOGITS:
-                row_mode = LOGITS
-                draft_row = draft + (state * draft_stride + i * draft_position_stride) * draft_size
-                draft_top, draft_total = _sweep(draft_row, draft_kind, vocab, scale, True, x, draft_tops)
-                if draft_top > -INF:
-                    value = _read(draft_row, draft_kind, token)
-                    draft_prob = float(_weight(value, draft_top, scale)) / draft_total
-                else:
+            value, removed = _read(address, kind, token), token
+            if constants:
+                passes = passes and value >= floor
+            else:
+                draft_prob, target_prob = 1.0, 0.0
+                if mode == PROBS:
+                    draft_prob = float(_read(draft_row, draft_kind, token))
+                elif mode == LOGITS:
+                    draft_top, draft_total = _sweep(draft_row, draft_kind, vocab, scale, True, x, draft_tops)
                     draft_prob = 0.0
-            value = _read(address, kind, token)
-            target_prob = 0.0
-            if value >= floor:
-                target_prob = float(_weight(value, top, scale)) / total
-            uniform = (float(_philox(seed, position, ACCEPTANCE)[0] >> 9) + 0.5) * 2.0**-23
-            if draft_prob > 0 and uniform * draft_prob <= target_prob:
+                    if draft_top > -INF:
+                        draft_prob = float(_weight(_read(draft_row, draft_kind, token), draft_top, scale)) / draft_total
+                if value >= floor:
+                    target_prob = float(_weight(value, top, scale)) / total
+                passes = draft_prob > 0 and uniform * draft_prob <= target_prob
+            if passes:
                 _write_int(out, i, wide_out, token)
                 i += 1
                 continue
@@ -596,7 +729,7 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         for _ in range(2):
             emitted = _draw(
                 address, kind, vocab, scale, top, total, floor, row_mode, removed,
-                draft_row, draft_kind, draft_top, draft_total, key, draw_scratch,
+                draft_row, draft_kind, draft_top, draft_total, constants, temp, key, draw_scratch,
             )  # fmt: skip
             if emitted >= 0:
                 break

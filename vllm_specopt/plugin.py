@@ -6,6 +6,9 @@ installs the runner's hook in that process). Each original stays reachable as ``
 
 - V2: ``ModelState.custom_sampler``, which exists for this purpose; a model's own override is respected.
 - V1: the runner's ``rejection_sampler`` is replaced once it is built.
+
+With the option, a third wrapper, where requests are validated, refuses those whose own choice of method cannot be
+honoured; others pass through it.
 """
 
 import functools
@@ -13,11 +16,12 @@ import sys
 from pathlib import Path
 
 import vllm
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_specopt import compat
-from vllm_specopt.config import SpecoptConfig, parse
+from vllm_specopt.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
 from vllm_specopt.verify import MAX_DRAFT_TOKENS, backend_name
 
 logger = init_logger("vllm.specopt")
@@ -105,7 +109,10 @@ def _wrap(owner: type, name: str, make_wrapper) -> None:
 def _create_engine_config(original):
     def create_engine_config(self, *args, **kwargs):
         vllm_config = original(self, *args, **kwargs)
-        validate(vllm_config)
+        if validate(vllm_config) and not _unknown_vllm(vllm_config):
+            from vllm.v1.engine.input_processor import InputProcessor
+
+            _wrap(InputProcessor, "_validate_params", _validate_params)
         return vllm_config
 
     return create_engine_config
@@ -117,6 +124,41 @@ def _worker_init(original):
         original(self, *args, **kwargs)
 
     return __init__
+
+
+def _validate_params(original):
+    def _validate_params(self, params, *args, **kwargs):
+        extra_args = getattr(params, "extra_args", None)
+        if extra_args and REQUEST_KEY in extra_args:
+            check_request(self.vllm_config, extra_args)
+        return original(self, params, *args, **kwargs)
+
+    return _validate_params
+
+
+def check_request(vllm_config, extra_args) -> None:
+    """Check a request's own choice of method against the engine's configuration.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        extra_args: The request's ``SamplingParams.extra_args`` (``vllm_xargs`` in the OpenAI API).
+
+    Raises:
+        VLLMValidationError: The choice is malformed, the engine does not verify with this drop-in, or its option does
+            not let requests choose. A server answers it with HTTP 400.
+    """
+    try:
+        method = requested_method(extra_args)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="extra_args") from error
+    config = _active_config(vllm_config)
+    if method is None or (config is not None and config.allow_per_request):
+        return
+    raise VLLMValidationError(
+        f"the request asks specopt for the method {method!r}, "
+        + ("but specopt is not active here" if config is None else 'but the server lacks "allow_per_request": true'),
+        parameter="extra_args",
+    )
 
 
 def _install_runner_hook(vllm_config) -> None:
@@ -151,11 +193,12 @@ def _active_config(vllm_config) -> SpecoptConfig | None:
 def _custom_sampler(original):
     def custom_sampler(self, sampler):
         custom = original(self, sampler)
-        if custom or not _active_config(self.vllm_config):
+        config = _active_config(self.vllm_config)
+        if custom or config is None:
             return custom
         from vllm_specopt.v2 import RejectionSampler
 
-        return sampler, RejectionSampler(sampler, self.vllm_config.speculative_config, self.device)
+        return sampler, RejectionSampler(sampler, self.vllm_config.speculative_config, self.device, config)
 
     return custom_sampler
 
@@ -171,7 +214,7 @@ def _v2_load_model(original):
         if not isinstance(self.rejection_sampler, RejectionSampler):
             _log_not_replaced(self.rejection_sampler)
             return
-        _log_active("V2", config, self.device, BACKEND)
+        _log_active("V2", config, self.device, BACKEND, self.speculative_config)
 
     return load_model
 
@@ -191,20 +234,41 @@ def _v1_init(original):
             _log_not_replaced(current)
             return
         self.rejection_sampler = RejectionSampler(
-            self.sampler, self.speculative_config, self.device, runner=self, seed=self.model_config.seed or 0
+            self.sampler,
+            self.speculative_config,
+            self.device,
+            runner=self,
+            seed=self.model_config.seed or 0,
+            config=config,
         )
         backend = backend_name(self.device)
         if backend == "cpu":
             from vllm_specopt.cpu import warm_up
 
             warm_up(self.model_config.dtype)
-        _log_active("V1", config, self.device, backend)
+        _log_active("V1", config, self.device, backend, self.speculative_config)
 
     return __init__
 
 
-def _log_active(runner: str, config: SpecoptConfig, device, backend: str) -> None:
-    logger.info("specopt: active: runner=%s method=%s backend=%s device=%s", runner, config.method, backend, device)
+def _log_active(runner: str, config: SpecoptConfig, device, backend: str, speculative) -> None:
+    choice = " per_request=allowed" if config.allow_per_request else ""
+    logger.info(
+        "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, choice
+    )
+    if config.sigmoid is None:
+        return
+    who = "requests that choose the method sigmoid" if config.method == "exact" else "the method sigmoid"
+    certain = speculative.draft_sample_method != "probabilistic"
+    logger.warning(
+        "specopt: the output of %s does not follow the target model's distribution at temperature > 0: %s",
+        who,
+        "drafts come without probabilities here, so a draft token survives with its target score as the probability "
+        "(0.62 for every token with the paper's constants)"
+        if certain
+        else "wherever scores of the two models are close, nearly every draft token survives, and the text becomes the "
+        "draft model's",
+    )
 
 
 def _log_not_replaced(current) -> None:

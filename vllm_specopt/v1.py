@@ -26,17 +26,19 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_specopt.config import SpecoptConfig, requested_method
 from vllm_specopt.verify import verify
 
 logger = init_logger("vllm.specopt")
 
 GREEDY_BELOW = 1e-5
+EXACT = SpecoptConfig("exact")
 # What one draw of the stock sampler advances a CUDA generator by; the runner takes it back for a discarded draw.
 OFFSET_PER_DRAW = 4
 
 
 class RejectionSampler(stock.RejectionSampler):
-    """Exact verification in place of the stock sampler's; interface and ``parse_output`` are the stock ones.
+    """Our verification in place of the stock sampler's; interface and ``parse_output`` are the stock ones.
 
     A request with its own seed draws as a function of that seed and of each token's absolute position, so given the
     same logits and drafts it gets the same tokens in any batch. The others get fresh seeds each step, from a generator
@@ -47,9 +49,12 @@ class RejectionSampler(stock.RejectionSampler):
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]`` on the device.
     """
 
-    def __init__(self, sampler, spec_config, device, runner=None, seed: int = 0):
-        """Take the stock arguments, and the runner (held weakly) for token positions and the seed of unseeded draws."""
+    def __init__(self, sampler, spec_config, device, runner=None, seed: int = 0, config=EXACT):
+        """Take the stock arguments, the runner (held weakly) for token positions, the seed of unseeded draws, and the
+        option."""
         super().__init__(sampler, spec_config, device)
+        self._config = config
+        self._methods_of, self._methods = None, (None, None)
         self.fallbacks: Counter[str] = Counter()
         self.bad_rows = torch.zeros(1, dtype=torch.int64, device=device)
         self._runner = None if runner is None else weakref.ref(runner)
@@ -95,6 +100,7 @@ class RejectionSampler(stock.RejectionSampler):
 
         num_reqs = len(metadata.num_draft_tokens)
         runner = None if self._runner is None else self._runner()
+        sigmoid, sigmoid_requests = self._sigmoid(runner, sampling_metadata, num_reqs)
         token_ids, _ = verify(
             rows,
             torch.nn.functional.pad(metadata.cu_num_sampled_tokens, (1, 0)),
@@ -108,6 +114,8 @@ class RejectionSampler(stock.RejectionSampler):
             top_p=top_p,
             bonus_token_ids=None if bonus is None else bonus.sampled_token_ids.view(-1),
             bad_row_counter=self.bad_rows,
+            sigmoid=sigmoid,
+            sigmoid_requests=sigmoid_requests,
             token_dtype=torch.int32,
         )
 
@@ -140,6 +148,22 @@ class RejectionSampler(stock.RejectionSampler):
             rows[bonus] = self.sampler.apply_logits_processors(rows[bonus], sampling_metadata, predict_bonus_token=True)
         rows[target] = self.apply_logits_processors(rows[target], sampling_metadata, metadata)
         return rows
+
+    def _sigmoid(self, runner, sampling_metadata: SamplingMetadata, num_reqs: int):
+        """Constants of the sigmoid method if this batch uses it, and which requests do (None: all)."""
+        config = self._config
+        if not config.allow_per_request or sampling_metadata.all_greedy or runner is None:
+            return config.sigmoid if config.method == "sigmoid" else None, None
+        # The runner makes new metadata whenever a request joins, leaves or moves.
+        if self._methods_of is not sampling_metadata:
+            requests = (runner.requests[req_id] for req_id in runner.input_batch.req_ids[:num_reqs])
+            chosen = [requested_method(request.sampling_params.extra_args) or config.method for request in requests]
+            chosen += [config.method] * (num_reqs - len(chosen))
+            flags = np.array([method == "sigmoid" for method in chosen])
+            on_device = async_tensor_h2d(flags, device=self.bad_rows.device) if flags.any() else None
+            self._methods_of = sampling_metadata
+            self._methods = (None if on_device is None else config.sigmoid, on_device)
+        return self._methods
 
     def _seeds(self, num_reqs: int, generators: dict[int, torch.Generator], device: torch.device) -> torch.Tensor:
         """One int64 seed per request: its own if it has one, else a fresh one; no synchronisation."""

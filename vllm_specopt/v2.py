@@ -11,38 +11,70 @@ import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.logger import init_logger
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
+from vllm_specopt.config import SpecoptConfig, requested_method
 from vllm_specopt.verify import verify
 
 logger = init_logger("vllm.specopt")
 
 # V2 runs on Triton only; on a CPU that is Triton's interpreter.
 BACKEND = "triton"
+EXACT = SpecoptConfig("exact")
+
+
+class RequestedMethods(LogitsProcessor):
+    """Which request slots follow the sigmoid method; leaves the logits alone.
+
+    A logits processor, because these are told of every request that takes a slot, and when to copy to the device.
+    """
+
+    def __init__(self, config: SpecoptConfig, max_num_reqs: int):
+        self._default = config.method
+        self.sigmoid = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+
+    def add_request(self, req_idx: int, sampling_params) -> bool:
+        method = requested_method(sampling_params.extra_args) or self._default
+        self.sigmoid.np[req_idx] = method == "sigmoid"
+        return False
+
+    def apply_staged_writes(self) -> None:
+        self.sigmoid.copy_to_uva()
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        return logits
+
+
 # Which requests a processor has work for, [max_num_reqs] on the host.
 USES = {
     LogitBiasState: lambda state: state.use_logit_bias,
     PenaltiesState: lambda state: state.use_penalty,
     BadWordsState: lambda state: state.num_bad_words.np,
+    RequestedMethods: lambda state: np.zeros_like(state.sigmoid.np),
 }
 
 
 class RejectionSampler(stock.RejectionSampler):
-    """Exact verification in place of the stock sampler's; everything around it is the stock class.
+    """Our verification in place of the stock sampler's; everything around it is the stock class.
 
     Attributes:
         fallbacks: Number of batches left to the stock sampler, by reason.
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]`` on the device.
     """
 
-    def __init__(self, sampler, spec_config, device):
-        """Take the stock arguments; watermarking is left to the stock class."""
+    def __init__(self, sampler, spec_config, device, config: SpecoptConfig = EXACT):
+        """Take the stock arguments and the option; watermarking is left to the stock class."""
         super().__init__(sampler, spec_config, device)
+        self._config, self._methods = config, None
+        if config.allow_per_request:
+            self._methods = RequestedMethods(config, sampler.sampling_states.max_num_reqs)
+            sampler.logits_processors.append(self._methods)
         self.fallbacks: Counter[str] = Counter()
         self.bad_rows = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -122,6 +154,7 @@ class RejectionSampler(stock.RejectionSampler):
         filtered = random and (
             used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0)
         )
+        sigmoid, sigmoid_requests = self._sigmoid(idx_mapping_np)
         token_ids, num_sampled = verify(
             rows,
             cu_num_logits,
@@ -136,9 +169,19 @@ class RejectionSampler(stock.RejectionSampler):
             top_p=states.top_p.gpu if filtered else None,
             min_p=states.min_p.gpu if filtered else None,
             bad_row_counter=self.bad_rows,
+            sigmoid=sigmoid,
+            sigmoid_requests=sigmoid_requests,
             backend=BACKEND,
         )
         return logits, token_ids, num_sampled
+
+    def _sigmoid(self, idx_mapping_np: np.ndarray):
+        """Constants of the sigmoid method if this batch uses it, and which slots do (None: all)."""
+        if self._methods is None:
+            return self._config.sigmoid, None
+        if not np.any(self._methods.sigmoid.np[idx_mapping_np]):
+            return None, None
+        return self._config.sigmoid, self._methods.sigmoid.gpu
 
     def _needs_processors(self, idx_mapping_np: np.ndarray) -> bool:
         """Whether a logits processor has something to do in this batch; temperature and filters do not count."""

@@ -4,13 +4,19 @@ One function, :func:`verify`, stands between vLLM's model runners and the backen
 the outputs and picks the backend by device: Triton kernels on a GPU (and under Triton's interpreter), compiled loops on
 a CPU. Nothing of size ``[rows, vocab]`` is allocated here or below.
 
+Two methods: exact, which keeps the target's law, and sigmoid (arXiv 2406.11016), which does not.
+
 A request with ``K_r`` draft tokens owns ``K_r + 1`` consecutive rows of target logits (``K_r = 0`` is allowed): row
 ``i`` judges draft token ``i``, the last row gives the bonus token.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
+
+from vllm_specopt.config import SigmoidConstants
 
 MAX_DRAFT_TOKENS = 128
 BACKENDS = ("triton", "cpu")
@@ -46,16 +52,24 @@ def verify(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
+    sigmoid: SigmoidConstants | None = None,
+    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
     token_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Verified:
-    """Verify draft tokens exactly (Leviathan et al. 2211.17192, Chen et al. 2302.01318).
+    """Verify draft tokens, exactly unless ``sigmoid`` is given.
 
-    Draft token x at row i survives when ``u_i <= target_prob_i(x) / draft_prob_i(x)``. At the first rejection one
-    recovered token is drawn from the normalised ``max(target_prob_i - draft_prob_i, 0)``; if all survive, one bonus
-    token is drawn from the last row. Target probabilities are those after temperature, min-p, top-k and top-p (in this
-    order; every token equal to a threshold value is kept). With temperature 0 a draft token survives when it is the
-    row's argmax, and the token that follows is the argmax of its row. The emitted tokens follow the target's law.
+    Exact (Leviathan et al. 2211.17192, Chen et al. 2302.01318): draft token x at row i survives when
+    ``u_i <= target_prob_i(x) / draft_prob_i(x)``. At the first rejection one recovered token is drawn from the
+    normalised ``max(target_prob_i - draft_prob_i, 0)``; if all survive, one bonus token is drawn from the last row.
+    Target probabilities are those after temperature, min-p, top-k and top-p (in this order; every token equal to a
+    threshold value is kept). With temperature 0 a draft token survives when it is the row's argmax, and the token that
+    follows is the argmax of its row. The emitted tokens follow the target's law.
+
+    Sigmoid (Wagner et al. 2406.11016): the element-wise ``score(z) = sigmoid((z / T - alpha) / (beta - alpha))`` takes
+    the place of both probabilities, so that judging a draft token reads two numbers and no row. The token that follows
+    a rejection is drawn from the normalised ``max(target_score_i - draft_score_i, 0)``, or from the target's law where
+    that is empty. The emitted tokens do NOT follow the target's law.
 
     Args:
         logits: Raw target logits, bf16, fp16 or fp32; unit stride along the vocabulary, any row stride. Not modified.
@@ -79,6 +93,14 @@ def verify(
         bonus_token_ids: If given, used in place of a drawn bonus token.
         bad_row_counter: int64, increased by the number of emitting rows without a usable logit (all NaN or -inf; such
             a row emits token 0). NaN counts as -inf; a +inf logit takes all probability of its row.
+        sigmoid: Constants of the sigmoid method, which requests then follow instead of the exact one. None: all
+            requests are exact. These stay as they are: temperature 0; placeholders; min-p, top-k and top-p (a draft
+            token they remove is rejected, and the token that follows is one they keep); and the bonus token, drawn
+            from the target's law. A token with logit -inf or NaN, or probability 0, scores 0, and a draft token that
+            scores 0 on either side is rejected. With ``draft_probs`` their logarithm stands in for z / T. With
+            one-hot drafts, a case the paper does not have, the draft token's own score is 1: it survives with
+            probability ``target_score(x)``, and the token that follows a rejection has the target's law without x.
+        sigmoid_requests: bool, which entries follow the sigmoid method. None: all. Needs ``sigmoid``.
         token_dtype: int32 or int64, of the returned ids.
         backend: ``triton`` or ``cpu``. None: by device. Triton on a CPU device needs its interpreter (the V2
             runner on a CPU runs that way).
@@ -87,7 +109,10 @@ def verify(
         ValueError: A shape, dtype, device or stride is wrong; the message names the argument, what it is and what it
             should be.
     """
-    num_reqs = _check(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend")})
+    num_reqs = _check(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend", "sigmoid")})
+    if sigmoid is None and sigmoid_requests is not None:
+        raise ValueError("sigmoid is None, expected SigmoidConstants (sigmoid_requests is given)")
+    constants = None if sigmoid is None else _sigmoid_tensor(sigmoid, draft_probs is not None, logits.device)
     if token_dtype not in INDEX_DTYPES:
         raise ValueError(f"token_dtype is {token_dtype}, expected one of {_names(INDEX_DTYPES)}")
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
@@ -108,6 +133,8 @@ def verify(
             min_p=min_p,
             bonus_token_ids=bonus_token_ids,
             bad_row_counter=bad_row_counter,
+            sigmoid=None if temperature is None else constants,
+            sigmoid_requests=None if temperature is None else sigmoid_requests,
             token_ids=token_ids,
             num_sampled=num_sampled,
         )
@@ -137,6 +164,27 @@ def _backend(name: str):
     return exact_verify
 
 
+@functools.lru_cache(maxsize=32)
+def _sigmoid_tensor(constants: SigmoidConstants, draft_is_probs: bool, device: torch.device) -> torch.Tensor:
+    """What the backends compute scores with, fp32 ``[10]``; kept, so that only a first call copies to the device.
+
+    Target scale, shift, lower and upper limit; the same for the draft; draft scale - target scale, and the same for
+    the shifts. A score is sigmoid(z / T * scale + shift); limits are compared with z / T, or with draft probabilities.
+    """
+    sides = []
+    for side in ("target", "draft"):
+        alpha, beta = getattr(constants, f"{side}_alpha"), getattr(constants, f"{side}_beta")
+        if not (math.isfinite(alpha) and math.isfinite(beta) and alpha < beta):
+            raise ValueError(f"sigmoid has {side}_alpha {alpha} and {side}_beta {beta}, expected finite, alpha < beta")
+        limits = torch.tensor([alpha, beta] if constants.clip else [-math.inf, math.inf], dtype=torch.float64)
+        if side == "draft" and draft_is_probs:
+            limits = limits.exp()
+        sides.append([1 / (beta - alpha), -alpha / (beta - alpha), *limits.tolist()])
+    target, draft = sides
+    values = [*target, *draft, draft[0] - target[0], draft[1] - target[1]]
+    return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)
+
+
 def _names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
@@ -158,6 +206,7 @@ def _check(
     min_p,
     bonus_token_ids,
     bad_row_counter,
+    sigmoid_requests,
 ) -> int:
     """Raise ValueError on the first argument that breaks the contract; return the number of requests."""
 
@@ -207,6 +256,7 @@ def _check(
     check("top_k", top_k, 1, INDEX_DTYPES, per_request)
     check("top_p", top_p, 1, (torch.float32,), per_request)
     check("min_p", min_p, 1, (torch.float32,), per_request)
+    check("sigmoid_requests", sigmoid_requests, 1, (torch.bool,), per_request)
     if temperature is not None and seeds is None:
         raise ValueError("seeds is None, expected a tensor (temperature is given)")
     if draft_probs is not None and draft_logits is not None:

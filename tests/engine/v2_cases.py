@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_specopt import testing, verify
+from vllm_specopt.config import PAPER, SpecoptConfig
 from vllm_specopt.kernels.reference import exact_verify_ref
 from vllm_specopt.v2 import RejectionSampler
 
@@ -279,3 +280,29 @@ def case_seeded_request_does_not_depend_on_its_batch():
         step.tokens[-3:] = torch.tensor([5, 6, 7])
         found.append(step.run(RejectionSampler)[0][-1])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["one-hot", "draft-logits"])
+@pytest.mark.parametrize("by_request", [False, True], ids=["all", "by-request"])
+@pytest.mark.parametrize("dicts", [PLAIN, MIXED], ids=["plain", "filters"])
+def case_sigmoid_equals_reference_token_for_token(draft, by_request, dicts):
+    """Requests in slots of odd index ask for sigmoid, or all requests get it."""
+    chosen = [d | ({"extra_args": {"specopt": "sigmoid"}} if by_request and i % 2 else {}) for i, d in enumerate(dicts)]
+    params = sampling(chosen, seed=2)
+    step = Step(params, COUNTS, seed=2)
+    config = SpecoptConfig("exact" if by_request else "sigmoid", sigmoid=PAPER, allow_per_request=by_request)
+
+    def with_option(sampler, spec_config, device):
+        built = RejectionSampler(sampler, spec_config, device, config)
+        # The runner adds requests after it has built the sampler; here they were there before.
+        for slot, param in zip(step.slots.tolist(), params, strict=True):
+            sampler.add_request(slot, param)
+        sampler.apply_staged_writes()
+        return built
+
+    lists, _ = step.run(with_option, draft)
+    flags = torch.zeros(SLOTS, dtype=torch.bool)
+    flags[step.slots.long()] = torch.tensor(["extra_args" in d for d in chosen])
+    reference = step.reference(draft=draft, sigmoid=PAPER, sigmoid_requests=flags if by_request else None)
+    assert_follows(lists, reference)
+    assert dict(step.rejection_sampler.fallbacks) == {}

@@ -15,7 +15,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_specopt.kernels import emission, exact, filters, row_statistics
+from vllm_specopt.kernels import emission, exact, filters, row_statistics, token_output
 
 VOCAB_SIZE = 151936
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -34,9 +34,10 @@ def variants():
     """Yield (variant name, argument types, launches) for all combinations that serving can produce."""
     padded_tiles = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, exact.TILE))
     greedy_below = {"GREEDY_BELOW": exact.GREEDY_BELOW}
-    for dtype, runner, draft, filtered, greedy in itertools.product(
-        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), (False, True)
+    for dtype, runner, draft, filtered, method in itertools.product(
+        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", "sigmoid", "mixed")
     ):
+        greedy = method == "greedy"
         if (greedy and (filtered or draft != "one-hot")) or draft == ("logits" if runner == "v1" else "probs"):
             continue
         types = dict(COMMON, logits_ptr="*" + dtype)
@@ -50,7 +51,11 @@ def variants():
             types["draft_probs_ptr"] = "*fp32"
         if draft == "logits":
             types.update(draft_logits_ptr="*" + dtype, draft_tile_max_ptr="*fp32", draft_tile_sum_ptr="*fp32")
-        if draft != "one-hot":
+        if method in ("sigmoid", "mixed"):
+            types.update(sigmoid_ptr="*fp32")
+        if method == "mixed":
+            types.update(sigmoid_requests_ptr="*i1")
+        if draft != "one-hot" or "sigmoid_ptr" in types:
             types.update(target_score_ptr="*fp32", target_token_ptr="*i32")
         compact, tiles = {"COMPACT_DRAFTS": runner == "v1"}, {"PADDED_TILES": padded_tiles}
         if filtered:
@@ -62,15 +67,13 @@ def variants():
                 greedy_below | compact | tiles | {"TILE": exact.TILE, "BLOCK_K": exact.BLOCK_K},
                 exact.NUM_WARPS,
             ),
-            (emission.token_output_kernel, compact | tiles | {"PADDED_WIDTH": exact.BLOCK_K}, 1),
+            (token_output.token_output_kernel, compact | tiles | {"PADDED_WIDTH": exact.BLOCK_K}, 1),
         ]
         if filtered:
             digits = filters.RADIX_DIGITS[DTYPES[dtype]]
             constants = greedy_below | tiles | {"DIGITS": digits, "BLOCK": exact.FILTER_BLOCK}
             launches.append((filters.filter_threshold_kernel, constants, exact.FILTER_NUM_WARPS))
-        name = "-".join(
-            filter(None, [dtype, runner, draft, "filtered" if filtered else "", "greedy" if greedy else ""])
-        )
+        name = "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method]))
         yield name, types, launches
 
 
