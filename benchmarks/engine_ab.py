@@ -54,7 +54,8 @@ class Arm:
                 raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
             return cls(REPAIRED, repair=True)
         if name in METHODS:
-            return cls(name, {"method": name})
+            # The sigmoid method does not choose its constants by itself; by name it means the paper's.
+            return cls(name, {"method": name} | ({"sigmoid": "paper"} if name == "sigmoid" else {}))
         try:
             option = json.loads(name) if name.startswith("{") else None
             if option and parse({"specopt": option}):

@@ -75,3 +75,10 @@ def test_empty_batch():
     verified = verify(torch.zeros(0, 9), torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 3)
     assert verified.token_ids.shape == (0, 4)
     assert verified.num_sampled.shape == (0,)
+
+
+def test_an_empty_tensor_has_no_stride_to_object_to():
+    # NumPy gives an empty array a stride of 0 along every dimension.
+    empty = torch.empty_strided((0, 8), (0, 0))
+    tokens, _ = verify(torch.zeros(1, 8), torch.tensor([0, 1]), torch.zeros(0, dtype=torch.int64), 0, draft_probs=empty)
+    assert tokens.tolist() == [[0]]

@@ -55,7 +55,7 @@ BOUND_SLACK = 1 - 1e-6
 
 
 # A job, int64 words: next request, rows without a usable logit, 1 + a request that does not fit, requests, the plan.
-JOB_NUM_REQS, JOB_PLAN, PLAN_LENGTH = 3, 4, 33
+JOB_NUM_REQS, JOB_PLAN, PLAN_LENGTH = 3, 4, 35
 
 
 def _jit(**flags):

@@ -221,7 +221,7 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, expected {logits.device} (the device of logits)")
         if size is not None and tensor.shape[0] != size:
             raise ValueError(f"{name} has length {tensor.shape[0]}, expected {size}")
-        if unit_stride and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if unit_stride and tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last dimension, expected 1")
 
     check("logits", logits, 2, LOGIT_DTYPES)
