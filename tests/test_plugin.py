@@ -77,8 +77,8 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
     )
     assert errors == {
-        "method": "specopt.method is 'fast', expected 'exact'",
-        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm'",
+        "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid'",
+        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or 'sigmoid' or 'allow_per_request'",
         "no speculation": "specopt is given without --speculative-config; add one, or remove the option",
         "fine": None,
         "absent": None,
