@@ -48,6 +48,7 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("v1/worker/gpu/sample/gumbel.py", "gumbel_sample"): ("612303a071f0f19a",),
         ("v1/worker/gpu/model_states/interface.py", "ModelState.custom_sampler"): ("a58b4e7bf65e1b09",),
         ("v1/worker/gpu/model_runner.py", "GPUModelRunner.sample"): ("d3e7c9c090226f8a",),
+        ("sampling_params.py", "SamplingParams._validate_spec_decode"): ("ee495b8e8f7a03d6",),
     },
 }
 
