@@ -3,7 +3,7 @@ ARGS ?=
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove lint clean
+.PHONY: help setup demo test prove parity lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -19,6 +19,9 @@ test: setup ## run every test; ARGS="-k name" picks some
 
 prove: setup ## prove that verification is lossless, write reports/prove.json (about 20 minutes); ARGS="--quick"
 	@$(bin)/python tests/proof/run.py $(ARGS)
+
+parity: setup ## run every sampling parameter on both runners, write docs/parity.md (about half an hour)
+	@$(bin)/python tests/parity/run.py $(ARGS)
 
 lint: setup ## check the code with ruff
 	@$(bin)/ruff check .

@@ -78,7 +78,8 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
     )
     assert errors == {
         "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid'",
-        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or 'sigmoid' or 'allow_per_request'",
+        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or 'sigmoid' or "
+        "'allow_per_request'",
         "no speculation": "specopt is given without --speculative-config; add one, or remove the option",
         "fine": None,
         "absent": None,
@@ -223,3 +224,47 @@ def test_model_inspection_processes_are_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
     monkeypatch.setattr(plugin, "_wrap", lambda *args: pytest.fail("wrapped something"))
     plugin.register()
+
+
+def test_min_p_and_logit_bias_are_let_through_where_they_are_applied():
+    code = """
+    import json, os
+    from unittest import mock
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    EVERY = [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"min_p": 0.2, "logit_bias": {5: 1.0}}, {"top_k": 3}]
+    CASES = {"V2": ("1", "exact"), "V2 without the option": ("1", None), "V1": ("0", "exact"),
+             "V2 not active": ("1", "exact", SPECULATIVE | {"rejection_sample_method": "block"}),
+             "V2, plain": ("1", None, None)}
+
+    def error(processor, params):
+        try:
+            processor._validate_params(SamplingParams(**params), ("generate",))
+        except VLLMValidationError as e:
+            return str(e)
+
+    found = {}
+    with mock.patch("vllm.config.vllm.HAS_TRITON", True):
+        # All in one process: an engine that applies them lets nothing through for its neighbours.
+        processors = {}
+        for name, (runner, *args) in CASES.items():
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = runner
+            config = configure(*args)
+            assert config.use_v2_model_runner == (runner == "1"), name
+            processors[name] = InputProcessor(config)
+    found = {name: [error(processor, params) for params in EVERY] for name, processor in processors.items()}
+    found["outside the vocabulary"] = error(processors["V2"], {"logit_bias": {5000: 1.0}})
+    print(json.dumps(found))
+    """
+    found = python(code)
+    refusal = "The min_p and logit_bias sampling parameters are not yet supported with speculative decoding."
+    assert "5000" in found.pop("outside the vocabulary")
+    assert found == {
+        "V2": [None] * 4,
+        "V2 without the option": [refusal] * 3 + [None],
+        "V1": [refusal] * 3 + [None],
+        "V2 not active": [refusal] * 3 + [None],
+        "V2, plain": [None] * 4,
+    }

@@ -52,6 +52,7 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("v1/worker/gpu/model_states/interface.py", "ModelState.custom_sampler"): ("a58b4e7bf65e1b09",),
         ("v1/worker/gpu/model_runner.py", "GPUModelRunner.sample"): ("d3e7c9c090226f8a",),
         ("v1/engine/input_processor.py", "InputProcessor._validate_params"): ("1533e2351fe8e310",),
+        ("sampling_params.py", "SamplingParams._validate_spec_decode"): ("ee495b8e8f7a03d6",),
     },
 }
 

@@ -7,12 +7,14 @@ installs the runner's hook in that process). Each original stays reachable as ``
 - V2: ``ModelState.custom_sampler``, which exists for this purpose; a model's own override is respected.
 - V1: the runner's ``rejection_sampler`` is replaced once it is built.
 
-With the option, a third wrapper, where requests are validated, refuses those whose own choice of method cannot be
-honoured; others pass through it.
+With the option there are two more, where requests are validated. One refuses a request whose own choice of method
+cannot be honoured. The other comes with an engine that runs ours on V2: vLLM refuses min-p and logit bias under
+speculation, because V1 would not apply them to draft tokens; V2 does, so requests to that engine are let through.
 """
 
 import functools
 import sys
+import weakref
 from pathlib import Path
 
 import vllm
@@ -27,6 +29,8 @@ from vllm_specopt.verify import MAX_DRAFT_TOKENS, backend_name
 logger = init_logger("vllm.specopt")
 
 _OURS = "_specopt_wrapper"
+# Speculative configurations of the engines made in this process that apply every sampling parameter.
+_applies_all: list[weakref.ref] = []
 
 
 def register() -> None:
@@ -113,9 +117,23 @@ def _create_engine_config(original):
             from vllm.v1.engine.input_processor import InputProcessor
 
             _wrap(InputProcessor, "_validate_params", _validate_params)
+        if vllm_config.use_v2_model_runner and _active_config(vllm_config):
+            from vllm.sampling_params import SamplingParams
+
+            _wrap(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
+            _applies_all.append(weakref.ref(vllm_config.speculative_config))
         return vllm_config
 
     return create_engine_config
+
+
+def _validate_spec_decode(original):
+    def _validate_spec_decode(self, speculative_config):
+        # By identity: a request is checked against the very object its engine was configured with.
+        if not any(applies() is speculative_config for applies in _applies_all if speculative_config is not None):
+            original(self, speculative_config)
+
+    return _validate_spec_decode
 
 
 def _worker_init(original):

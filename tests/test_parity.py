@@ -1,0 +1,86 @@
+"""The parity matrix: its page is whole, and a few of its cells hold on every run of the tests."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "parity"))
+
+import run  # noqa: E402
+from judge import VERDICTS, judge  # noqa: E402
+from rows import COLUMNS, ROWS  # noqa: E402
+
+REFUSAL = "The min_p and logit_bias sampling parameters are not yet supported with speculative decoding."
+CELLS = {
+    "V1": {
+        "temperature": ("works", ""),
+        "min-p": ("refused", REFUSAL),
+        "repetition penalty": ("works", ""),
+        "logprobs, raw": ("works", ""),
+        "structured output: regex": ("works", ""),
+        "thinking budget": ("works", ""),
+    },
+    "V2": {
+        "min-p": ("works", ""),
+        "logit bias": ("works", ""),
+        "structured output: regex": ("works", ""),
+    },
+}
+REQUESTS = {"V1": 48, "V2": 8}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What the columns emitted, each run when it is first asked for."""
+    folder, found = tmp_path_factory.mktemp("parity"), {}
+
+    def column(name):
+        runner = COLUMNS[name].runner
+        if name not in found:
+            found[name] = run.run_column(name, folder / f"{name}.json", *CELLS[runner], requests=REQUESTS[runner])
+        return found[name]
+
+    return column
+
+
+@pytest.mark.parametrize("runner", CELLS)
+def test_these_cells_hold(ran, runner):
+    if runner == "V2":
+        pytest.importorskip("triton")
+    plain, ours = (ran(f"{arm}-{runner.lower()}") for arm in ("plain", "ours"))
+    rows = [row for row in ROWS if row.name in CELLS[runner]]
+    column = COLUMNS[f"ours-{runner.lower()}"]
+    assert {row.name: judge(row, column, ours[row.name], plain[row.name]) for row in rows} == CELLS[runner]
+
+
+def test_draws_from_another_law_are_told(ran):
+    """The test of the test: tokens drawn at temperature 0.4 do not pass for draws under other parameters."""
+    found = {"greedy": [], "base": [], "sampled": ran("plain-v1")["temperature"]["sampled"]}
+    column = COLUMNS["plain-v1"]
+    for row in ROWS:
+        if row.name in ("top-k", "top-p", "min-p", "logit bias", "allowed tokens"):
+            verdict, note = judge(row, column, found, {})
+            assert verdict == "wrong" and ("exact law" in note or "exclude" in note), row.name
+
+
+def test_the_page_has_every_cell():
+    lines = run.PAGE.read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[0][1:] == [column.title for column in COLUMNS.values()]
+    assert [cells[0] for cells in table[2:]] == [row.name for row in ROWS]
+    notes = {line.split(".")[0] for line in lines if re.match(r"\d+\. \S", line)}
+    used = set()
+    for cells in table[2:]:
+        assert len(cells) == len(COLUMNS) + 1
+        for cell in cells[1:]:
+            verdict, _, note = cell.partition(" [")
+            assert verdict in VERDICTS, cell
+            assert bool(note) == (verdict != "works"), cell
+            used.add(note.rstrip("]"))
+    assert used - {""} == notes
