@@ -1,0 +1,163 @@
+"""Two tensor-parallel ranks verify step after step; compare what each emitted.
+
+Usage: ``python tests/stress/ranks.py --steps 10000 --out result.json``. Seeded and unseeded requests at temperature 1
+share every batch. The shipped target has 5 KV heads, which two ranks cannot share, so it gets three more (and six
+query heads) of zeros: the same function. With ``--kill`` a rank is killed under load afterwards, and how the engine
+reports it is written down. Exits with 1 if the ranks differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+HERE = Path(__file__).resolve().parent
+MODELS = HERE.parents[1] / "models"
+BATCH, MAX_TOKENS = 8, 160
+
+
+def main(argv: list[str]) -> int:
+    """Run, print the result and write it down; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--arm", choices=("exact", "stock"), default="exact")
+    parser.add_argument("--drafting", choices=("greedy", "probabilistic"), default="probabilistic")
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    # The workers import the extension by its name.
+    os.environ.update(ENV, PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    with tempfile.TemporaryDirectory(prefix="specopt-ranks-") as scratch:
+        llm = engine(options.arm, options.drafting, even_heads(MODELS / "specopt-target", Path(scratch) / "target"))
+        result = {"arm": options.arm, "drafting": options.drafting} | verified(llm, options.steps)
+        if options.kill:
+            result["killed"] = killed(llm)
+    result["agree"] = result["ranks"][0]["digest"] == result["ranks"][1]["digest"]
+    text = json.dumps(result, indent=1)
+    if options.out:
+        options.out.write_text(text + "\n")
+    print(text, flush=True)
+    status = 0 if result["agree"] else 1
+    if options.kill:
+        # The engine has lost a rank: leave without waiting for it.
+        os._exit(status)
+    return status
+
+
+def even_heads(source: Path, folder: Path) -> Path:
+    """Copy a model with heads of zeros added so that its KV heads are even in number; return the folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    heads, kv_heads, head_dim = (config[x] for x in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    group = heads // kv_heads
+    if kv_heads % 2 == 0:
+        return folder
+    new_kv_heads = next(n for n in range(kv_heads + 1, 99) if n % 2 == 0 and config["hidden_size"] % (n * group) == 0)
+    new_heads = group * new_kv_heads
+    rows = {"q_proj": new_heads, "k_proj": new_kv_heads, "v_proj": new_kv_heads}
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        kind = name.split(".")[-2] if name.count(".") > 1 else ""
+        if kind in rows:
+            added = rows[kind] * head_dim - weight.shape[0]
+            weights[name] = torch.cat([weight, weight.new_zeros(added, weight.shape[1])])
+        elif kind == "o_proj":
+            added = new_heads * head_dim - weight.shape[1]
+            weights[name] = torch.cat([weight, weight.new_zeros(weight.shape[0], added)], dim=1).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config |= {"num_attention_heads": new_heads, "num_key_value_heads": new_kv_heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def engine(arm: str, drafting: str, target: Path):
+    """An engine on two ranks."""
+    from vllm import LLM
+
+    speculative = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
+    if drafting == "probabilistic":
+        speculative["draft_sample_method"] = "probabilistic"
+    return LLM(
+        model=str(target),
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        worker_extension_cls="record_verified.RecordVerified",
+        speculative_config=speculative,
+        additional_config={"specopt": {"method": "exact"}} if arm == "exact" else {},
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=BATCH,
+    )
+
+
+def requests(first: int) -> tuple[list[str], list]:
+    """Prompts and sampling parameters of one batch: every other request has a seed, one in eight is greedy."""
+    from vllm import SamplingParams
+
+    texts = [json.loads(line)["prompt"] for line in (MODELS / "prompts.jsonl").read_text().splitlines()]
+    params = [
+        SamplingParams(
+            temperature=0.0 if index % 8 == 7 else 1.0,
+            top_p=(1.0, 0.9)[index // 2 % 2],
+            seed=first + index if index % 2 else None,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
+        )
+        for index in range(BATCH)
+    ]
+    return [texts[(first + index) % len(texts)] for index in range(BATCH)], params
+
+
+def verified(llm, steps: int) -> dict:
+    """Generate until each rank has verified that many steps; return both ranks' records."""
+    llm.collective_rpc("start_recording")
+    started, first = time.monotonic(), 0
+    while True:
+        llm.generate(*requests(first), use_tqdm=False)
+        first += BATCH
+        ranks = llm.collective_rpc("recorded")
+        if min(rank["steps"] for rank in ranks) >= steps:
+            return {"seconds": round(time.monotonic() - started, 1), "requests": first, "ranks": ranks}
+
+
+def killed(llm) -> dict:
+    """Kill rank 1 under load; return what ``generate`` raised then, on a second call, and after how long."""
+    victim = llm.collective_rpc("process_id")[1]
+    threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
+    started = time.monotonic()
+    raised = [raises(llm), raises(llm)]
+    return {"raised": raised, "seconds": round(time.monotonic() - started, 1)}
+
+
+def raises(llm) -> str:
+    """Name of what ``generate`` raises under a load that outlasts the kill."""
+    try:
+        for first in range(0, 100 * BATCH, BATCH):
+            llm.generate(*requests(first), use_tqdm=False)
+    except Exception as error:
+        return f"{type(error).__module__}.{type(error).__qualname__}"
+    return "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

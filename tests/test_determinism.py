@@ -1,0 +1,164 @@
+"""What repeats in real V1 engines on a CPU, and what does not have to.
+
+Given the same logits and drafts a seeded request repeats its tokens. The engines here run in float32 and draft
+greedily, so that a draft is a function of the text before it. With other drafts (another number of them, another way
+of drafting) the tokens of a sampled request may change and only their law is the same; greedy tokens never change.
+"""
+
+import json
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[1]
+DRAFT_MODEL = {"model": str(ROOT / "models" / "specopt-draft")}
+DRAFTING = {
+    "greedy": DRAFT_MODEL,
+    "probabilistic": {**DRAFT_MODEL, "draft_sample_method": "probabilistic"},
+    "ngram": {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+}
+# The whole grid of three drafters and 1, 4 and 8 drafts is run by tests/stress/greedy.py.
+GRID = [("greedy", 4), ("greedy", 1), ("probabilistic", 8), ("ngram", 4)]
+MAX_LEN, MAX_TOKENS, SEEDED, LAW = 256, 24, 24, 1200
+GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()]
+ONE_TOKEN = [[token] for token in range(3, 512, 32)]
+# Three choices at each of the tokens after the first: 27 sequences, all of which the verifier emits.
+SAMPLED = {"temperature": 1.0, "top_k": 3, "max_tokens": 4, "ignore_eos": True}
+
+
+def seeded(index):
+    return {"temperature": 0.9, "top_p": 0.95, "seed": index, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+
+
+def engine(name, batches, *, max_num_seqs=96, **llm):
+    llm = {
+        "model": str(ROOT / "models" / "specopt-target"),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+        "max_model_len": MAX_LEN,
+        "max_num_seqs": max_num_seqs,
+        # Whole prompts: on a CPU vLLM 0.32 cannot take back a seeded request's draw at the end of a part of one.
+        "max_num_batched_tokens": 96 * MAX_LEN,
+    } | llm
+    if "speculative_config" in llm:
+        llm["additional_config"] = {"specopt": {"method": "exact"}}
+    listed = [{"name": name, "prompts": prompts, "sampling": sampling} for name, (prompts, sampling) in batches.items()]
+    return {"name": name, "llm": llm, "batches": listed}
+
+
+def speculating(drafting, drafts):
+    return {"speculative_config": {**DRAFTING[drafting], "num_speculative_tokens": drafts}}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Results by engine name."""
+    common = {
+        "greedy": (PROMPTS, GREEDY),
+        "one token": (ONE_TOKEN, GREEDY),
+        "one more token": (PROMPTS[:16], GREEDY | {"max_tokens": 1}),
+        "to the end": (PROMPTS[:16], GREEDY | {"max_tokens": MAX_LEN}),
+        "law": ([PROMPTS[0]] * LAW, [SAMPLED | {"seed": seed} for seed in range(LAW)]),
+    }
+    own = [seeded(index) for index in range(SEEDED)]
+    mates = [{"temperature": 1.2, "max_tokens": 3 + index % 30, "ignore_eos": True} for index in range(SEEDED)]
+    turned = [item for pair in zip(mates, own[::-1], strict=True) for item in pair]
+    turned_prompts = [x for pair in zip(PROMPTS[-SEEDED:], PROMPTS[:SEEDED][::-1], strict=True) for x in pair]
+    repeats = {
+        "seeded": (PROMPTS[:SEEDED], own),
+        "seeded again": (PROMPTS[:SEEDED], own),
+        "seeded among others": (turned_prompts, turned),
+    }
+    engines = [engine("plain", common | {"seeded": repeats["seeded"]})]
+    for drafting, drafts in GRID:
+        batches = common | (repeats if (drafting, drafts) == ("greedy", 4) else {})
+        engines.append(engine(f"{drafting} {drafts}", batches, **speculating(drafting, drafts)))
+    aborting = {"name": "abort", "prompts": PROMPTS[:8], "sampling": GREEDY, "abort_after": 3}
+    engines[1]["batches"].insert(0, aborting)
+    small = {"seeded": repeats["seeded"], "greedy": (PROMPTS, GREEDY)}
+    engines.append(engine("few", small, max_num_seqs=5, **speculating("greedy", 4)))
+    pressed = {"greedy": (PROMPTS, GREEDY)}
+    pressed = engine("pressed", pressed, max_num_seqs=16, num_gpu_blocks_override=44, **speculating("greedy", 4))
+    engines.append(pressed | {"llm": pressed["llm"] | {"block_size": 32}})
+    start = runpy.run_path(str(ROOT / "tests" / "stress" / "engines.py"))["start"]
+    return start(engines, tmp_path_factory.mktemp("engines"))
+
+
+NAMES = [f"{drafting} {drafts}" for drafting, drafts in GRID]
+
+
+def tokens(ran, name, batch):
+    return [request["token_ids"] for request in ran[name]["batches"][batch]]
+
+
+def test_the_drop_in_verified_everything(ran):
+    for name, result in ran.items():
+        assert result["sampler"] == ("builtins" if name == "plain" else "vllm_specopt.v1")
+        assert result["fallbacks"] == {}
+
+
+def test_a_seeded_request_repeats_in_the_same_engine(ran):
+    first = tokens(ran, "greedy 4", "seeded")
+    assert tokens(ran, "greedy 4", "seeded again") == first
+    assert first != tokens(ran, "greedy 4", "greedy")[:SEEDED]
+
+
+def test_a_seeded_request_does_not_depend_on_its_batch_mates_and_their_order(ran):
+    first = tokens(ran, "greedy 4", "seeded")
+    assert tokens(ran, "greedy 4", "seeded among others")[1::2][::-1] == first
+
+
+def test_a_seeded_request_repeats_in_another_engine_with_another_batch_size(ran):
+    assert tokens(ran, "few", "seeded") == tokens(ran, "greedy 4", "seeded")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "few", "pressed"])
+def test_greedy_tokens_equal_plain_decoding(ran, name):
+    plain = tokens(ran, "plain", "greedy")
+    assert [len(ids) for ids in plain] == [MAX_TOKENS] * len(PROMPTS)
+    assert tokens(ran, name, "greedy") == plain
+
+
+def test_requests_were_preempted_where_the_cache_is_small(ran):
+    assert ran["pressed"]["preemptions"] > 0
+    assert ran["few"]["preemptions"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", ["one token", "one more token", "to the end"])
+def test_short_prompts_and_ends_equal_plain_decoding(ran, name, batch):
+    plain = tokens(ran, "plain", batch)
+    assert tokens(ran, name, batch) == plain
+    if batch == "to the end":
+        assert len({len(ids) for ids in plain}) > 4, "the prompts end alike, so this shows little about max_model_len"
+
+
+def test_ngram_batches_were_ragged(ran):
+    assert [0, 4] in ran["ngram 4"]["drafts"]["greedy"]
+
+
+def test_aborting_every_request_at_once_leaves_nothing(ran):
+    assert ran["greedy 4"]["batches"]["abort"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_drafts_leave_the_law_unchanged(ran, name):
+    stats = pytest.importorskip("scipy.stats")
+    counts = [Counter(tuple(ids[1:]) for ids in tokens(ran, which, "law")) for which in ("plain", name)]
+    common = [sequence for sequence, count in (counts[0] + counts[1]).items() if count >= 20]
+    table = [[count[sequence] for sequence in common] for count in counts]
+    rare = [LAW - sum(row) for row in table]
+    if min(rare) > 0:
+        table = [[*row, rest] for row, rest in zip(table, rare, strict=True)]
+    assert len(table[0]) > 8, "too few sequences to tell laws apart"
+    # Four tests at a joint level of 4e-4, with fixed seeds.
+    assert stats.chi2_contingency(table).pvalue > 1e-4
