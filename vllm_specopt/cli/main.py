@@ -156,5 +156,75 @@ def bench_engine(
     raise typer.Exit(code)
 
 
+@app.command()
+def ab(
+    target: Annotated[
+        str | None, typer.Argument(help="Target model, a folder or owner/name. (default: the shipped one)")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model: 4 draft tokens a step, drawn from it.")] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="vLLM's --speculative-config, instead of --draft.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=JSON]",
+            help="stock, stock-repaired (CPU), a method, or any name and the plugin's option, such as "
+            '\'mine={"method": "exact"}\'; repeat it, the first is the baseline. (default: stock and exact)',
+        ),
+    ] = None,
+    workload: Annotated[
+        str,
+        typer.Option(help="shipped, random, FILE.jsonl, sharegpt:FILE, spec-bench:FILE or speed-bench:DIR."),
+    ] = "shipped",
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, with commas between.")] = "1,8,32",
+    temperature: Annotated[str, typer.Option(help="Temperatures, with commas between.")] = "0,1",
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Top-p at temperatures above 0.")] = 1.0,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Requests per run. (default: 4 per request in flight, at least 24)")
+    ] = None,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens per request.")] = 64,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Runs of every arm at every point. (default: 4; 2 with --quick)")
+    ] = None,
+    serve_arg: Annotated[
+        list[str] | None, typer.Option(help="A further argument of `vllm serve` in every arm; repeat it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts' order; repeat i uses seed + i.")] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of ab.json, report.md and report.html.")] = Path(
+        "reports/ab"
+    ),
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Drop the record in the folder, or go on with it.")
+    ] = False,
+    stock_url: Annotated[str | None, typer.Option(metavar="URL", help="A running stock server.")] = None,
+    specopt_url: Annotated[str | None, typer.Option(metavar="URL", help="A running server with the option.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65000, help="First port of the servers; 0 takes free ones.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which one run of the client is stopped.")] = 600,
+    quick: Annotated[bool, typer.Option("--quick", help="Two repeats: a first impression.")] = False,
+) -> None:
+    """Serve a model with and without the plugin and compare what users see.
+
+    Real `vllm serve` processes, one per arm and one more of the baseline for the noise, take turns under
+    `vllm bench serve`. Leaves ab.json and, as views of it, report.md and report.html. Run the same line again to go on
+    after an interruption. Exit status: 0 all measured, 1 an arm or a run failed or exact's greedy completions differ,
+    2 bad input.
+    """
+    from vllm_specopt.cli.ab import checked, run
+
+    try:
+        settings = checked(
+            target=target, draft=draft, speculative_config=speculative_config, arms=arm or [], spec=workload,
+            concurrency=concurrency, temperature=temperature, top_p=top_p, num_prompts=num_prompts,
+            output_len=output_len, repeats=repeats, serve_args=serve_arg or [], seed=seed, out=out, fresh=fresh,
+            stock_url=stock_url, specopt_url=specopt_url, port=port, timeout=timeout, quick=quick,
+        )  # fmt: skip
+        code = run(settings, sys.argv[1:])
+    except CliError as error:
+        typer.echo(f"specopt ab: {error}", err=True)
+        code = error.exit_code
+    raise typer.Exit(code)
+
+
 if __name__ == "__main__":
     app()

@@ -47,6 +47,10 @@ class Stages:
         yield
         self._number += 1
 
+    def say(self, text: str) -> None:
+        """Print a message above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def tick(self) -> None:
         """Move the bar on within the current stage."""
         before = sum(seconds for _, seconds in self._plan[: self._number])

@@ -1,0 +1,20 @@
+"""The `vllm` command with the one stock function replaced that is broken on CPUs: the arm ``stock-repaired``.
+
+Usage: ``python -m vllm_specopt.benchmarks.serving_repaired serve ...``. vLLM spawns its engine processes from the main
+module, so the replacement at import takes place in every one of them, and says so in the log.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vllm_specopt.benchmarks.engine_run import repair_expand_kernel
+from vllm_specopt.benchmarks.serving_plan import REPAIRED_LINE
+
+repair_expand_kernel()
+print(f"{REPAIRED_LINE} pid={os.getpid()} in {__name__}", flush=True)
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    main()
