@@ -131,6 +131,22 @@ def _log_residual(
     return tl.where(positive, log_target + tl.log(tl.where(positive, 1.0 - ratio, 1.0)), float("-inf"))
 
 
+@triton.jit
+def _count_outcome(counters_ptr, num_drafts, num_accepted, is_greedy):
+    """Add one request to the counters ``[8]``: tokens accepted, recovered, bonus; rows swept, rows skipped."""
+    columns = tl.arange(0, 8)
+    is_bonus = (num_accepted == num_drafts).to(tl.int32)
+    is_drafted = (num_drafts > 0).to(tl.int32)
+    # The statistics leave out the bonus row of a sampled request, which is then read only to emit from it.
+    num_swept = num_drafts + tl.where(is_greedy, 1, is_bonus)
+    values = tl.where(columns == 0, num_accepted, 0)
+    values = tl.where(columns == 1, is_drafted * (1 - is_bonus), values)
+    values = tl.where(columns == 2, is_drafted * is_bonus, values)
+    values = tl.where(columns == 3, num_swept, values)
+    values = tl.where(columns == 4, num_drafts + 1 - num_swept, values)
+    tl.atomic_add(counters_ptr + columns, values.to(tl.int64), mask=values > 0)
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def emission_kernel(
     logits_ptr,  # [num_rows, vocab]
@@ -153,6 +169,7 @@ def emission_kernel(
     draft_tile_max_ptr,  # [num_rows, num_tiles] or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
     num_accepted_ptr,  # [num_reqs] out
+    counters_ptr,  # [>= 1, 8] or None, added to
     candidate_score_ptr,  # [num_reqs, num_tiles] out
     candidate_token_ptr,  # [num_reqs, num_tiles] out, INF_FLAG added where the row has +inf
     target_score_ptr,  # [num_reqs, num_tiles] out, or None: candidates of the full target row
@@ -220,6 +237,8 @@ def emission_kernel(
             num_accepted = tl.min(tl.where(accepted | (pos >= num_drafts), num_drafts, pos), axis=0)
     if tile == 0:
         tl.store(num_accepted_ptr + req_idx, num_accepted)
+        if counters_ptr is not None:
+            _count_outcome(counters_ptr, num_drafts, num_accepted, temp < GREEDY_BELOW)
 
     row = start_row + num_accepted
     out = req_idx * num_tiles + tile

@@ -45,6 +45,7 @@ def exact_verify(
     min_p: torch.Tensor | None,
     bonus_token_ids: torch.Tensor | None,
     bad_row_counter: torch.Tensor | None,
+    counters: torch.Tensor | None,
     token_ids: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
@@ -148,6 +149,7 @@ def exact_verify(
         draft_tile_max,
         draft_tile_sum,
         num_accepted,
+        counters,
         candidate_score,
         candidate_token,
         target_score,

@@ -13,6 +13,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from vllm_specopt.cpu_kernels import BF16, FP16, FP32, LOGITS, ONE_HOT, PROBS, verify_requests
@@ -40,6 +41,7 @@ def exact_verify(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
+    counters: torch.Tensor | None = None,  # [>= 1, 8]
 ) -> None:
     """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
@@ -94,6 +96,25 @@ def exact_verify(
     bad_rows = _run(plan, num_reqs, num_rows * vocab_size)
     if bad_rows and bad_row_counter is not None:
         bad_row_counter += bad_rows
+    if counters is not None:
+        _count_outcomes(counters[0].numpy(), cu_num_logits.numpy(), num_sampled.numpy(), bonus_token_ids is not None)
+
+
+def _count_outcomes(
+    counters: np.ndarray,  # [8]
+    cu_num_logits: np.ndarray,  # [num_reqs + 1]
+    num_sampled: np.ndarray,  # [num_reqs]
+    bonus_is_given: bool,
+) -> None:
+    """Add a batch to its method's counters: tokens accepted, recovered, bonus; rows read, rows not read."""
+    num_rows = np.diff(cu_num_logits)
+    all_accepted = num_sampled == num_rows
+    num_bonus = np.count_nonzero(all_accepted & (num_rows > 1))
+    num_recovered = len(num_rows) - np.count_nonzero(all_accepted)
+    # A request's rows are read up to the one it emits from.
+    num_swept = int(num_sampled.sum()) - bonus_is_given * np.count_nonzero(all_accepted)
+    num_accepted = int(num_sampled.sum()) - len(num_rows)
+    counters[:5] += (num_accepted, num_recovered, num_bonus, num_swept, int(num_rows.sum()) - num_swept)
 
 
 def warm_up(dtype: torch.dtype = torch.bfloat16) -> None:

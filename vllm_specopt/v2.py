@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
+from vllm_specopt.metrics import NOT_RECORDED, new_counters
 from vllm_specopt.verify import verify
 
 logger = init_logger("vllm.specopt")
@@ -38,13 +39,16 @@ class RejectionSampler(stock.RejectionSampler):
     Attributes:
         fallbacks: Number of batches left to the stock sampler, by reason.
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]`` on the device.
+        counters: Tokens and rows so far as ``verify`` counts them, int64 ``[num_methods + 1, 8]`` on the device.
+        recorder: Told of each step and batch; publishes the counters where there is a ``/metrics``.
     """
 
     def __init__(self, sampler, spec_config, device):
         """Take the stock arguments; watermarking is left to the stock class."""
         super().__init__(sampler, spec_config, device)
         self.fallbacks: Counter[str] = Counter()
-        self.bad_rows = torch.zeros(1, dtype=torch.int64, device=device)
+        self.counters, self.bad_rows = new_counters(device)
+        self.recorder = NOT_RECORDED
 
     def _verify(
         self,
@@ -122,6 +126,7 @@ class RejectionSampler(stock.RejectionSampler):
         filtered = random and (
             used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0)
         )
+        self.recorder.begin_step()
         token_ids, num_sampled = verify(
             rows,
             cu_num_logits,
@@ -136,8 +141,10 @@ class RejectionSampler(stock.RejectionSampler):
             top_p=states.top_p.gpu if filtered else None,
             min_p=states.min_p.gpu if filtered else None,
             bad_row_counter=self.bad_rows,
+            counters=self.counters,
             backend=BACKEND,
         )
+        self.recorder.end_step()
         return logits, token_ids, num_sampled
 
     def _needs_processors(self, idx_mapping_np: np.ndarray) -> bool:

@@ -46,6 +46,7 @@ def verify(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
+    counters: torch.Tensor | None = None,  # [>= 1, 8]
     token_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Verified:
@@ -79,6 +80,8 @@ def verify(
         bonus_token_ids: If given, used in place of a drawn bonus token.
         bad_row_counter: int64, increased by the number of emitting rows without a usable logit (all NaN or -inf; such
             a row emits token 0). NaN counts as -inf; a +inf logit takes all probability of its row.
+        counters: int64, row 0 increased by the number of draft tokens accepted, of recovered tokens, of bonus tokens
+            (of requests with draft tokens), of rows read in full, and of rows that were not. Contiguous.
         token_dtype: int32 or int64, of the returned ids.
         backend: ``triton`` or ``cpu``. None: by device. Triton on a CPU device needs its interpreter (the V2
             runner on a CPU runs that way).
@@ -108,6 +111,7 @@ def verify(
             min_p=min_p,
             bonus_token_ids=bonus_token_ids,
             bad_row_counter=bad_row_counter,
+            counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
         )
@@ -158,6 +162,7 @@ def _check(
     min_p,
     bonus_token_ids,
     bad_row_counter,
+    counters,
 ) -> int:
     """Raise ValueError on the first argument that breaks the contract; return the number of requests."""
 
@@ -201,6 +206,9 @@ def _check(
     check("positions", positions, 1, INDEX_DTYPES, num_rows)
     check("bonus_token_ids", bonus_token_ids, 1, INDEX_DTYPES, num_reqs)
     check("bad_row_counter", bad_row_counter, 1, (torch.int64,), 1)
+    check("counters", counters, 2, (torch.int64,))
+    if counters is not None and counters.shape[1] != 8:
+        raise ValueError(f"counters has {counters.shape[1]} columns, expected 8")
     per_request = None if state_indices is not None else num_reqs
     check("temperature", temperature, 1, (torch.float32,), per_request)
     check("seeds", seeds, 1, (torch.int64,), per_request)
