@@ -134,6 +134,25 @@ def _log_residual(
     return tl.where(positive, log_target + tl.log(tl.where(positive, 1.0 - ratio, 1.0)), float("-inf"))
 
 
+@triton.jit
+def _count_outcome(counters_ptr, num_drafts, num_accepted, is_greedy, is_scored, threshold):
+    """Add one request to its method's counters ``[8]``: tokens accepted, recovered, bonus; rows swept, rows skipped."""
+    columns = tl.arange(0, 8)
+    is_bonus = (num_accepted == num_drafts).to(tl.int32)
+    is_drafted = (num_drafts > 0).to(tl.int32)
+    # The statistics leave out the bonus row of a sampled request, which is then read only to emit from it.
+    num_swept = num_drafts + tl.where(is_greedy, 1, is_bonus)
+    # Scores need no row but the emitting one, unless a filter's threshold had to be found.
+    num_swept = tl.where(is_scored & (threshold == float("-inf")), 1, num_swept)
+    values = tl.where(columns == 0, num_accepted, 0)
+    values = tl.where(columns == 1, is_drafted * (1 - is_bonus), values)
+    values = tl.where(columns == 2, is_drafted * is_bonus, values)
+    values = tl.where(columns == 3, num_swept, values)
+    values = tl.where(columns == 4, num_drafts + 1 - num_swept, values)
+    method = tl.where(is_scored, 8, 0)
+    tl.atomic_add(counters_ptr + method + columns, values.to(tl.int64), mask=values > 0)
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def emission_kernel(
     logits_ptr,  # [num_rows, vocab]
@@ -158,6 +177,7 @@ def emission_kernel(
     sigmoid_ptr,  # [10] or None, see sigmoid.py
     sigmoid_requests_ptr,  # [max_reqs] or None
     num_accepted_ptr,  # [num_reqs] out
+    counters_ptr,  # [>= 2, 8] or None, added to
     candidate_score_ptr,  # [num_reqs, num_tiles] out
     candidate_token_ptr,  # [num_reqs, num_tiles] out, INF_FLAG added where the row has +inf
     target_score_ptr,  # [num_reqs, num_tiles] out, or None: candidates of the full target row
@@ -251,6 +271,12 @@ def emission_kernel(
             num_accepted = tl.min(tl.where(accepted | (pos >= num_drafts), num_drafts, pos), axis=0)
     if tile == 0:
         tl.store(num_accepted_ptr + req_idx, num_accepted)
+        if counters_ptr is not None:
+            threshold = tl.full((), float("-inf"), tl.float32)
+            if threshold_ptr is not None:
+                threshold = tl.load(threshold_ptr + start_row)
+            is_scored = by_scores & (temp >= GREEDY_BELOW)
+            _count_outcome(counters_ptr, num_drafts, num_accepted, temp < GREEDY_BELOW, is_scored, threshold)
 
     row = start_row + num_accepted
     out = req_idx * num_tiles + tile

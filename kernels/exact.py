@@ -51,6 +51,7 @@ def exact_verify(
     bad_row_counter: torch.Tensor | None,
     sigmoid: torch.Tensor | None,
     sigmoid_requests: torch.Tensor | None,
+    counters: torch.Tensor | None,
     token_ids: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
@@ -159,6 +160,7 @@ def exact_verify(
         sigmoid,
         sigmoid_requests,
         num_accepted,
+        counters,
         candidate_score,
         candidate_token,
         target_score,

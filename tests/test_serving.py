@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_specopt.cli.process import Server, free_port
+from vllm_specopt.metrics import WRITE_SECONDS
 
 pytestmark = pytest.mark.engine
 
@@ -88,17 +92,50 @@ def test_log_probabilities_come_with_each_token(client):
         assert logprob == max(top.values()), f"the greedy token {token!r} is not the most probable one"
 
 
-def test_speculation_is_counted_by_vllms_metrics(server, client):
-    httpx = pytest.importorskip("httpx")
+def scrape(server) -> dict[tuple[str, ...], float]:
+    """Samples of /metrics by name and label values, those of vLLM's own labels left out once they are checked."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if sample.name.startswith(("specopt:", "vllm:spec_decode_num")):
+                assert (labels.pop("model_name"), labels.pop("engine")) == ("target", "0")
+                found[sample.name, *labels.values()] = sample.value
+            elif sample.name in ("vllm:generation_tokens_total", "vllm:request_success_total"):
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def settled(server) -> dict[tuple[str, ...], float]:
+    time.sleep(3 * WRITE_SECONDS)
+    return scrape(server)
+
+
+def test_metrics_agree_with_vllms_own(server, client):
+    before = settled(server)
     client.completions.create(model="target", prompt=PROMPT, max_tokens=24, temperature=0.0)
-    metrics = httpx.get(f"{server.url}/metrics").text.splitlines()
-    counts = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in metrics
-        if line.startswith(("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"))
+    client.completions.create(model="target", prompt=PROMPT, max_tokens=40, temperature=0.8, n=3)
+    counts = settled(server)
+
+    def since(*key):
+        return counts[key] - before.get(key, 0)
+
+    tokens = {
+        outcome: since("specopt:tokens_total", "exact", outcome) for outcome in ("accepted", "recovered", "bonus")
     }
-    drafted = counts["vllm:spec_decode_num_draft_tokens_total"]
-    assert 0 < counts["vllm:spec_decode_num_accepted_tokens_total"] < drafted
+    drafted = counts["vllm:spec_decode_num_draft_tokens_total",]
+    assert 0 < counts["vllm:spec_decode_num_accepted_tokens_total",] < drafted
+    assert tokens["accepted"] == since("vllm:spec_decode_num_accepted_tokens_total")
+    assert tokens["recovered"] + tokens["bonus"] == since("vllm:spec_decode_num_drafts_total")
+    # Each of the four requests gets its first token without drafts, and may lose up to 4 behind its last.
+    generated = since("vllm:generation_tokens_total")
+    assert 4 * (1 - 4) <= generated - sum(tokens.values()) <= 4
+    assert 0 < since("specopt:verified_steps_total", "exact") == since("specopt:verification_seconds_count", "exact")
+    assert since("specopt:verification_seconds_sum", "exact") > 0
+    swept, skipped = (since("specopt:rows_total", "exact", outcome) for outcome in ("swept", "skipped"))
+    assert swept >= sum(tokens.values())
+    assert swept + skipped >= since("vllm:spec_decode_num_draft_tokens_total") + tokens["recovered"] + tokens["bonus"]
+    assert counts["specopt:bad_rows_total", "exact"] == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import functools
 import numpy as np
 import torch
 
-from vllm_specopt.cpu_kernels import BF16, FP16, FP32, LOGITS, ONE_HOT, PROBS, verify_requests
+from vllm_specopt.cpu_kernels import BF16, FP16, FP32, GREEDY_BELOW, LOGITS, ONE_HOT, PROBS, verify_requests
 
 _KIND = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 # Below this many logits a second thread costs more than it saves.
@@ -41,6 +41,7 @@ def exact_verify(
     bad_row_counter: torch.Tensor | None = None,  # [1]
     sigmoid: torch.Tensor | None = None,  # [10]
     sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [>= 2, 8]
 ) -> None:
     """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
@@ -99,6 +100,64 @@ def exact_verify(
     bad_rows = _run(plan, num_reqs, num_rows * vocab_size)
     if bad_rows and bad_row_counter is not None:
         bad_row_counter += bad_rows
+    if counters is not None:
+        scored = _is_scored(num_reqs, temperature, state_indices, sigmoid, sigmoid_requests)
+        sampling = (state_indices, top_k, top_p, min_p, vocab_size)
+        swept = np.where(scored & ~_is_filtered(num_reqs, *sampling), 1, num_sampled.numpy())
+        if bonus_token_ids is not None:
+            swept -= num_sampled.numpy() == np.diff(cu_num_logits.numpy())
+        for method, requests in enumerate((~scored, scored)):
+            _count_outcomes(
+                counters[method].numpy(),
+                np.diff(cu_num_logits.numpy())[requests],
+                num_sampled.numpy()[requests],
+                swept[requests],
+            )
+
+
+def _per_request(values: torch.Tensor, num_reqs: int, state_indices: torch.Tensor | None) -> np.ndarray:
+    return (values[:num_reqs] if state_indices is None else values[state_indices]).numpy()
+
+
+def _is_scored(num_reqs: int, temperature, state_indices, sigmoid, sigmoid_requests) -> np.ndarray:
+    """Which requests the sigmoid method verified, ``[num_reqs]`` bool."""
+    if sigmoid is None or temperature is None:
+        return np.zeros(num_reqs, dtype=bool)
+    sampled = _per_request(temperature, num_reqs, state_indices) >= GREEDY_BELOW
+    return sampled if sigmoid_requests is None else sampled & _per_request(sigmoid_requests, num_reqs, state_indices)
+
+
+def _is_filtered(num_reqs: int, state_indices, top_k, top_p, min_p, vocab_size: int) -> np.ndarray:
+    """Which requests use a filter, ``[num_reqs]`` bool."""
+    found = np.zeros(num_reqs, dtype=bool)
+    for values, used in (
+        (top_k, lambda k: (k >= 1) & (k < vocab_size)),
+        (top_p, lambda p: p < 1),
+        (min_p, lambda p: p > 0),
+    ):
+        if values is not None:
+            found |= used(_per_request(values, num_reqs, state_indices))
+    return found
+
+
+def _count_outcomes(
+    counters: np.ndarray,  # [8]
+    num_rows: np.ndarray,  # [num_reqs]
+    num_sampled: np.ndarray,  # [num_reqs]
+    num_swept: np.ndarray,  # [num_reqs]
+) -> None:
+    """Add requests to their method's counters: tokens accepted, recovered, bonus; rows read, rows not read."""
+    all_accepted = num_sampled == num_rows
+    num_bonus = np.count_nonzero(all_accepted & (num_rows > 1))
+    num_recovered = len(num_rows) - np.count_nonzero(all_accepted)
+    swept = int(num_swept.sum())
+    counters[:5] += (
+        int(num_sampled.sum()) - len(num_rows),
+        num_recovered,
+        num_bonus,
+        swept,
+        int(num_rows.sum()) - swept,
+    )
 
 
 def warm_up(dtype: torch.dtype = torch.bfloat16) -> None:

@@ -22,7 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_specopt import compat
+from vllm_specopt import compat, metrics
 from vllm_specopt.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
 from vllm_specopt.verify import MAX_DRAFT_TOKENS, backend_name
 
@@ -122,6 +122,8 @@ def _create_engine_config(original):
 
             _wrap(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
             _applies_all.append(weakref.ref(vllm_config.speculative_config))
+        if not self.disable_log_stats and _active_config(vllm_config):
+            metrics.expose()
         return vllm_config
 
     return create_engine_config
@@ -138,8 +140,12 @@ def _validate_spec_decode(original):
 
 def _worker_init(original):
     def __init__(self, *args, **kwargs):
-        _install_runner_hook(kwargs["vllm_config"] if "vllm_config" in kwargs else args[0])
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        _install_runner_hook(vllm_config)
         original(self, *args, **kwargs)
+        if metrics.is_exposed() and _active_config(vllm_config):
+            name = "compile_or_warm_up_model"
+            _wrap(next(owner for owner in type(self).__mro__ if name in vars(owner)), name, _warm_up)
 
     return __init__
 
@@ -177,6 +183,19 @@ def check_request(vllm_config, extra_args) -> None:
         + ("but specopt is not active here" if config is None else 'but the server lacks "allow_per_request": true'),
         parameter="extra_args",
     )
+
+
+def _warm_up(original):
+    def compile_or_warm_up_model(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        config = _active_config(self.vllm_config)
+        sampler = getattr(self.model_runner, "rejection_sampler", None)
+        if config and metrics.is_exposed() and hasattr(sampler, "recorder"):
+            # Not earlier: the steps of the warm-up are no requests.
+            metrics.record(sampler, self.vllm_config, config.method)
+        return result
+
+    return compile_or_warm_up_model
 
 
 def _install_runner_hook(vllm_config) -> None:

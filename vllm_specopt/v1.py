@@ -27,6 +27,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specopt.config import SpecoptConfig, requested_method
+from vllm_specopt.metrics import NOT_RECORDED, new_counters
 from vllm_specopt.verify import verify
 
 logger = init_logger("vllm.specopt")
@@ -47,6 +48,8 @@ class RejectionSampler(stock.RejectionSampler):
     Attributes:
         fallbacks: Number of batches left to the stock sampler, by reason.
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]`` on the device.
+        counters: Tokens and rows so far as ``verify`` counts them, int64 ``[num_methods + 1, 8]`` on the device.
+        recorder: Told of each step and batch; publishes the counters where there is a ``/metrics``.
     """
 
     def __init__(self, sampler, spec_config, device, runner=None, seed: int = 0, config=EXACT):
@@ -56,7 +59,8 @@ class RejectionSampler(stock.RejectionSampler):
         self._config = config
         self._methods_of, self._methods = None, (None, None)
         self.fallbacks: Counter[str] = Counter()
-        self.bad_rows = torch.zeros(1, dtype=torch.int64, device=device)
+        self.counters, self.bad_rows = new_counters(device)
+        self.recorder = NOT_RECORDED
         self._runner = None if runner is None else weakref.ref(runner)
         self._fresh_seeds = np.random.Generator(np.random.Philox(seed))
 
@@ -101,6 +105,7 @@ class RejectionSampler(stock.RejectionSampler):
         num_reqs = len(metadata.num_draft_tokens)
         runner = None if self._runner is None else self._runner()
         sigmoid, sigmoid_requests = self._sigmoid(runner, sampling_metadata, num_reqs)
+        self.recorder.begin_step()
         token_ids, _ = verify(
             rows,
             torch.nn.functional.pad(metadata.cu_num_sampled_tokens, (1, 0)),
@@ -116,8 +121,10 @@ class RejectionSampler(stock.RejectionSampler):
             bad_row_counter=self.bad_rows,
             sigmoid=sigmoid,
             sigmoid_requests=sigmoid_requests,
+            counters=self.counters,
             token_dtype=torch.int32,
         )
+        self.recorder.end_step()
 
         logprobs = None
         if num_logprobs is not None:

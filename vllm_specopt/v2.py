@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
 from vllm_specopt.config import SpecoptConfig, requested_method
+from vllm_specopt.metrics import NOT_RECORDED, new_counters
 from vllm_specopt.verify import verify
 
 logger = init_logger("vllm.specopt")
@@ -66,6 +67,8 @@ class RejectionSampler(stock.RejectionSampler):
     Attributes:
         fallbacks: Number of batches left to the stock sampler, by reason.
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]`` on the device.
+        counters: Tokens and rows so far as ``verify`` counts them, int64 ``[num_methods + 1, 8]`` on the device.
+        recorder: Told of each step and batch; publishes the counters where there is a ``/metrics``.
     """
 
     def __init__(self, sampler, spec_config, device, config: SpecoptConfig = EXACT):
@@ -76,7 +79,8 @@ class RejectionSampler(stock.RejectionSampler):
             self._methods = RequestedMethods(config, sampler.sampling_states.max_num_reqs)
             sampler.logits_processors.append(self._methods)
         self.fallbacks: Counter[str] = Counter()
-        self.bad_rows = torch.zeros(1, dtype=torch.int64, device=device)
+        self.counters, self.bad_rows = new_counters(device)
+        self.recorder = NOT_RECORDED
 
     def _verify(
         self,
@@ -155,6 +159,7 @@ class RejectionSampler(stock.RejectionSampler):
             used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0)
         )
         sigmoid, sigmoid_requests = self._sigmoid(idx_mapping_np)
+        self.recorder.begin_step()
         token_ids, num_sampled = verify(
             rows,
             cu_num_logits,
@@ -171,8 +176,10 @@ class RejectionSampler(stock.RejectionSampler):
             bad_row_counter=self.bad_rows,
             sigmoid=sigmoid,
             sigmoid_requests=sigmoid_requests,
+            counters=self.counters,
             backend=BACKEND,
         )
+        self.recorder.end_step()
         return logits, token_ids, num_sampled
 
     def _sigmoid(self, idx_mapping_np: np.ndarray):

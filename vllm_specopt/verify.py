@@ -54,6 +54,7 @@ def verify(
     bad_row_counter: torch.Tensor | None = None,  # [1]
     sigmoid: SigmoidConstants | None = None,
     sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [>= 2, 8]
     token_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Verified:
@@ -101,6 +102,9 @@ def verify(
             one-hot drafts, a case the paper does not have, the draft token's own score is 1: it survives with
             probability ``target_score(x)``, and the token that follows a rejection has the target's law without x.
         sigmoid_requests: bool, which entries follow the sigmoid method. None: all. Needs ``sigmoid``.
+        counters: int64, row 0 (requests verified exactly, the greedy ones included) and row 1 (by sigmoid) increased
+            by the number of draft tokens accepted, of recovered tokens, of bonus tokens (of requests with draft
+            tokens), of rows read in full, and of rows that were not. Contiguous.
         token_dtype: int32 or int64, of the returned ids.
         backend: ``triton`` or ``cpu``. None: by device. Triton on a CPU device needs its interpreter (the V2
             runner on a CPU runs that way).
@@ -135,6 +139,7 @@ def verify(
             bad_row_counter=bad_row_counter,
             sigmoid=None if temperature is None else constants,
             sigmoid_requests=None if temperature is None else sigmoid_requests,
+            counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
         )
@@ -207,6 +212,7 @@ def _check(
     bonus_token_ids,
     bad_row_counter,
     sigmoid_requests,
+    counters,
 ) -> int:
     """Raise ValueError on the first argument that breaks the contract; return the number of requests."""
 
@@ -250,6 +256,11 @@ def _check(
     check("positions", positions, 1, INDEX_DTYPES, num_rows)
     check("bonus_token_ids", bonus_token_ids, 1, INDEX_DTYPES, num_reqs)
     check("bad_row_counter", bad_row_counter, 1, (torch.int64,), 1)
+    check("counters", counters, 2, (torch.int64,))
+    if counters is not None and counters.shape[1] != 8:
+        raise ValueError(f"counters has {counters.shape[1]} columns, expected 8")
+    if counters is not None and counters.shape[0] < 2:
+        raise ValueError(f"counters has {counters.shape[0]} rows, expected at least 2")
     per_request = None if state_indices is not None else num_reqs
     check("temperature", temperature, 1, (torch.float32,), per_request)
     check("seeds", seeds, 1, (torch.int64,), per_request)

@@ -26,6 +26,7 @@ COMMON = {
     **{name: "i32" for name in ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "vocab_size")},
     **{name: "i32" for name in ("draft_probs_stride", "num_tiles", "rows_per_req", "width", "token_ids_stride")},
     "bad_row_counter_ptr": "*i64",
+    "counters_ptr": "*i64",
 }
 ALIGNED = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 

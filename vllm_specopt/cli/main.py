@@ -226,5 +226,29 @@ def ab(
     raise typer.Exit(code)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Target model. (default: the shipped one)")] = None,
+    speculative_config: Annotated[str | None, typer.Option(help="JSON, as given to vllm serve.")] = None,
+    additional_config: Annotated[
+        str | None, typer.Option(help="JSON, as given to vllm serve. (default: the method exact)")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether verification by the drop-in would run here, with which parts, correctly, and how fast.
+
+    Without --model the shipped pair is taken; where it is not there, only the installation is checked. Exit status:
+    0 all good, 1 something would not work, 2 bad input.
+    """
+    from vllm_specopt.cli.doctor import run
+
+    try:
+        code = run(model, speculative_config, additional_config, json_)
+    except CliError as error:
+        typer.echo(f"specopt doctor: {error}", err=True)
+        code = error.exit_code
+    raise typer.Exit(code)
+
+
 if __name__ == "__main__":
     app()
