@@ -17,7 +17,7 @@ def _best_candidate(score_ptr, token_ptr, req_idx, num_tiles, PADDED_TILES: tl.c
     tokens = tl.load(token_ptr + req_idx * num_tiles + tiles, mask=mask, other=0)
     flagged = tokens >= INF_FLAG
     any_flagged = tl.max(flagged.to(tl.int32), axis=0) == 1
-    scores = tl.where(any_flagged & (not flagged), float("-inf"), scores)
+    scores = tl.where(any_flagged & (flagged == 0), float("-inf"), scores)
     best = tl.max(scores, axis=0)
     tokens = tl.where(flagged, tokens - INF_FLAG, tokens)
     return tl.min(tl.where(mask & (scores == best), tokens, NO_TOKEN), axis=0), best > float("-inf")

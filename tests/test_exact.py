@@ -148,6 +148,22 @@ def test_rows_that_go_bad(temperature, filtered, draft):
     assert int(on_device.kwargs["bad_row_counter"]) == expected.bad_rows > 0
 
 
+def test_an_infinite_logit_beats_a_lucky_finite_one_of_another_tile():
+    # Hot enough that noise decides between finite logits; the infinite one is in the first of three tiles.
+    logits = torch.full((64, 8205), 300.0)
+    logits[:, 17] = float("inf")
+    tokens, _ = verify(
+        logits.to(DEVICE),
+        torch.arange(65, device=DEVICE),
+        torch.zeros(0, dtype=torch.int64, device=DEVICE),
+        0,
+        temperature=torch.full((64,), 100.0, device=DEVICE),
+        seeds=torch.arange(64, device=DEVICE),
+        backend="triton",
+    )
+    assert tokens.flatten().tolist() == [17] * 64
+
+
 def test_residual_without_mass_falls_back_to_the_target():
     """Draft probabilities that sum to far more than one leave no residual: the token comes from the target row."""
     batch = random_batch(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_specopt.config import SigmoidConstants
 from vllm_specopt.kernels.reference import exact_verify_ref
 from vllm_specopt.metrics import COLUMNS, COUNTERS, SECONDS, Recorder, new_counters
 from vllm_specopt.testing import LOGITS, NO_DRAFT, random_batch
@@ -49,10 +50,35 @@ def test_counts_are_those_of_the_tokens_emitted(backend, draft):
     assert not total[1:].any()
 
 
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_requests_count_for_the_method_that_verified_them(backend):
+    device = DEVICE if backend == "triton" else "cpu"
+    num_drafts = [3, 2, 0, 4, 1, 3]
+    batch = random_batch(seed=4, num_drafts=num_drafts, vocab_size=60, draft=LOGITS, temperatures=(0.0, 1.0))
+    states = batch.kwargs["state_indices"].long()
+    flags = torch.zeros(len(batch.kwargs["temperature"]), dtype=torch.bool)
+    flags[states[::2]] = True
+    batch.kwargs |= {"sigmoid": SigmoidConstants(-8.0, 8.0, -8.0, 8.0), "sigmoid_requests": flags}
+    counters, _ = new_counters(device)
+    on_device = batch.to(device)
+    verified = verify(*on_device.args(), **on_device.kwargs, counters=counters, backend=backend)
+    scored = (flags & (batch.kwargs["temperature"] > 0))[states].tolist()
+    assert 0 < sum(scored) < len(scored)
+    accepted, rows = [0, 0], [0, 0]
+    for drafted, sampled, by_scores in zip(num_drafts, verified.num_sampled.tolist(), scored, strict=True):
+        accepted[by_scores] += sampled - 1
+        rows[by_scores] += drafted + 1
+    counts = counters.cpu()
+    assert counts[:2, 0].tolist() == accepted
+    assert counts[:2, 3:5].sum(1).tolist() == rows
+    # Only the emitting row of each.
+    assert counts[1, 3] == sum(scored)
+
+
 def test_counters_of_the_wrong_shape_are_refused():
     batch = random_batch(seed=0, num_drafts=[1], vocab_size=8)
     with pytest.raises(ValueError, match="counters has 5 columns, expected 8"):
-        verify(*batch.args(), **batch.kwargs, counters=torch.zeros(1, 5, dtype=torch.int64), backend="cpu")
+        verify(*batch.args(), **batch.kwargs, counters=torch.zeros(2, 5, dtype=torch.int64), backend="cpu")
 
 
 @pytest.fixture
