@@ -289,6 +289,21 @@ def test_greedy_log_probabilities_equal_stock(mode, change):
         torch.testing.assert_close(getattr(ours.logprobs_tensors, name)[emitted], theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_the_minimum_length_counts_the_drafts_before_a_bonus_token():
+    # Both requests accept three drafts. Then the first has its ten tokens and may stop, the second has eight.
+    processors = min_tokens({0: {7}, 1: {7}})
+    processor = processors.non_argmax_invariant[0]
+    processor.min_toks = {r: (10, [5] * length, {7}, False) for r, length in enumerate((7, 5))}
+    logits = torch.zeros(8, 20)
+    logits[[0, 1, 2, 4, 5, 6], [1, 2, 3, 1, 2, 3]] = 9.0
+    logits[[3, 7], 7] = 9.0
+    logits[[3, 7], 8] = 5.0
+    metadata = spec_metadata([3, 3], torch.tensor([1, 2, 3, 1, 2, 3]))
+    tokens = adapter()(metadata, None, logits, sampling(size=2, logitsprocs=processors)).sampled_token_ids
+    assert tokens.tolist() == [[1, 2, 3, 7], [1, 2, 3, 8]]
+    assert {r: len(output) for r, (_, output, *_) in processor.min_toks.items()} == {0: 7, 1: 5}
+
+
 @pytest.mark.parametrize("custom", [False, True], ids=["stock-sampler", "custom-sampler"])
 def test_processed_log_probabilities_are_those_sampled_from(custom):
     torch.manual_seed(0)

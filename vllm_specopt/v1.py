@@ -5,6 +5,7 @@ to the kernels as they are, per request; what vLLM's own logits processors do (p
 minimum length, thinking budget) is left to them, on a copy, and only for batches that need it.
 """
 
+import copy
 import sys
 import weakref
 from collections import Counter
@@ -152,7 +153,8 @@ class RejectionSampler(stock.RejectionSampler):
         target, bonus = metadata.target_logits_indices, metadata.bonus_logits_indices
         # The bonus rows come first, as in the stock sampler: that call also advances the thinking-budget state.
         if with_bonus:
-            rows[bonus] = self.sampler.apply_logits_processors(rows[bonus], sampling_metadata, predict_bonus_token=True)
+            at_bonus = _at_bonus_rows(sampling_metadata, metadata.num_draft_tokens)
+            rows[bonus] = self.sampler.apply_logits_processors(rows[bonus], at_bonus, predict_bonus_token=True)
         rows[target] = self.apply_logits_processors(rows[target], sampling_metadata, metadata)
         return rows
 
@@ -201,6 +203,33 @@ def _needs_processors(sampling_metadata: SamplingMetadata) -> bool:
         or (budget is not None and budget.has_tracked_requests())
         or any(_is_active(processor) for processor in sampling_metadata.logitsprocs.non_argmax_invariant)
     )
+
+
+def _at_bonus_rows(sampling_metadata: SamplingMetadata, num_draft_tokens: list[int]) -> SamplingMetadata:
+    """Metadata whose minimum lengths count the draft tokens, which precede a bonus token.
+
+    vLLM's processor counts them for the rows that judge drafts only: it keeps a stop token from ending a request at a
+    bonus row whose request reaches its minimum within the step.
+    """
+    processors = sampling_metadata.logitsprocs.non_argmax_invariant
+    if not any(type(processor) is MinTokensLogitsProcessor and processor.min_toks for processor in processors):
+        return sampling_metadata
+    counted = copy.copy(sampling_metadata.logitsprocs)
+    counted.non_argmax_invariant = [
+        _counting(processor, num_draft_tokens) if type(processor) is MinTokensLogitsProcessor else processor
+        for processor in processors
+    ]
+    return replace(sampling_metadata, logitsprocs=counted)
+
+
+def _counting(processor: MinTokensLogitsProcessor, num_draft_tokens: list[int]) -> MinTokensLogitsProcessor:
+    counting = copy.copy(processor)
+    counting.min_toks = {
+        request: (minimum, range(len(output) + num_draft_tokens[request]), *rest)
+        for request, (minimum, output, *rest) in processor.min_toks.items()
+    }
+    counting.update_state(None)
+    return counting
 
 
 def _is_active(processor) -> bool:
