@@ -1,4 +1,4 @@
-"""Every variant of every kernel compiles for GPUs that are not there, and none spills registers at V = 151,936."""
+"""The kernels' variants compile for GPUs that are not there, and none spills registers at V = 151,936."""
 
 import json
 import os
@@ -36,7 +36,9 @@ def compiled(tmp_path_factory):
 def test_every_variant_compiles_without_spills(compiled, architecture):
     results = compiled[architecture]
     assert {result["kernel"] for result in results} == KERNELS
-    assert len(results) >= 150
+    assert len(results) >= (80 if architecture == 90 else 60)
+    by_scores = {result["variant"] for result in results if result["variant"].endswith(("sigmoid", "mixed"))}
+    assert bool(by_scores) == (architecture == 90)
     spilling = [(r["kernel"], r["variant"], r["spilled_bytes"]) for r in results if r["spilled_bytes"]]
     assert not spilling
     assert all(r["cubin_bytes"] > 0 and r["registers"] <= 255 for r in results)
