@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -367,7 +368,10 @@ def test_an_interrupt_leaves_no_server(tmp_path, number):
     marker = str(tmp_path)
     command = [*RUN, "-o", str(tmp_path / "ab")]
     env = os.environ | {"SPECOPT_TEST": marker}
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # A shell's background job ignores SIGINT, and its children would too.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=env, preexec_fn=heeding, **quiet) as child:
         deadline = time.monotonic() + 120
         while len(_processes(marker)) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)

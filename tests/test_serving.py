@@ -102,7 +102,7 @@ def scrape(server) -> dict[tuple[str, ...], float]:
                 assert (labels.pop("model_name"), labels.pop("engine")) == ("target", "0")
                 found[sample.name, *labels.values()] = sample.value
             elif sample.name in ("vllm:generation_tokens_total", "vllm:request_success_total"):
-                found[sample.name] = found.get(sample.name, 0) + sample.value
+                found[sample.name,] = found.get((sample.name,), 0) + sample.value
     return found
 
 

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_specopt.config import METHODS
+
 DIRECTORY = "SPECOPT_METRICS_DIR"
 """Environment variable by which the process that makes the configuration tells the workers where to write."""
-METHODS = ("exact", "sigmoid")
 WRITE_SECONDS = 0.5
 # On a GPU one step in so many is timed, by a pair of events.
 TIMED_EVERY = 16
@@ -91,7 +92,7 @@ def is_exposed() -> bool:
     return os.path.isdir(os.environ.get(DIRECTORY, ""))
 
 
-def record(sampler, vllm_config, method: str) -> None:
+def record(sampler, vllm_config, method: str, first: bool) -> None:
     """Let a rejection sampler of ours publish its counters from now on, starting at 0.
 
     Tensor-parallel ranks verify the same requests, so only the first one records, unless each has its own share.
@@ -100,11 +101,9 @@ def record(sampler, vllm_config, method: str) -> None:
         sampler: A sampler with ``counters``, ``bad_rows``, ``fallbacks`` and ``recorder``.
         vllm_config: vLLM's configuration.
         method: The engine's method.
+        first: Whether this is the first tensor-parallel rank.
     """
-    from vllm.distributed.parallel_state import get_tp_group
-
     parallel = vllm_config.parallel_config
-    first = get_tp_group().rank_in_group == 0
     if not first and not getattr(parallel, "enable_batch_sharded_sampling", False):
         return
     # Fresh memory: what was there before may lie in a pool that sleep mode discards.

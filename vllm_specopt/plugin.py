@@ -191,8 +191,10 @@ def _warm_up(original):
         config = _active_config(self.vllm_config)
         sampler = getattr(self.model_runner, "rejection_sampler", None)
         if config and metrics.is_exposed() and hasattr(sampler, "recorder"):
+            from vllm.distributed.parallel_state import get_tp_group
+
             # Not earlier: the steps of the warm-up are no requests.
-            metrics.record(sampler, self.vllm_config, config.method)
+            metrics.record(sampler, self.vllm_config, config.method, first=get_tp_group().rank_in_group == 0)
         return result
 
     return compile_or_warm_up_model
