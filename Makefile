@@ -3,10 +3,10 @@ ARGS ?=
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test prove parity lint clean
+.PHONY: help setup demo test test-long prove parity lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | expand -t 16
 
 setup: ## create .venv with vLLM and this project (a few minutes once, then nothing)
 	@$(PYTHON) scripts/set_up.py
@@ -14,8 +14,11 @@ setup: ## create .venv with vLLM and this project (a few minutes once, then noth
 demo: setup ## serve the shipped pair stock and exact, compare them, write reports/demo.{json,md}; ARGS="--quick"
 	@$(bin)/specopt demo $(ARGS)
 
-test: setup ## run every test; ARGS="-k name" picks some
+test: setup ## run the tests, real engines included; ARGS="-k name" picks some
 	@$(bin)/python -m pytest tests $(ARGS)
+
+test-long: setup ## engines under stress, and what repeats in many of them (some minutes)
+	@$(bin)/python -m pytest tests -m long $(ARGS)
 
 prove: setup ## prove that verification is lossless, write reports/prove.json (about 20 minutes); ARGS="--quick"
 	@$(bin)/python tests/proof/run.py $(ARGS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 ROOT = Path(__file__).parents[1]
 DRAFT_MODEL = {"model": str(ROOT / "models" / "specopt-draft")}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 SCRIPT = Path(__file__).with_name("stress") / "run.py"
 REQUESTS = 150
