@@ -1,0 +1,261 @@
+"""The drop-in under Ray: in the workers of vLLM's Ray executor, in an A/B over a cluster, in Ray Serve and Ray Data.
+
+Everything runs on real local Ray clusters, each in a process of its own. ``SPECOPT_RAY=all python -m pytest
+tests/test_ray.py`` adds what takes minutes: tensor parallel 1, an A/B with real servers, the two examples.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+pytest.importorskip("vllm")
+
+from vllm_specopt.benchmarks import serving_ray
+
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+TARGET, DRAFT = (str(ROOT / "models" / f"specopt-{role}") for role in ("target", "draft"))
+OURS = "vllm_specopt.v1.RejectionSampler"
+EXACT = {"specopt": {"method": "exact"}}
+ACTIVE = "specopt: active: runner=V1 method=exact backend=cpu device=cpu"
+NUM_PROMPTS, MAX_TOKENS = 8, 16
+SECONDS = 300
+ALL = os.environ.get("SPECOPT_RAY") == "all"
+everything = pytest.mark.skipif(not ALL, reason="takes minutes: set SPECOPT_RAY=all")
+# Tensor parallel 2 is on two nodes, so what holds there is the stronger statement.
+SIZES = {1: "uni", 2: "mp"} if ALL else {2: "mp"}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Environment of a process that starts a cluster and of everything in it."""
+    path = [str(ROOT), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path),
+        "TRITON_INTERPRET": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    environ.pop("RAY_ADDRESS", None)
+    return environ | more
+
+
+def script(name: str, request: dict, folder: Path, *arguments: str, **environ: str) -> dict:
+    """Run one of the scripts in tests/support, which ends when its standard input closes, and return its result."""
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, str(SUPPORT / name), *arguments, "request.json", "result.json"]
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(**environ), stdin=subprocess.PIPE, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(timeout=SECONDS)
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+    assert status == 0, (folder / "log").read_text()[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:NUM_PROMPTS]
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def engines(prompts, tmp_path_factory) -> dict:
+    """One engine per executor and tensor parallel size; the Ray cluster has two nodes with one logical GPU each."""
+    # The target's five key-value heads cannot be split in two. The draft model's two can: it drafts for itself, and as
+    # it drafts its most probable tokens, requests at a temperature still see rejections.
+    models = {
+        1: (TARGET, {"model": DRAFT, "num_speculative_tokens": 4, "draft_sample_method": "probabilistic"}),
+        2: (DRAFT, {"model": DRAFT, "num_speculative_tokens": 4}),
+    }
+    llm = {
+        "additional_config": EXACT,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 512,
+        "max_num_seqs": NUM_PROMPTS,
+    }
+    greedy = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    seeded = [greedy | {"temperature": 0.9, "top_p": 0.95, "seed": seed} for seed in range(NUM_PROMPTS)]
+    request = {
+        "nodes": [1, 1],
+        "batches": {"greedy": [prompts, [greedy] * NUM_PROMPTS], "seeded": [prompts, seeded]},
+        "engines": [
+            {
+                "name": f"{backend} {size}",
+                "llm": {"model": models[size][0], "speculative_config": models[size][1], "tensor_parallel_size": size,
+                        "distributed_executor_backend": backend, **llm},
+            }
+            for size, without in SIZES.items()
+            for backend in (without, "ray")
+        ],
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("engines")
+    return script("ray_engine.py", request, folder, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("size", SIZES)
+def test_every_ray_worker_verifies_with_ours(engines, size):
+    found = engines[f"ray {size}"]
+    assert found["executor"].startswith("Ray")
+    assert [worker["rank"] for worker in found["workers"]] == list(range(size))
+    assert len({worker["node"] for worker in found["workers"]}) == size, "the workers are to be on different nodes"
+    for worker in found["workers"]:
+        assert worker["node"] is not None
+        assert worker["additional_config"] == EXACT
+        assert worker["sampler"] == OURS
+        assert worker["fallbacks"] == {}
+
+
+@pytest.mark.engine
+def test_every_ray_worker_says_so(engines):
+    said = [line for line in engines["worker log"].splitlines() if "specopt:" in line]
+    assert sum(ACTIVE in line for line in said) == len(said) == sum(SIZES)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("size", "backend"), SIZES.items())
+@pytest.mark.parametrize("batch", ["greedy", "seeded"])
+def test_output_in_ray_equals_output_without(engines, size, backend, batch):
+    in_ray, without = (engines[f"{name} {size}"] for name in ("ray", backend))
+    assert not without["executor"].startswith("Ray")
+    tokens = in_ray["batches"][batch]
+    assert [len(ids) for ids in tokens] == [MAX_TOKENS] * NUM_PROMPTS
+    assert tokens == without["batches"][batch]
+    assert engines[f"ray {size}"]["batches"]["greedy"] != engines[f"ray {size}"]["batches"]["seeded"]
+
+
+def placements(folder: Path, repeats: int, settings) -> list[dict]:
+    """Stock and exact per repeat, in turns; `settings` gives more settings for an arm and a repeat."""
+    return [
+        {"arm": arm, "repeat": repeat,
+         "settings": {"began": str(folder / f"{arm}-{repeat}"), **settings(arm, repeat)}}
+        for repeat in range(repeats)
+        for arm in (("stock", "exact") if repeat % 2 == 0 else ("exact", "stock"))
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory) -> dict:
+    """Three repeats on two nodes with cheap cells: one fails once, one fails always, one loses its worker."""
+    folder = tmp_path_factory.mktemp("spread")
+    fails = {("stock", 0): 1, ("exact", 2): 9}
+
+    def settings(arm: str, repeat: int) -> dict:
+        return {"fails": fails.get((arm, repeat), 0), "seconds": 600 if (arm, repeat) == ("stock", 1) else 0}
+
+    request = {
+        "nodes": [1, 1],
+        "placements": placements(folder, 3, settings),
+        "function": "ray_cell:sleep_or_fail",
+        "slot": {"num_gpus": 1, "num_cpus": 1},
+        "too_large": {"num_gpus": 2, "num_cpus": 1},
+        "kill": str(folder / "stock-1"),
+    }
+    return script("ray_ab.py", request, folder)
+
+
+def test_placements_that_fail_run_once_more_and_are_marked(spread):
+    entries = {(entry["arm"], entry["repeat"]): entry for entry in spread["entries"]}
+    assert len(entries) == 6
+    marked = {key: (entry["attempts"], len(entry["failures"])) for key, entry in entries.items()}
+    assert marked == dict.fromkeys(entries, (1, 0)) | {("stock", 0): (2, 1), ("exact", 2): (2, 2), ("stock", 1): (2, 1)}
+    assert "ValueError: attempt 1 fails" in entries["stock", 0]["failures"][0]
+    assert "the worker was lost" in entries["stock", 1]["failures"][0]
+    attempts = {key: entry["result"] and entry["result"]["attempt"] for key, entry in entries.items()}
+    assert attempts == dict.fromkeys(entries, 1) | {("stock", 0): 2, ("exact", 2): None, ("stock", 1): 2}
+    assert sorted(spread["order"]) == sorted(map(list, entries))
+
+
+def test_killed_worker_leaves_no_process(spread):
+    assert spread["killed"] and spread["alive"] == []
+
+
+def test_repeats_spread_and_arms_of_a_repeat_share_a_device(spread):
+    where: dict[int, set] = {}
+    for entry in spread["entries"]:
+        if entry["attempts"] == 1 or entry["repeat"] != 1:
+            where.setdefault(entry["repeat"], set()).add((entry["node"]["address"], *entry["node"]["gpus"]))
+    assert all(len(found) == 1 for found in where.values()), where
+    assert len(set.union(*where.values())) == 2
+
+
+def test_server_that_fits_nowhere_is_one_sentence(spread):
+    assert spread["too_large"] == "none of the cluster's 2 nodes has 2 GPU and 1 CPU for a server."
+
+
+def test_missing_ray_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(serving_ray.importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(serving_ray.ClusterError, match=r"Ray is not installed .*pip install 'vllm-specopt\[ray\]'"),
+        serving_ray.connected(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("address", ["auto", "closed port", "nonsense:port"])
+def test_missing_cluster_is_one_sentence(monkeypatch, tmp_path, address):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        if address == "closed port":
+            address = f"127.0.0.1:{unused.getsockname()[1]}"
+        began = time.monotonic()
+        with (
+            pytest.raises(serving_ray.ClusterError, match=f"no Ray cluster answers at {address}") as raised,
+            serving_ray.connected(address),
+        ):
+            pass
+    assert "\n" not in str(raised.value)
+    assert time.monotonic() - began < 30
+
+
+@everything
+@pytest.mark.engine
+def test_served_arms_over_a_cluster_survive_a_killed_worker(prompts, tmp_path):
+    def settings(arm: str, repeat: int) -> dict:
+        option = EXACT if arm == "exact" else {}
+        pause = 600 if arm == "exact" else 0
+        return {"target": TARGET, "draft": DRAFT, "prompts": prompts, "additional_config": option, "pause": pause}
+
+    request = {
+        "nodes": [1, 1, 0],
+        "placements": placements(tmp_path, 1, settings),
+        "function": "ray_cell:serve_and_ask",
+        "slot": {"num_gpus": 1, "num_cpus": 1},
+        "kill": str(tmp_path / "exact-0"),
+    }
+    found = script("ray_ab.py", request, tmp_path)
+    stock, exact = found["entries"]
+    assert (stock["attempts"], exact["attempts"]) == (1, 2), found
+    assert found["alive"] == [], "the killed worker's server must not outlive it"
+    assert exact["result"]["tokens"] == stock["result"]["tokens"]
+    assert [len(ids) for ids in exact["result"]["tokens"]] == [MAX_TOKENS] * NUM_PROMPTS
+    assert stock["result"]["worker_lines"] == []
+    assert any(line.startswith(ACTIVE) for line in exact["result"]["worker_lines"])
+
+
+@everything
+@pytest.mark.engine
+@pytest.mark.parametrize("library", ["data", "serve"])
+def test_example_completes_prompts_with_ours(library, prompts, tmp_path):
+    request = {"target": TARGET, "draft": DRAFT, "prompts": prompts[:4], "engine_kwargs": {"max_model_len": 256}}
+    found = script("ray_llm.py", request, tmp_path, library)
+    assert len(found["texts"]) == 4 and all(found["texts"])
+    assert ACTIVE in found["worker_lines"]
