@@ -1,4 +1,7 @@
-"""`specopt ab --ray`: every arm of every repeat is a placement on a Ray cluster; the record is the same."""
+"""A plan of `specopt ab` on a Ray cluster: every arm of every repeat is a placement; the record is the same.
+
+To be called from Python; the command line does not offer it.
+"""
 
 from __future__ import annotations
 
