@@ -3,5 +3,16 @@
 import os
 import shutil
 
+import pytest
+
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """What vLLM or a test sets in the environment ends with the test's file: engines started later inherit it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def test_a_working_installation_is_all_good(answer):
     assert checks["active"] == "method exact, draft_model drafts, 4 per step"
     assert checks["correct"].split()[0] in ("10", "11", "12")
     assert "GB/s over 40 of 40 rows" in checks["speed"] or "GB/s over 320 of 320 rows" in checks["speed"]
+
+
+def test_the_environment_stays_as_it_was(monkeypatch):
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    before = dict(os.environ)
+    invoke("--json", "--model", str(MODELS / "specopt-target"))
+    assert dict(os.environ) == before
 
 
 def sentences(checks) -> list[str]:

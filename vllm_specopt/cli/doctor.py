@@ -290,11 +290,16 @@ def _json_object(flag: str, text: str | None) -> dict | None:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep vLLM's log from the answer, which alone goes to standard output."""
+    """Keep vLLM's log from the answer, which alone goes to standard output; leave the environment as it was."""
+    before = dict(os.environ)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _show(checks: list[Check], problems: list[str]) -> None:
