@@ -35,7 +35,9 @@ class Arm:
 
     @classmethod
     def named(cls, text: str, on_cpu: bool) -> Arm:
-        """Return the arm of ``NAME`` (stock, stock-repaired or a method) or of ``NAME=JSON``.
+        """Return the arm of ``NAME`` (stock, stock-repaired, exact or sigmoid) or of ``NAME=JSON``.
+
+        The arm sigmoid has the paper's constants.
 
         Raises:
             ValueError: There is no such arm, or its option is not JSON or not an option.
@@ -61,7 +63,7 @@ class Arm:
                 raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
             return cls(REPAIRED, repair=True)
         if name in METHODS:
-            return cls(name, {"method": name})
+            return cls(name, {"method": name} | ({"sigmoid": "paper"} if name == "sigmoid" else {}))
         known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *METHODS))
         raise ValueError(f"there is no arm {name!r}: take {known}, or NAME=JSON")
 

@@ -32,7 +32,8 @@ ARM_HEADINGS = (
     "KV cache, tokens",
     "greedy completions",
 )
-TEXT_COLUMNS = {"arm", "metric", "outcome"}
+PLACEMENT_HEADINGS = ("repeat", "arm", "node", "attempts", "outcome", "failures")
+TEXT_COLUMNS = {"arm", "metric", "outcome", "node", "failures"}
 
 
 def number(value: float | None, form: str) -> str:
@@ -121,7 +122,11 @@ def notes(record: dict) -> list[str]:
         + " do to a number. A difference is reported only where the interval leaves out 1 and the ratio is outside "
         "the noise interval and its inverse.",
         "Intervals are not corrected for their number: one in twenty leaves out 1 by chance.",
-        "Order: whole repeats; in each, at every point, the arms side by side, forwards and then backwards "
+        "Order: on the Ray cluster each arm of each repeat had a server of its own, the arms of a repeat one after "
+        "another on one device, forwards and then backwards (A B C, C B A). Cells of a repeat that ended on different "
+        "devices are not compared."
+        if record.get("placements")
+        else "Order: whole repeats; in each, at every point, the arms side by side, forwards and then backwards "
         "(A B C, C B A). All servers are up all the time; only one is asked.",
         "All figures are vLLM's own client's (`vllm bench serve`); acceptance is its reading of the server's /metrics. "
         "Its process forks per run from one that has imported vLLM, which the timings do not see.",
@@ -201,12 +206,28 @@ def conditions(record: dict) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in (shown | {k: v for k, v in config.items() if k not in skipped}).items()]
 
 
+def placement_rows(record: dict) -> list[tuple[str, ...]]:
+    """Return where each server of a comparison on a Ray cluster ran, and what failed there."""
+    found = []
+    for entry in sorted(record.get("placements", []), key=lambda entry: (entry["repeat"], entry["arm"])):
+        node = entry["node"]
+        where = ", ".join(
+            [node.get("host", "unknown"), node.get("address", ""), *map("GPU {}".format, node.get("gpus", []))]
+        )
+        said = "; ".join(failure.strip().splitlines()[0] for failure in entry["failures"])
+        outcome = "lost" if entry["lost"] else "done"
+        found.append((f"{entry['repeat'] + 1}", entry["arm"], where, f"{entry['attempts']}", outcome, said))
+    return found
+
+
 def tables(record: dict) -> list[tuple[str, tuple, list]]:
     """Return the tables as (title, headings, rows)."""
+    placed = [("Placements on the Ray cluster", PLACEMENT_HEADINGS, placement_rows(record))]
     return [
         ("Differences", RATIO_HEADINGS, ratio_rows(record)),
         ("Measurements, medians over the repeats", HEADINGS, rows(record)),
         ("Arms", ARM_HEADINGS, arm_rows(record)),
+        *(placed if record.get("placements") else []),
     ]
 
 

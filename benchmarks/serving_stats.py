@@ -45,11 +45,21 @@ def cells(record: dict, arm: str, temperature: float, concurrency: int) -> dict[
     return found
 
 
+def device(cell: dict) -> tuple | None:
+    """Return where on a Ray cluster a cell ran; None on the machine of the comparison itself."""
+    node = cell.get("node")
+    return node and (node.get("node"), *node.get("gpus", []))
+
+
 def ratio(record: dict, arm: str, temperature: float, concurrency: int, metric: str) -> dict | None:
-    """Return the paired ratio of an arm over the baseline; None where no repeat has both."""
+    """Return the paired ratio of an arm over the baseline; None where no repeat has both on one device."""
     ours = cells(record, arm, temperature, concurrency)
     base = cells(record, record["config"]["baseline"], temperature, concurrency)
-    pairs = [(value(ours[repeat], metric), value(base[repeat], metric)) for repeat in ours if repeat in base]
+    pairs = [
+        (value(ours[repeat], metric), value(base[repeat], metric))
+        for repeat in ours
+        if repeat in base and device(ours[repeat]) == device(base[repeat])
+    ]
     pairs = [(a, b) for a, b in pairs if a and b]
     if not pairs:
         return None

@@ -1,5 +1,6 @@
 """`specopt ab`: order, arms, statistics, views, resuming and bad input without a server, then one real small run."""
 
+import importlib.util
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 from vllm_specopt.benchmarks import serving_client, serving_page, serving_report, serving_run, serving_stats
 from vllm_specopt.benchmarks.serving_plan import Arm, Plan, changed_settings, with_repaired
 from vllm_specopt.benchmarks.serving_workloads import workload
-from vllm_specopt.cli import ab
+from vllm_specopt.cli import ab, ab_ray
 from vllm_specopt.cli.errors import CliError
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -30,6 +32,10 @@ INPUT = {
     "temperature": "0", "top_p": 1.0, "num_prompts": 4, "output_len": 8, "repeats": 2, "serve_args": [], "seed": 0,
     "fresh": False, "stock_url": None, "specopt_url": None, "port": 0, "timeout": 60.0, "quick": False,
 }  # fmt: skip
+
+
+RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2", "--num-prompts", "4",
+       "--output-len", "8", "--repeats", "1", "--temperature", "1"]  # fmt: skip
 
 
 def make_plan(**changed) -> Plan:
@@ -218,6 +224,39 @@ def test_stock_as_it_comes_is_marked_on_a_cpu():
     assert marked == {("1", "1", "stock"), ("1", "8", "stock")}
 
 
+def test_parts_from_a_cluster_make_one_record():
+    plan = make_plan()
+    whole, record = make_record(plan), make_record(plan) | {"cells": {}, "arms": {}}
+    nodes = [{"host": f"host-{n}", "address": f"10.0.0.{n}", "node": f"{n}", "gpus": ["0"]} for n in range(2)]
+
+    def arrive(arm: str, repeat: int, node: dict, failures: tuple = (), lost: bool = False) -> None:
+        part = ab_ray.rebuilt(json.loads(json.dumps(asdict(plan))), arm, repeat)
+        assert {cell.arm for cell in part.cells()} == {arm} == {each.name for each in part.all_arms()}
+        own = {"arms": {arm: whole["arms"][arm]}, "cells": {c.key: whole["cells"][c.key] for c in part.cells()}}
+        assert {cell.repeat for cell in part.cells()} == {repeat} and len(own["cells"]) == 4
+        entry = {"arm": arm, "repeat": repeat, "attempts": len(failures) + (not lost), "failures": list(failures),
+                 "node": node, "result": None if lost else own}  # fmt: skip
+        ab_ray.add(plan, record, entry)
+        line = ab_ray.described(entry)
+        assert line.startswith(f"{arm}, repeat {repeat + 1}: {'lost' if lost else 'done'} on {node['host']}, GPU 0")
+
+    for repeat in range(4):
+        for arm in plan.all_arms():
+            moved = (arm.name, repeat) == ("exact", 1)
+            gone = (arm.name, repeat) == ("exact", 3)
+            failures = ("the worker was lost\nwith a log",) * (moved + 2 * gone)
+            arrive(arm.name, repeat, nodes[(repeat + moved) % 2], failures, gone)
+    row = next(row for row in serving_stats.compare(record) if row["arm"] == "exact")
+    # Four repeats, less the one that moved to another device and the one that was lost.
+    assert row["ratio"]["pairs"] == 2 and row["noise"]["pairs"] == 4
+    assert len(record["failed_cells"]) == 4 and ab.serving_report.exit_code(record) == 1
+    text = serving_report.markdown(record)
+    assert "| 2 | exact | host-0, 10.0.0.0, GPU 0 | 2 | done | the worker was lost |" in text
+    assert "| 4 | exact | host-1, 10.0.0.1, GPU 0 | 2 | lost | the worker was lost; the worker was lost |" in text
+    assert "on the Ray cluster each arm of each repeat had a server of its own" in text
+    assert "Ray" not in serving_report.markdown(whole)
+
+
 def test_an_empty_record_has_views_too():
     record = make_record(make_plan()) | {"cells": {}, "arms": {}}
     assert "not measured" in serving_report.markdown(record)
@@ -278,6 +317,25 @@ def test_prompt_files_without_prompts_are_refused(tmp_path):
     assert max(max(ids) for ids in drawn.prompts) < 512 and "understate" in drawn.caveat
 
 
+def test_the_arm_sigmoid_has_the_papers_constants():
+    assert Arm.named("sigmoid", True).option == {"method": "sigmoid", "sigmoid": "paper"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--ray", "--port", "9000"], "--ray starts its own servers: leave --stock-url, --specopt-url and --port out."),
+        (["--ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1 ("),
+    ],
+)
+def test_bad_input_with_ray_is_one_sentence(tmp_path, arguments, sentence):
+    done = subprocess.run([*RUN, *arguments, "-o", str(tmp_path / "ab")], capture_output=True, text=True)
+    if not importlib.util.find_spec("ray"):
+        sentence = sentence if "--port" in arguments else "Ray is not installed beside"
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"specopt ab: {sentence}" in done.stderr
+
+
 def test_a_port_in_use_is_refused(tmp_path):
     import socket
 
@@ -309,10 +367,6 @@ def test_a_record_is_continued_under_the_same_settings_only(tmp_path):
     with pytest.raises(CliError, match="no record of specopt ab"):
         ab.begin(settings(), [])
     assert changed_settings({"a": 1}, {"a": 1, "b": 2}) == ["b: None there, 2 now"]
-
-
-RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2", "--num-prompts", "4",
-       "--output-len", "8", "--repeats", "1", "--temperature", "1"]  # fmt: skip
 
 
 def _processes(marker: str) -> list[psutil.Process]:

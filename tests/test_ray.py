@@ -253,6 +253,27 @@ def test_served_arms_over_a_cluster_survive_a_killed_worker(prompts, tmp_path):
 
 @everything
 @pytest.mark.engine
+def test_the_command_spreads_an_ab_over_a_cluster(tmp_path):
+    out = tmp_path / "ab"
+    options = ["--repeats", "2", "--concurrency", "2", "--temperature", "1", "--num-prompts", "4", "--output-len", "8"]
+    arguments = ["ab", "--ray", "--ray-gpus", "1", *options, "-o", str(out)]
+    found = script("ray_cli.py", {"nodes": [1, 1], "arguments": arguments}, tmp_path)
+    assert found["status"] == 0, found
+    record = json.loads((out / "ab.json").read_text())
+    arms = ("stock-repaired", "exact", "stock-repaired (again)")
+    assert set(record["cells"]) == {f"{arm}|T1|c2|r{repeat}" for arm in arms for repeat in range(2)}
+    assert all(cell["completed"] == 4 and cell["attempts"] == 1 for cell in record["cells"].values())
+    assert all(record["arms"][arm]["greedy"] == record["arms"]["exact"]["greedy"] for arm in arms)
+    places = [
+        {cell["node"]["address"] for key, cell in record["cells"].items() if key.endswith(f"r{n}")} for n in (0, 1)
+    ]
+    assert sorted(map(len, places)) == [1, 1] and places[0] != places[1]
+    assert "exact, repeat 2: done on" in found["stdout"]
+    assert "Placements on the Ray cluster" in (out / "report.html").read_text()
+
+
+@everything
+@pytest.mark.engine
 @pytest.mark.parametrize("library", ["data", "serve"])
 def test_example_completes_prompts_with_ours(library, prompts, tmp_path):
     request = {"target": TARGET, "draft": DRAFT, "prompts": prompts[:4], "engine_kwargs": {"max_model_len": 256}}

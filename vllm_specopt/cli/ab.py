@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 from rich.console import Console
@@ -252,7 +254,7 @@ class Comparison:
             port = free_port(self.settings.port + number if self.settings.port else 0)
             profiles = self.scratch / f"profiles-{number}"
             command = serving_run.server_command(self.plan, arm, port, profiles)
-            log = self.settings.out / f"{arm.name.replace(' ', '-')}.log"
+            log = self.settings.out / (re.sub(r"[^\w.-]+", "-", arm.name).strip("-") + ".log")
             process = stack.enter_context(Server(command, log, environment(self.plan.on_cpu), port))
             self.processes[arm.name] = process
             process.wait_ready(self.stages.tick)
@@ -351,6 +353,16 @@ def stages(plan: Plan) -> list[tuple[str, float]]:
     return found + [(f"profiling {name}", PROFILE_SECONDS) for name in names]
 
 
+class Elsewhere(Protocol):
+    """Runs a plan's cells on other machines than this."""
+
+    def stages(self, plan: Plan) -> list[tuple[str, float]]:
+        """Return the parts of a run in order, with the seconds each is expected to take."""
+
+    def run(self, plan: Plan, record: dict, save: Callable[[], None], progress: Stages) -> None:
+        """Run what is missing in a record and add it there, calling `save` after each part."""
+
+
 def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
     """Return the record to go on with and whether it is an old one; raise CliError (2) if that has other settings."""
     path = settings.out / RECORD
@@ -386,8 +398,14 @@ def finished(record: dict, plan: Plan) -> bool:
     )
 
 
-def run(settings: Settings, argv: list[str]) -> int:
-    """Run `specopt ab`, print its table, leave its reports and return the exit status (0, or 1 if something failed)."""
+def run(settings: Settings, argv: list[str], elsewhere: Elsewhere | None = None) -> int:
+    """Run `specopt ab`, print its table, leave its reports and return the exit status (0, or 1 if something failed).
+
+    Args:
+        settings: A checked request.
+        argv: The command line, for the record.
+        elsewhere: What runs the missing cells in place of this machine, see :class:`Elsewhere`.
+    """
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 140)
@@ -403,10 +421,13 @@ def run(settings: Settings, argv: list[str]) -> int:
         with (
             stopped_by_signals(),
             tempfile.TemporaryDirectory(prefix="specopt-ab-") as scratch,
-            Stages(console, stages(settings.plan)) as progress,
+            Stages(console, elsewhere.stages(settings.plan) if elsewhere else stages(settings.plan)) as progress,
         ):
             comparison = Comparison(settings, record, Path(scratch), progress)
-            comparison.run()
+            if elsewhere:
+                elsewhere.run(settings.plan, record, comparison.save, progress)
+            else:
+                comparison.run()
             record["seconds"] = round(record.get("seconds", 0) + time.monotonic() - started)
             comparison.save()
     written = write_reports(record, settings.out)

@@ -1,7 +1,4 @@
-"""A plan of `specopt ab` on a Ray cluster: every arm of every repeat is a placement; the record is the same.
-
-To be called from Python; the command line does not offer it.
-"""
+"""`specopt ab --ray`: every arm of every repeat is a placement on a Ray cluster; the record is the same."""
 
 from __future__ import annotations
 
@@ -36,38 +33,65 @@ class Part(Plan):
         return [cell for cell in super().cells() if cell.repeat == self.repeat]
 
 
-def run(
-    plan: Plan, record: dict, address: str, slot: serving_ray.Slot, save: Callable[[], None], tick: Callable[[], None]
-) -> None:
-    """Run what is missing in a record on a cluster, adding each placement as it arrives.
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray cluster as the place of a comparison (``ab.Elsewhere``).
 
-    Every cell of a placement carries ``attempts`` and ``node``; ``record["placements"]`` keeps the failures.
-
-    Raises:
-        CliError: Ray, a cluster, or a node that can hold a server is missing.
+    address: As ``ray.init`` takes it.
+    slot: What one server takes.
     """
-    placements = [
-        serving_ray.Placement(arm.name, repeat, {"plan": asdict(plan), "arm": arm.name, "repeat": repeat})
-        for repeat in range(plan.repeats)
-        for arm in plan.all_arms()[:: 1 if repeat % 2 == 0 else -1]
-    ]
-    missing = {(cell.arm, cell.repeat) for cell in plan.cells() if cell.key not in record["cells"]}
 
-    def keep(entry: dict) -> None:
-        add(plan, record, entry)
-        save()
+    address: str
+    slot: serving_ray.Slot
 
-    try:
-        with serving_ray.connected(address):
-            wanted = [placement for placement in placements if (placement.arm, placement.repeat) in missing]
-            serving_ray.run(wanted, f"{__name__}:measure", slot, keep, tick)
-    except serving_ray.ClusterError as error:
-        raise CliError(str(error), 2) from error
+    def stages(self, plan: Plan) -> list[tuple[str, float]]:
+        """Return one stage: placements overlap, and how many do is known only once the cluster answers."""
+        parts = [Part(**_fields(plan), arm=arm.name) for arm in plan.all_arms()]
+        seconds = sum(seconds for part in parts for _, seconds in ab.stages(part))
+        count = plan.repeats * len(parts)
+        return [(f"{count} placements on the Ray cluster at {self.address}", plan.repeats * seconds)]
+
+    def run(self, plan: Plan, record: dict, save: Callable[[], None], progress: Stages) -> None:
+        """Run what is missing in a record, adding each placement as it arrives.
+
+        Every cell of a placement carries ``attempts`` and ``node``; ``record["placements"]`` keeps the failures.
+
+        Raises:
+            CliError: Ray, a cluster, or a node that can hold a server is missing.
+        """
+        missing = {(cell.arm, cell.repeat) for cell in plan.cells() if cell.key not in record["cells"]}
+        wanted = [
+            serving_ray.Placement(arm.name, repeat, {"plan": asdict(plan), "arm": arm.name, "repeat": repeat})
+            for repeat in range(plan.repeats)
+            for arm in plan.all_arms()[:: 1 if repeat % 2 == 0 else -1]
+            if (arm.name, repeat) in missing
+        ]
+
+        def keep(entry: dict) -> None:
+            add(plan, record, entry)
+            save()
+            progress.say(described(entry))
+
+        try:
+            with progress.next(), serving_ray.connected(self.address):
+                serving_ray.run(wanted, f"{__name__}:measure", self.slot, keep, progress.tick)
+        except serving_ray.ClusterError as error:
+            raise CliError(str(error), 2) from error
+
+
+def described(entry: dict) -> str:
+    """Return a line on a placement that is through."""
+    where = entry["node"].get("host", "an unknown node")
+    where += "".join(f", GPU {gpu}" for gpu in entry["node"].get("gpus", []))
+    failed = f", after {len(entry['failures'])} failed" if entry["failures"] else ""
+    state = "lost" if entry["lost"] else "done"
+    return f"{entry['arm']}, repeat {entry['repeat'] + 1}: {state} on {where}{failed}"
 
 
 def add(plan: Plan, record: dict, entry: dict) -> None:
     """Add what one placement brought to the record of the whole comparison."""
     found = entry.pop("result")
+    entry["lost"] = found is None
     record.setdefault("placements", []).append(entry)
     arm = record["arms"].setdefault(entry["arm"], {})
     if found is None:
@@ -109,3 +133,7 @@ def rebuilt(plan: dict, arm: str, repeat: int) -> Part:
     load = plan["workload"]
     values["workload"] = Workload(**load | {"args": tuple(load["args"]), "prompts": tuple(load["prompts"])})
     return Part(**values, arm=arm, repeat=repeat)
+
+
+def _fields(plan: Plan) -> dict:
+    return {field.name: getattr(plan, field.name) for field in fields(Plan)}

@@ -202,6 +202,14 @@ def ab(
     port: Annotated[int, typer.Option(min=0, max=65000, help="First port of the servers; 0 takes free ones.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which one run of the client is stopped.")] = 600,
     quick: Annotated[bool, typer.Option("--quick", help="Two repeats: a first impression.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread the servers over a running Ray cluster, each on a slot of its own.")
+    ] = False,
+    ray_address: Annotated[str, typer.Option(help="The cluster; auto finds the one this machine is in.")] = "auto",
+    ray_gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs one server takes. (default: 1; 0 with vLLM for CPUs)")
+    ] = None,
+    ray_cpus: Annotated[float, typer.Option(min=0, help="CPU slots one server takes.")] = 1,
 ) -> None:
     """Serve a model with and without the plugin and compare what users see.
 
@@ -213,13 +221,22 @@ def ab(
     from vllm_specopt.cli.ab import checked, run
 
     try:
+        if ray and (stock_url or specopt_url or port):
+            raise CliError("--ray starts its own servers: leave --stock-url, --specopt-url and --port out.", 2)
         settings = checked(
             target=target, draft=draft, speculative_config=speculative_config, arms=arm or [], spec=workload,
             concurrency=concurrency, temperature=temperature, top_p=top_p, num_prompts=num_prompts,
             output_len=output_len, repeats=repeats, serve_args=serve_arg or [], seed=seed, out=out, fresh=fresh,
             stock_url=stock_url, specopt_url=specopt_url, port=port, timeout=timeout, quick=quick,
         )  # fmt: skip
-        code = run(settings, sys.argv[1:])
+        cluster = None
+        if ray:
+            from vllm_specopt.benchmarks.serving_ray import Slot
+            from vllm_specopt.cli.ab_ray import Cluster
+
+            gpus = (0 if settings.plan.on_cpu else 1) if ray_gpus is None else ray_gpus
+            cluster = Cluster(ray_address, Slot(gpus, ray_cpus))
+        code = run(settings, sys.argv[1:], cluster)
     except CliError as error:
         typer.echo(f"specopt ab: {error}", err=True)
         code = error.exit_code
