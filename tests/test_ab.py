@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -423,9 +422,7 @@ def test_an_interrupt_leaves_no_server(tmp_path, number):
     command = [*RUN, "-o", str(tmp_path / "ab")]
     env = os.environ | {"SPECOPT_TEST": marker}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    # A shell's background job ignores SIGINT, and its children would too.
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, env=env, preexec_fn=heeding, **quiet) as child:
+    with subprocess.Popen(command, env=env, **quiet) as child:
         deadline = time.monotonic() + 120
         while len(_processes(marker)) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
