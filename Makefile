@@ -14,8 +14,8 @@ setup: ## create .venv with vLLM and this project (a few minutes once, then noth
 demo: setup ## serve the shipped pair stock and exact, compare them, write reports/demo.{json,md}; ARGS="--quick"
 	@$(bin)/specopt demo $(ARGS)
 
-test: setup ## run the tests, real engines included; ARGS="-k name" picks some
-	@$(bin)/python -m pytest tests $(ARGS)
+test: setup ## run the tests, real engines included, in two processes; ARGS="-k name" picks some
+	@$(bin)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: setup ## engines under stress, and what repeats in many of them (some minutes)
 	@$(bin)/python -m pytest tests -m long $(ARGS)

@@ -49,7 +49,7 @@ def environment(**more: str) -> dict[str, str]:
     return environ | more
 
 
-def script(name: str, request: dict, folder: Path, *arguments: str, **environ: str) -> dict:
+def script(name: str, request: dict, folder: Path, *arguments: str, seconds: float = SECONDS, **environ: str) -> dict:
     """Run one of the scripts in tests/support, which ends when its standard input closes, and return its result."""
     (folder / "request.json").write_text(json.dumps(request))
     command = [sys.executable, str(SUPPORT / name), *arguments, "request.json", "result.json"]
@@ -59,7 +59,7 @@ def script(name: str, request: dict, folder: Path, *arguments: str, **environ: s
             start_new_session=True,
         )  # fmt: skip
         try:
-            status = process.wait(timeout=SECONDS)
+            status = process.wait(timeout=seconds)
         finally:
             process.stdin.close()
             process.wait(timeout=60)
@@ -257,7 +257,7 @@ def test_the_command_spreads_an_ab_over_a_cluster(tmp_path):
     out = tmp_path / "ab"
     options = ["--repeats", "2", "--concurrency", "2", "--temperature", "1", "--num-prompts", "4", "--output-len", "8"]
     arguments = ["ab", "--ray", "--ray-gpus", "1", *options, "-o", str(out)]
-    found = script("ray_cli.py", {"nodes": [1, 1], "arguments": arguments}, tmp_path)
+    found = script("ray_cli.py", {"nodes": [1, 1], "arguments": arguments}, tmp_path, seconds=900)
     assert found["status"] == 0, found
     record = json.loads((out / "ab.json").read_text())
     arms = ("stock-repaired", "exact", "stock-repaired (again)")

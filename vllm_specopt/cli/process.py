@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -122,7 +124,15 @@ class Server(ChildProcess):
 
 
 def free_port(wanted: int = 0) -> int:
-    """Return `wanted`, or some free port for 0; raise CliError if `wanted` is taken."""
+    """Return `wanted`, or some free port for 0; raise CliError if `wanted` is taken.
+
+    A server opens its port seconds later, so the free one lies where the system does not pick ports for others (from
+    32768 on) and Ray's workers do not either (up to 19999).
+    """
+    if not wanted:
+        for port in random.sample(range(20000, 32768), 100):
+            with suppress(CliError):
+                return free_port(port)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
