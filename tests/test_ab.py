@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,7 @@ from vllm_specopt.benchmarks.serving_plan import Arm, Plan, changed_settings, wi
 from vllm_specopt.benchmarks.serving_workloads import workload
 from vllm_specopt.cli import ab, ab_ray
 from vllm_specopt.cli.errors import CliError
+from vllm_specopt.cli.process import Server, free_port
 
 MODELS = Path(__file__).parents[1] / "models"
 PROMPTS = MODELS / "prompts.jsonl"
@@ -431,3 +433,58 @@ def test_an_interrupt_leaves_no_server(tmp_path, number):
         child.send_signal(number)
     assert child.returncode != 0
     assert _gone(marker, 20), [process.cmdline() for process in _processes(marker)]
+
+
+@pytest.mark.long
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_running_servers_a_timeout_a_death_and_going_on(tmp_path):
+    """Servers of the user's own: one dies under way, comes back, and the same line goes on."""
+    settings = {"stock": None, "specopt": {"specopt": {"method": "exact"}}}
+    ports, out = {name: free_port() for name in settings}, tmp_path / "ab"
+    urls = [part for name, port in ports.items() for part in (f"--{name}-url", f"http://127.0.0.1:{port}")]
+    command = [*RUN, "--temperature", "0", "--num-prompts", "16", "--output-len", "64", *urls, "-o", str(out)]
+
+    def server(name: str) -> Server:
+        option = ["--additional-config", json.dumps(settings[name])] if settings[name] else []
+        speculation = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
+        serve = [serving_run.vllm_script(), "serve", str(MODELS / "specopt-target"), "--host", "127.0.0.1"]
+        serve += ["--port", str(ports[name]), "--enforce-eager", "--speculative-config", json.dumps(speculation)]
+        env = serving_run.ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        return Server([*serve, *option], tmp_path / f"{name}.log", env, ports[name])
+
+    def run(*more: str) -> tuple[subprocess.CompletedProcess, dict]:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
+        return done, json.loads((out / "ab.json").read_text())
+
+    with server("stock") as stock, ExitStack() as stack:
+        specopt = stack.enter_context(server("specopt"))
+        for each in (stock, specopt):
+            each.wait_ready(lambda: None, timeout=300)
+
+        done, record = run("--timeout", "1")
+        assert done.returncode == 1 and len(record["failed_cells"]) == 3
+        assert set(record["failed_cells"].values()) == {
+            "vllm bench serve took longer than 1 s (--timeout) and was stopped"
+        }
+
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            while "stock|T0|c2|r0" not in json.loads((out / "ab.json").read_text())["cells"]:
+                assert child.poll() is None
+                time.sleep(0.05)
+            specopt.stop()
+            said = child.stdout.read()
+        record = json.loads((out / "ab.json").read_text())
+        assert child.returncode == 1 and set(record["cells"]) == {"stock|T0|c2|r0", "stock (again)|T0|c2|r0"}
+        assert "arm exact failed: its server no longer answers" in said
+        assert "exact: FAILED" in (out / "report.md").read_text()
+
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and f"no vLLM server answers at http://127.0.0.1:{ports['specopt']}" in done.stderr
+
+        stack.enter_context(server("specopt")).wait_ready(lambda: None, timeout=300)
+        done, record = run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 of 3 cells are done" in done.stdout and not record["failed_cells"]
+        assert record["arms"]["exact"]["greedy"] == record["arms"]["stock"]["greedy"]
+        assert record["cells"]["exact|T0|c2|r0"]["completed"] == 16

@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Drop-in verification for vLLM's speculative decoding.",
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
