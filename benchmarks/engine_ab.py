@@ -68,7 +68,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one benchmark runs. ``repeats`` are runs per arm and way of drafting."""
+    """What one benchmark runs.
+
+    repeats: Runs per arm and way of drafting.
+    jit_monitor: What vLLM does when a kernel is compiled after start-up (on a GPU): ``warn``, or ``error``.
+    """
 
     arms: tuple[Arm, ...]
     drafting: tuple[str, ...]
@@ -78,6 +82,7 @@ class Plan:
     num_speculative_tokens: int
     threads: int | None
     on_cpu: bool
+    jit_monitor: str = "warn"
 
     @property
     def baseline(self) -> Arm:
@@ -127,6 +132,8 @@ class Plan:
             "enable_prefix_caching": False,
             "seed": repeat,
         }
+        if self.jit_monitor == "error":
+            llm["jit_monitor_mode"] = "error"
         if arm.option:
             llm["additional_config"] = {"specopt": arm.option}
         return {
@@ -157,6 +164,7 @@ class Plan:
             "num_speculative_tokens": self.num_speculative_tokens,
             "repeats": self.repeats,
             "threads": self.threads,
+            "jit_monitor": self.jit_monitor,
             "env": self.env(),
         }
 

@@ -20,6 +20,7 @@ HEADINGS = (
     "accepted / drafted",
     "ratio by CPU time",
     "peak MiB",
+    "GPU peak above weights and cache, MiB",
 )
 # What fits a terminal; the page has them all.
 NUM_SHOWN = 8
@@ -46,6 +47,7 @@ def rows(record: dict) -> list[tuple[str, ...]]:
                 _number(summary["acceptance_rate"], ".3f") + mark,
                 "" if cpu_ratio is None else f"{cpu_ratio['ratio']:.2f}{mark} ({interval(cpu_ratio)})",
                 f"{summary['peak_mib']:.0f}",
+                "" if summary["gpu_peak_mib"] is None else f"{summary['gpu_peak_mib']:.1f}",
             )
         )
     return found

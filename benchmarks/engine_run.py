@@ -98,6 +98,23 @@ def peak_mib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
+class GpuMemory:
+    """The GPU memory that PyTorch hands out above what is held now: weights and KV cache are in place."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._held = torch.cuda.memory_allocated()
+
+    def above(self) -> float:
+        """Return the peak since then, in MiB."""
+        import torch
+
+        return round((torch.cuda.max_memory_allocated() - self._held) / 2**20, 1)
+
+
 def counters(llm) -> dict[str, int]:
     """Return vLLM's counts of drafts, draft tokens and accepted tokens so far."""
     found = {metric.name: metric for metric in llm.get_metrics()}
@@ -114,6 +131,7 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
     llm.generate(prompts, params(request["warmup_len"]), use_tqdm=False)
     before = counters(llm)
     resets = reset_peak()
+    device = None if timers else GpuMemory()
     if timers:
         timers.reset()
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -133,6 +151,7 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
         "parts": dict(timers.seconds) if timers else None,
         "peak_mib": peak_mib(),
         "peak_is_of_workload": resets,
+        "gpu_peak_mib": device and device.above(),
         "digests": [zlib.crc32(repr(ids).encode()) for ids in token_ids],
     }
 

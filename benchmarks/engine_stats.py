@@ -106,6 +106,7 @@ def _arm(runs: list[dict]) -> dict:
         "parts": steps,
         "sampler_share": steps["sampler"] / sum(steps.values()) if steps else None,
         "peak_mib": max(run["peak_mib"] for run in runs),
+        "gpu_peak_mib": max((peak for run in runs if (peak := run.get("gpu_peak_mib")) is not None), default=None),
     }
 
 

@@ -9,8 +9,9 @@ i modulo the original size, the same one in both models:
   multiple of a direction on which all final hidden states have nearly the same projection (least squares on the
   prompts). The multiple is set so that the new tokens together hold the wanted probability on average.
 
-The rows of the original tokens are copied, so their logits are the original ones. Embeddings are untied. Layers can be
-added that compute as the others do and change nothing (their output projections are zero), to make a model heavier.
+The rows of the original tokens are copied, so their logits are the original ones. Embeddings are untied. To make
+a model heavier, layers can be added that compute as the others do and change nothing (their output projections are
+zero), and the matrices can be made wider (wide_shape.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_specopt.benchmarks.wide_shape import widen
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Standard deviation of the noise in the new tokens' logits, about that of the logits among rare tokens.
 NOISE = 1.0
@@ -36,7 +39,7 @@ COPIED = ("generation_config.json", "tokenizer_config.json")
 
 def make_pair(
     target: Path, draft: Path, prompts: list[str], out: Path, vocab_size: int = 151_936, tail_mass: float = 0.002,
-    extra_target_layers: int = 0, seed: int = 0,
+    extra_target_layers: int = 0, width: int = 1, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Write the extended pair to ``out/target`` and ``out/draft``.
 
@@ -47,6 +50,7 @@ def make_pair(
         vocab_size: Size to extend to; at least the original one.
         tail_mass: Probability the new tokens together hold at temperature 1, on average.
         extra_target_layers: Layers without effect to add to the target.
+        width: Factor of both models' widths; a power of 4.
         seed: Seed of the noise.
 
     Returns:
@@ -69,7 +73,7 @@ def make_pair(
     if len(prompts) < 2:
         raise ValueError(f"{len(prompts)} prompts are given, expected at least 2")
     info = {"vocab_size": vocab_size, "original_vocab_size": original["target"], "tail_mass_wanted": tail_mass,
-            "extra_target_layers": extra_target_layers, "seed": seed, "models": {}}  # fmt: skip
+            "extra_target_layers": extra_target_layers, "width": width, "seed": seed, "models": {}}  # fmt: skip
     logits = {}
     for number, (role, folder) in enumerate(models.items()):
         layers = extra_target_layers if role == "target" else 0
@@ -80,8 +84,9 @@ def make_pair(
         tensors[HEAD] = wide_head(head, hidden[0], vocab_size, tail_mass, generator)
         tensors[EMBEDDING] = tensors[EMBEDDING][torch.arange(vocab_size) % head.shape[0]]
         add_layers(tensors, configs[role]["num_hidden_layers"], layers)
-        info["models"][role] = write(out / role, folder, tensors, configs[role], vocab_size, layers)
         logits[role] = (spread(hidden[1], NUM_MEASURED), tensors[HEAD])
+        tensors, config = widen(tensors, configs[role], width, generator)
+        info["models"][role] = write(out / role, folder, tensors, config, vocab_size, layers)
     tails, info["overlap"] = measure(logits, original["target"])
     for role, tail in tails.items():
         info["models"][role]["tail_mass"] = tail
@@ -198,6 +203,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--tail-mass", type=float, default=0.002)
     parser.add_argument("--extra-target-layers", type=int, default=0)
+    parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = vars(parser.parse_args())
     args["prompts"] = [json.loads(line)["prompt"] for line in args["prompts"].read_text().splitlines()]

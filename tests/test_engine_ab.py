@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
         arguments = (MODELS / "specopt-target", MODELS / "specopt-draft", PROMPTS, out)
         return out, make_pair(*arguments, vocab_size=WIDE, tail_mass=TAIL_MASS, **options)
 
-    return make("pair"), make("deep", extra_target_layers=2)
+    return make("pair"), make("deep", extra_target_layers=2, width=4)
 
 
 def load(folder: Path):
@@ -73,7 +73,10 @@ def test_extended_pair_is_deterministic_and_its_ids_are_consistent(pair):
     for role in ("target", "draft"):
         model, other = (load_file(out / role / "model.safetensors") for out in (folder, again))
         assert model.keys() <= other.keys()
-        assert all(torch.equal(model[name], other[name]) for name in model)
+        for name in model:
+            where = tuple(slice(size) for size in model[name].shape)
+            halved = model[name] / 2 if model[name].dim() == 1 else model[name]
+            assert torch.equal(halved, other[name][where]), name
         embedding = model["model.embed_tokens.weight"]
         assert torch.equal(embedding[512:], embedding[: WIDE - 512])
     _, tokenizer = load(folder / "draft")
@@ -81,21 +84,28 @@ def test_extended_pair_is_deterministic_and_its_ids_are_consistent(pair):
     assert tokenizer.decode([512, 599]) == "<extra_512><extra_599>"
 
 
-def test_extra_layers_change_nothing(pair):
+def test_extra_layers_and_widths_change_nothing(pair):
     import torch
 
-    (folder, _), (deep, info) = pair
+    (folder, before), (large, info) = pair
     ids = torch.arange(40).unsqueeze(0)
-    (plain, _), (deeper, _) = load(folder / "target"), load(deep / "target")
-    assert len(deeper.model.layers) == len(plain.model.layers) + 2 == info["models"]["target"]["layers"]
-    with torch.inference_mode():
-        assert torch.equal(plain(ids).logits, deeper(ids).logits)
+    for role, layers in (("target", 2), ("draft", 0)):
+        # In double precision, so that sums over more zeros differ by their order alone.
+        (plain, _), (larger, _) = load(folder / role), load(large / role)
+        assert len(larger.model.layers) == len(plain.model.layers) + layers == info["models"][role]["layers"]
+        assert larger.config.hidden_size == 4 * plain.config.hidden_size == info["models"][role]["hidden_size"]
+        assert larger.config.num_attention_heads == 4 * plain.config.num_attention_heads
+        assert info["models"][role]["parameters"] > 8 * before["models"][role]["parameters"] / 2
+        with torch.inference_mode():
+            expected, found = plain.double()(ids).logits, larger.double()(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"vocab_size": 100}, "at least 512"),
+        ({"width": 2}, "a power of 4"),
         ({"tail_mass": 1.5}, "between 0 and 1"),
         ({"prompts": ["a"]}, "at least 2"),
     ],

