@@ -7,6 +7,7 @@ its own tile of the one emitting row. The token is drawn by an exponential race:
 import triton
 import triton.language as tl
 
+from .arguments import UNALIGNED
 from .filters import load_logits
 from .noise import BONUS, RECOVERED, acceptance_uniform, log_exponential, row_words
 from .row_statistics import log_prob, merge_tiles, state_index
@@ -153,7 +154,7 @@ def _count_outcome(counters_ptr, num_drafts, num_accepted, is_greedy, is_scored,
     tl.atomic_add(counters_ptr + method + columns, values.to(tl.int64), mask=values > 0)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
 def emission_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,

@@ -10,6 +10,8 @@ floats: 4 passes for bf16, 5 for fp16, 8 for fp32, each over a row that stays in
 import triton
 import triton.language as tl
 
+from .arguments import UNALIGNED
+
 RADIX_DIGITS = {"bfloat16": 4, "float16": 5, "float32": 8}
 
 
@@ -69,7 +71,7 @@ def _crossing_value(
     return _key_value(key, DIGITS)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "rows_per_req"])
+@triton.jit(do_not_specialize=["num_tiles", "rows_per_req"], do_not_specialize_on_alignment=UNALIGNED)
 def filter_threshold_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,

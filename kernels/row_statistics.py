@@ -8,6 +8,7 @@ merge the tiles of a row in a fixed order.
 import triton
 import triton.language as tl
 
+from .arguments import UNALIGNED
 from .filters import load_logits
 from .sigmoid import uses_sigmoid
 
@@ -56,7 +57,7 @@ def log_prob(scaled, largest, log_sum_exp):
     return tl.where(largest == float("inf"), one_hot, scaled) - log_sum_exp
 
 
-@triton.jit(do_not_specialize=["num_tiles", "rows_per_req"])
+@triton.jit(do_not_specialize=["num_tiles", "rows_per_req"], do_not_specialize_on_alignment=UNALIGNED)
 def row_statistics_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .arguments import UNALIGNED
+
 # Added to a candidate of a tile that holds +inf, which rules out the candidates of other tiles.
 INF_FLAG = tl.constexpr(1 << 30)
 NO_TOKEN = tl.constexpr(2147483647)
@@ -23,7 +25,7 @@ def _best_candidate(score_ptr, token_ptr, req_idx, num_tiles, PADDED_TILES: tl.c
     return tl.min(tl.where(mask & (scores == best), tokens, NO_TOKEN), axis=0), best > float("-inf")
 
 
-@triton.jit(do_not_specialize=["num_tiles", "width"])
+@triton.jit(do_not_specialize=["num_tiles", "width", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def token_output_kernel(
     token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out
     token_ids_stride,

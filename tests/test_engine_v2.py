@@ -65,6 +65,8 @@ def ran(tmp_path_factory):
                 if arm == "exact" or "seeded" not in name
             ]
             engines.append({"name": f"{drafting} {arm}", "llm": llm, "batches": listed})
+            if (drafting, arm) == ("draft-probabilistic", "exact"):
+                engines[-1]["reference"] = True
     start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
     return start(engines, tmp_path_factory.mktemp("engines"), "V2")
 
@@ -94,6 +96,15 @@ def test_seeded_requests_repeat_in_the_same_engine(ran):
     batches = results["draft-probabilistic exact"]["batches"]
     assert batches["seeded"]["token_ids"] == batches["seeded again"]["token_ids"]
     assert batches["seeded"]["token_ids"] != batches["greedy"]["token_ids"][:FEW]
+
+
+def test_every_verification_equals_the_reference_with_vllms_own_drafts(ran):
+    """The law carries over: on the engine's logits, draft logits and seeds both choose the same tokens."""
+    compared = ran[0]["draft-probabilistic exact"]["reference"]
+    assert compared["differ"] == 0
+    assert compared["close"] <= 0.02 * compared["requests"]
+    assert compared["sampled"] > 2 * FEW * MAX_TOKENS / (DRAFT_MODEL["num_speculative_tokens"] + 1)
+    assert min(compared[name] for name in ("accepted", "recovered", "bonus")) > 20
 
 
 @pytest.mark.parametrize("drafting", DRAFTING)

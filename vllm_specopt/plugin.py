@@ -143,7 +143,7 @@ def _worker_init(original):
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         _install_runner_hook(vllm_config)
         original(self, *args, **kwargs)
-        if metrics.is_exposed() and _active_config(vllm_config):
+        if _active_config(vllm_config):
             name = "compile_or_warm_up_model"
             _wrap(next(owner for owner in type(self).__mro__ if name in vars(owner)), name, _warm_up)
 
@@ -187,9 +187,14 @@ def check_request(vllm_config, extra_args) -> None:
 
 def _warm_up(original):
     def compile_or_warm_up_model(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
         config = _active_config(self.vllm_config)
         sampler = getattr(self.model_runner, "rejection_sampler", None)
+        if config and current_platform.is_cuda() and hasattr(sampler, "warm_up"):
+            from vllm_specopt.warm_up import warm_up
+
+            # Before vLLM's own, at whose end it starts to watch for compilation in flight.
+            warm_up(self.model_runner)
+        result = original(self, *args, **kwargs)
         if config and metrics.is_exposed() and hasattr(sampler, "recorder"):
             from vllm.distributed.parallel_state import get_tp_group
 

@@ -6,6 +6,8 @@ minimum length, thinking budget) is left to them, on a copy, and only for batche
 """
 
 import copy
+import functools
+import itertools
 import sys
 import weakref
 from collections import Counter
@@ -138,6 +140,41 @@ class RejectionSampler(stock.RejectionSampler):
             )
         return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=logprobs)
 
+    def warm_up(self, logits: torch.Tensor, num_speculative_tokens: int, probabilistic: bool) -> None:
+        """Launch, on a dummy request, every kernel variant that serving can, so that none compiles in a request's way.
+
+        Args:
+            logits: ``[3, vocab]`` as the target model gives them; the values do not matter.
+            num_speculative_tokens: Most draft tokens per request.
+            probabilistic: Whether the drafter hands over what it drew the draft tokens from.
+        """
+        device, config = logits.device, self._config
+        zeros = functools.partial(torch.zeros, 1, device=device)
+        counters, bad_rows = new_counters(device)
+        common = {
+            "positions": None if self._runner is None else torch.zeros(2, dtype=torch.int64, device=device),
+            "bonus_token_ids": None if _is_stock(self.sampler) else zeros(dtype=torch.int32),
+            "bad_row_counter": bad_rows,
+            "counters": counters,
+            "token_dtype": torch.int32,
+        }
+        sampled = {"temperature": zeros(), "seeds": zeros(dtype=torch.int64)}
+        # Without requests to choose by, all or none follow the sigmoid method.
+        methods = [{"sigmoid": config.sigmoid if config.method == "sigmoid" else None}]
+        if config.allow_per_request:
+            methods = [{}, {"sigmoid": config.sigmoid, "sigmoid_requests": zeros(dtype=torch.bool)}]
+        # A batch whose drafts come from an all-greedy one brings no probabilities, whatever the drafter.
+        probs = torch.zeros(1, logits.shape[1], device=device) if probabilistic else None
+        options = itertools.product(
+            (None, zeros(dtype=torch.int32)), (None, zeros()), (None, probs) if probabilistic else (None,), methods
+        )
+        batches = [{}] + [{"top_k": k, "top_p": p, "draft_probs": d, **sampled, **m} for k, p, d, m in options]
+        cu_num_logits = torch.tensor([0, 2], dtype=torch.int32, device=device)
+        for rows in (logits[:2], _copied(logits[:2])):
+            for batch in batches:
+                for width in _output_widths(num_speculative_tokens):
+                    verify(rows, cu_num_logits, zeros(dtype=torch.int32), width - 1, **common, **batch)
+
     def _custom_bonus(self, metadata, logits, sampling_metadata) -> SamplerOutput:
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""
         return self.sampler(
@@ -149,7 +186,7 @@ class RejectionSampler(stock.RejectionSampler):
 
     def _process(self, logits, metadata, sampling_metadata, with_bonus: bool) -> torch.Tensor:
         """Copy the rows to fp32 and run vLLM's logits processors on them."""
-        rows = logits.to(torch.float32, copy=True)
+        rows = _copied(logits)
         target, bonus = metadata.target_logits_indices, metadata.bonus_logits_indices
         # The bonus rows come first, as in the stock sampler: that call also advances the thinking-budget state.
         if with_bonus:
@@ -183,6 +220,17 @@ class RejectionSampler(stock.RejectionSampler):
                 if generator.device.type == "cuda":
                     generator.set_offset(generator.get_offset() + OFFSET_PER_DRAW)
         return async_tensor_h2d(seeds.view(np.int64), device=device)
+
+
+def _copied(logits: torch.Tensor) -> torch.Tensor:
+    """A copy for logits processors to change, fp32; contiguous, so that it is laid out alike whatever the batch."""
+    return logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _output_widths(num_speculative_tokens: int) -> list[int]:
+    """One output width for each variant of the kernel that writes it, which differ by powers of two from 8 on."""
+    widths = range(2, num_speculative_tokens + 2)
+    return sorted({min(max(8, 1 << (width - 1).bit_length()), widths[-1]) for width in widths})
 
 
 def _unsupported(sampling_metadata: SamplingMetadata) -> str | None:

@@ -145,7 +145,7 @@ class RejectionSampler(stock.RejectionSampler):
                 pos=pos,
                 seq_lens_upper_bound_np=seq_lens_upper_bound_np,
             )
-            rows = logits.to(torch.float32, copy=True)
+            rows = _processed(logits)
             for processor in sampler.logits_processors:
                 rows = processor.apply(rows, context)
             sampler.thinking_budget_state.apply(rows, context)
@@ -154,16 +154,37 @@ class RejectionSampler(stock.RejectionSampler):
             return bool(np.any(parameter.np[idx_mapping_np] != unused))
 
         random = used(states.temperature, 0.0)
-        # All three filters or none: each combination would be one more variant to compile while serving.
+        # All three filters or none: each combination would be one more variant to compile.
         filtered = random and (
             used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0)
         )
-        sigmoid, sigmoid_requests = self._sigmoid(idx_mapping_np)
         self.recorder.begin_step()
-        token_ids, num_sampled = verify(
+        token_ids, num_sampled = self._launch(
             rows,
             cu_num_logits,
             verify_draft_sampled,
+            pos,
+            idx_mapping,
+            draft_logits,
+            random,
+            filtered,
+            self._sigmoid(idx_mapping_np),
+            self.bad_rows,
+            self.counters,
+        )
+        self.recorder.end_step()
+        return logits, token_ids, num_sampled
+
+    def _launch(
+        self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, random, filtered, sigmoid, bad_rows, counters
+    ):
+        """The call of verify() for a batch of which some request samples (``random``) and some of those filter."""
+        states = self.sampler.sampling_states
+        constants, sigmoid_requests = sigmoid
+        return verify(
+            rows,
+            cu_num_logits,
+            drafts,
             self.num_speculative_steps,
             temperature=states.temperature.gpu if random else None,
             seeds=states.seeds.gpu if random else None,
@@ -173,14 +194,45 @@ class RejectionSampler(stock.RejectionSampler):
             top_k=states.top_k.gpu if filtered else None,
             top_p=states.top_p.gpu if filtered else None,
             min_p=states.min_p.gpu if filtered else None,
-            bad_row_counter=self.bad_rows,
-            sigmoid=sigmoid,
+            bad_row_counter=bad_rows,
+            sigmoid=constants,
             sigmoid_requests=sigmoid_requests,
-            counters=self.counters,
+            counters=counters,
             backend=BACKEND,
         )
-        self.recorder.end_step()
-        return logits, token_ids, num_sampled
+
+    def warm_up(self, logits: torch.Tensor, draft_logits: torch.Tensor | None = None) -> None:
+        """Launch, on dummy requests, every kernel variant that serving can, so that none compiles in a request's way.
+
+        What Triton specialises on is taken from the arguments: pass what serving passes.
+
+        Args:
+            logits: ``[3, vocab]`` as the target model gives them; the values do not matter.
+            draft_logits: The drafter's ``[max_num_reqs, K, vocab]``; None if draft tokens are certain.
+        """
+        states, device = self.sampler.sampling_states, logits.device
+        # One request with one draft token. Integers as wide as vLLM's.
+        arguments = (
+            torch.tensor([0, 2], dtype=torch.int32, device=device),
+            torch.zeros(2, dtype=torch.int32, device=device),
+            torch.zeros(2, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            draft_logits,
+        )
+        # None: a batch without requests that follow the sigmoid method.
+        sigmoid = [(self._config.sigmoid, None)]
+        if self._methods is not None:
+            sigmoid = [(None, None), (self._config.sigmoid, self._methods.sigmoid.gpu)]
+        layouts = [logits[:2], _processed(logits[:2])]
+        max_rows = states.max_num_reqs * (self.num_speculative_steps + 1)
+        if max_rows > stock.get_max_chunk_logits(logits.shape[1]):
+            # A later chunk starts at any row, and not every row need be a multiple of 16 bytes away from the first.
+            layouts.append(logits[1:3])
+        for rows in layouts:
+            for random, filtered in ((False, False), (True, False), (True, True)):
+                for chosen in sigmoid:
+                    counters, bad_rows = new_counters(device)
+                    self._launch(rows, *arguments, random, filtered, chosen, bad_rows, counters)
 
     def _sigmoid(self, idx_mapping_np: np.ndarray):
         """Constants of the sigmoid method if this batch uses it, and which slots do (None: all)."""
@@ -203,3 +255,8 @@ class RejectionSampler(stock.RejectionSampler):
             type(processor) not in USES or np.any(USES[type(processor)](processor)[idx_mapping_np])
             for processor in sampler.logits_processors
         )
+
+
+def _processed(logits: torch.Tensor) -> torch.Tensor:
+    """A copy for logits processors to change, fp32; contiguous, so that it is laid out alike whatever the batch."""
+    return logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

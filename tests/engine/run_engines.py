@@ -2,9 +2,12 @@
 
 Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists engines; each has the keyword arguments of
 ``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its sampler's class, how often the
-stock verification ran, and per batch the token ids and log probabilities.
+stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine warms up
+first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not before.
+With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -39,7 +42,12 @@ def main(request_path: str, result_path: str) -> None:
         for batch in engine["batches"]:
             params = batch["sampling"]
             params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
-            outputs = [output.outputs[0] for output in llm.generate(batch["prompts"], params, use_tqdm=False)]
+            with contextlib.ExitStack() as stack:
+                if "warm_up" in engine:
+                    stack.enter_context(watched_launches(runner, result, engine))
+                if "reference" in engine:
+                    stack.enter_context(compared_with_reference(result))
+                outputs = [output.outputs[0] for output in llm.generate(batch["prompts"], params, use_tqdm=False)]
             result["batches"][batch["name"]] = {
                 "token_ids": [list(output.token_ids) for output in outputs],
                 "logprobs": [
@@ -53,7 +61,66 @@ def main(request_path: str, result_path: str) -> None:
         del llm, runner, sampler
         gc.collect()
     with open(result_path, "w") as file:
-        json.dump(results, file)
+        json.dump(results, file, default=len)
+
+
+@contextlib.contextmanager
+def watched_launches(runner, result: dict, engine: dict):
+    """Warm a V2 runner up, if that is not done, and add what it launches within the block to the engine's result."""
+    sys.path.insert(0, str(HERE.parents[1] / "support"))
+    from launch_keys import recorded, unexpected
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
+
+    from vllm_specopt.warm_up import warm_up
+
+    if "launches" not in result:
+        stock.MAX_CHUNK_BYTES = engine["warm_up"] * runner.vocab_size * 4
+        with recorded() as warmed:
+            warm_up(runner)
+        result["launches"] = {"warmed": warmed, "served": set()}
+    with recorded() as served:
+        yield
+    launches = result["launches"]
+    launches["served"] |= served
+    launches["unexpected"] = unexpected(launches["served"], launches["warmed"])
+
+
+@contextlib.contextmanager
+def compared_with_reference(result: dict):
+    """Add to the result how many requests' tokens V2 verified within the block, and how many the reference differs on.
+
+    ``close``: requests that the reference calls too close to tell. ``accepted`` and ``recovered`` tokens, ``bonus``.
+    """
+    from vllm_specopt import testing, v2
+    from vllm_specopt.kernels.reference import exact_verify_ref
+
+    found = result.setdefault(
+        "reference", dict.fromkeys(("requests", "sampled", "close", "differ", "accepted", "recovered", "bonus"), 0)
+    )
+    verify = v2.verify
+
+    def compared(*args, **kwargs):
+        verified = verify(*args, **kwargs)
+        for name in ("bad_row_counter", "counters", "backend"):
+            kwargs.pop(name)
+        reference = exact_verify_ref(*args, **kwargs)
+        drafted = args[1].diff() - 1
+        for request, margin in enumerate(reference.margin):
+            accepted = int(verified.num_sampled[request]) - 1
+            found["requests"] += 1
+            found["sampled"] += kwargs["temperature"] is not None
+            found["close"] += margin < testing.MARGIN
+            same = verified.token_ids[request].tolist() == reference.token_ids[request].tolist()
+            found["differ"] += margin >= testing.MARGIN and not same
+            found["accepted"] += accepted
+            found["bonus" if accepted == drafted[request] else "recovered"] += 1
+        return verified
+
+    v2.verify = compared
+    try:
+        yield
+    finally:
+        v2.verify = verify
 
 
 def start(engines: list[dict], folder: Path, runner: str) -> tuple[dict, dict]:

@@ -5,6 +5,8 @@ process with V1's.
 """
 
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,9 @@ from vllm_specopt import testing, verify
 from vllm_specopt.config import PAPER, SpecoptConfig
 from vllm_specopt.kernels.reference import exact_verify_ref
 from vllm_specopt.v2 import RejectionSampler
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from launch_keys import recorded, unexpected
 
 CPU = torch.device("cpu")
 SLOTS, VOCAB, DRAFTS, PROMPT = 9, 203, 4, 3
@@ -44,20 +49,22 @@ class Reverse(LogitsProcessor):
 class Step:
     """One step: requests in permuted slots, each with its parameters, drafts and rows."""
 
-    def __init__(self, params, counts, *, seed=0, mode="raw_logprobs", dtype=torch.bfloat16, custom=False, logits=None):
+    def __init__(
+        self, params, counts, *, seed=0, mode="raw_logprobs", dtype=torch.bfloat16, custom=False, logits=None, pad=5
+    ):
         torch.manual_seed(seed)
         self.counts, num_reqs = counts, len(counts)
         states = RequestState(SLOTS, 64, 64, DRAFTS, VOCAB, CPU)
         config = SimpleNamespace(reasoning_config=None)
         extra = {"custom_logits_processors": [Reverse()]} if custom else {}
         self.sampler = Sampler(config, SLOTS, VOCAB, CPU, states, mode, DRAFTS + 1, **extra)
-        self.slots = torch.randperm(SLOTS)[:num_reqs].to(torch.int32)
+        self.slots = torch.randperm(SLOTS)[:num_reqs]
         self.cu = torch.tensor([0, *np.cumsum(np.array(counts) + 1)], dtype=torch.int32)
         self.rows = int(self.cu[-1])
         self.local = torch.cat([torch.arange(c + 1) for c in counts]).to(torch.int32)
         self.request = torch.repeat_interleave(torch.arange(num_reqs), torch.tensor(counts) + 1)
         base = torch.randn(self.rows, VOCAB) * 2 if logits is None else logits
-        self.logits = torch.zeros(self.rows, VOCAB + 5, dtype=dtype)[:, :VOCAB].copy_(base)
+        self.logits = torch.zeros(self.rows, VOCAB + pad, dtype=dtype)[:, :VOCAB].copy_(base)
         near = self.logits.float() + 0.7 * torch.randn(self.rows, VOCAB)
         self.draft_logits = torch.full((SLOTS, DRAFTS, VOCAB), float("nan"), dtype=dtype)
         follows = torch.rand(self.rows) < 0.7
@@ -108,9 +115,10 @@ class Step:
             fly_entropy_top_k=3,
         )
         self.rejection_sampler = which(self.sampler, config, CPU)
-        rows = (self.logits if logits is None else logits).clone()
+        given = self.logits if logits is None else logits
+        rows = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype).copy_(given)
         output = self.rejection_sampler(rows, self.batch(), self.draft_logits if draft else None, invalid)
-        assert torch.equal(rows, self.logits if logits is None else logits), "the logits were modified"
+        assert torch.equal(rows, given), "the logits were modified"
         ids, numbers = output.sampled_token_ids, output.num_sampled.tolist()
         assert ids.dtype == torch.int64 and ids.shape == (len(self.counts), DRAFTS + 1)
         return [row[:n] for row, n in zip(ids.tolist(), numbers, strict=True)], output
@@ -306,3 +314,45 @@ def case_sigmoid_equals_reference_token_for_token(draft, by_request, dicts):
     reference = step.reference(draft=draft, sigmoid=PAPER, sigmoid_requests=flags if by_request else None)
     assert_follows(lists, reference)
     assert dict(step.rejection_sampler.fallbacks) == {}
+
+
+@pytest.mark.parametrize(
+    ("choice", "draft", "pad"),
+    [("exact", False, 0), ("exact", True, 0), ("exact", True, 5), ("sigmoid", True, 5), ("per-request", False, 5),
+     ("per-request", True, 0)],
+)  # fmt: skip
+def case_warm_up_launches_what_serving_does(monkeypatch, choice, draft, pad):
+    """By what Triton would compile for each launch; among them chunks whose small tensors start at any element."""
+    method = "sigmoid" if choice == "sigmoid" else "exact"
+    constants = None if choice == "exact" else PAPER
+    config = SpecoptConfig(method, sigmoid=constants, allow_per_request=choice == "per-request")
+    asking = {"extra_args": {"specopt": "sigmoid"}} if choice == "per-request" else {}
+
+    def with_option(sampler, spec_config, device):
+        built = RejectionSampler(sampler, spec_config, device, config)
+        for slot, param in zip(step.slots.tolist(), params, strict=True):
+            sampler.add_request(slot, param)
+        sampler.apply_staged_writes()
+        return built
+
+    greedy, sampled, penalised = {"temperature": 0.0}, {"temperature": 1.0}, PROCESSED["penalties"]
+    more = [{}, penalised, *([asking, penalised | asking] if asking else [])]
+    with recorded(run=False) as served:
+        for chunk in (100, 9, 5, 1):
+            monkeypatch.setattr(stock, "MAX_CHUNK_BYTES", chunk * VOCAB * 4)
+            for dicts in ([greedy] * 6, [sampled] * 6, PLAIN, MIXED):
+                for also in more[: 1 if chunk == 100 else None]:
+                    params = sampling([d | (also if i % 2 else {}) for i, d in enumerate(dicts)])
+                    step = Step(params, COUNTS, pad=pad)
+                    step.run(with_option, draft)
+    with recorded() as warmed:
+        example = torch.zeros(3, VOCAB + pad, dtype=torch.bfloat16)[:, :VOCAB]
+        step.rejection_sampler.warm_up(example, step.draft_logits if draft else None)
+    assert {name for name, *_ in warmed} == {
+        "row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel",
+    }  # fmt: skip
+    assert not unexpected(served, warmed), "compiles while serving"
+    if pad:
+        # Without padding, rows after the first start at 16 bytes or not, and these few steps lack some of the cases.
+        assert not unexpected(warmed, served), "compiled in vain"
+    assert not step.rejection_sampler.counters.any(), "the dummy requests were counted"

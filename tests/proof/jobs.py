@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from proof import biased, determinism, enumeration, equality, fuzz
+from proof import biased, determinism, engine, enumeration, equality, fuzz
 from proof.cases import make_cases
 from proof.draws import STATISTICS, WrongGreedy, backend_verifier, draw_case, judge_case
 from proof.judgement import FAMILY_ALPHA
@@ -18,14 +18,19 @@ DRAWN_CASES = {"flat": 0, "peaked": 2}
 """Cases on which biased rules must be caught: name and place in the list."""
 CLOSE_SHARE = {"equality": 0.02, "fuzz": 0.1}
 """Largest share of requests that may be left out as too close to call: fuzzing makes ties and empty residuals."""
-SECTIONS = ("enumeration", "law", "bias", "equality", "fuzz", "determinism")
+SECTIONS = ("enumeration", "law", "bias", "engine", "equality", "fuzz", "determinism")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a run does; ``fuzz`` and ``determinism`` count batches, ``equality`` requests per case."""
+    """How much a run does.
+
+    ``fuzz`` and ``determinism`` count batches, ``equality`` requests per case, ``engine`` requests per batch and those
+    of a biased engine.
+    """
 
     draws: int
+    engine: tuple[int, int]
     equality: dict
     fuzz: dict
     determinism: dict
@@ -34,12 +39,13 @@ class Size:
 
 FULL = Size(
     2_000_000,
+    (6_000, 8_000),
     {"cpu": 1000, "triton": 750},
     {"cpu": 100_000, "triton": 5_000},
     {"cpu": 2_000, "triton": 100},
     20,
 )
-QUICK = Size(40_000, {"cpu": 40, "triton": 2}, {"cpu": 300, "triton": 12}, {"cpu": 40, "triton": 2}, 1)
+QUICK = Size(40_000, (200, 2_000), {"cpu": 40, "triton": 2}, {"cpu": 300, "triton": 12}, {"cpu": 40, "triton": 2}, 1)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
     """All jobs of a run, the longest first."""
     jobs, cases = [], make_cases()
     for method in LOSSLESS:
+        jobs += [Job("engine", "cpu", "V1 with a probabilistic drafter", method)]
         jobs += [Job("fuzz", b, "random batches", method, i) for b in ("triton", "cpu") for i in range(size.chunks)]
         jobs += [Job("equality", "triton", case.name, method) for case in cases]
         jobs += [Job("law", b, case.name, method) for b in law_backends() for case in reversed(cases)]
@@ -103,8 +110,9 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
 
 
 def alpha_per_test(num_cases: int) -> float:
-    """Bonferroni: the run's error chance over every case, statistic, method and backend, two tests each."""
-    return FAMILY_ALPHA / (2 * len(STATISTICS) * num_cases * len(LOSSLESS) * len(law_backends()))
+    """Bonferroni: the run's error chance over every case, statistic, method, backend and engine, two tests each."""
+    engines = len(engine.SETTINGS) * len(engine.SEEDS) * len(engine.STATISTICS)
+    return FAMILY_ALPHA / (2 * len(LOSSLESS) * (len(STATISTICS) * num_cases * len(law_backends()) + engines))
 
 
 def run_job(job: Job, size: Size, seed: int) -> list[Row]:
@@ -134,11 +142,11 @@ def _case(name: str):
     return next((i, case) for i, case in enumerate(make_cases()) if case.name == name)
 
 
-def _rows_of(job: Job, judgements: dict) -> list[Row]:
+def _rows_of(job: Job, judgements: dict, item: str | None = None) -> list[Row]:
     return [
         Row(
             job.section,
-            f"{job.item} / {statistic}",
+            f"{item or job.item} / {statistic}",
             job.backend,
             j.draws,
             "draws",
@@ -168,14 +176,28 @@ def _bias(job: Job, size: Size, seed: int) -> list[Row]:
     else:
         counts = draw_case(case, biased.rule_verifier(rule, seed), size.draws, seed)
     judgements = judge_case(case, counts, alpha_per_test(len(make_cases())))
+    return [_caught(job, job.item, judgements, rule != "correct")]
+
+
+def _caught(job: Job, case: str, judgements: dict, biased: bool = True) -> Row:
+    """A row that passes if some statistic fails, or with ``biased`` off if none does."""
     worst = min(judgements.values(), key=lambda j: (j.passed, j.p_value, j.bound - j.total_variation))
     caught = [statistic for statistic, j in judgements.items() if not j.passed]
-    passed = bool(caught) != (rule == "correct")
-    note = f"caught by: {', '.join(caught)}" if caught else "not caught" if rule != "correct" else "accepted"
-    return [
-        Row(job.section, job.item, job.backend, worst.draws, "draws", worst.p_value, worst.total_variation,
-            worst.bound, passed, note)
-    ]  # fmt: skip
+    note = f"caught by: {', '.join(caught)}" if caught else "not caught" if biased else "accepted"
+    return Row(job.section, case, job.backend, worst.draws, "draws", worst.p_value, worst.total_variation,
+               worst.bound, bool(caught) == biased, note)  # fmt: skip
+
+
+def _engine(job: Job, size: Size, seed: int) -> list[Row]:
+    rows, alpha = [], alpha_per_test(len(make_cases()))
+    for name, draws in engine.draw(engine.SETTINGS, size.engine[0], seed, size.engine[1]).items():
+        sampling = engine.SETTINGS.get(name.rpartition(", ")[0], engine.SETTINGS["T = 1"])
+        judgements = engine.judge_draws(draws, sampling, alpha)
+        if name == engine.SHARED_NOISE:
+            rows.append(_caught(job, f"V1, T = 1: {name}", judgements))
+        else:
+            rows += _rows_of(job, judgements, f"V1, {name}")
+    return rows
 
 
 def _equality(job: Job, size: Size, seed: int) -> list[Row]:
@@ -212,6 +234,7 @@ _RUN = {
     "enumeration": _enumerate,
     "law": _law,
     "bias": _bias,
+    "engine": _engine,
     "equality": _equality,
     "fuzz": _fuzz,
     "determinism": _determinism,

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -26,6 +27,7 @@ def main(request_path: str, result_path: str) -> None:
     for engine in engines:
         # A CPU worker of vLLM 0.32 stumbles over this module, which numba loads; see tests/engine/run_engines.py.
         sys.modules.pop("llvmlite.binding.ffi", None)
+        started = time.perf_counter()
         llm = LLM(**engine["llm"])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         sampler, steps = getattr(runner, "rejection_sampler", None), []
@@ -37,6 +39,7 @@ def main(request_path: str, result_path: str) -> None:
             steps.clear()
             run = aborted if "abort_after" in batch else generated
             result["batches"][batch["name"]] = run(llm, batch)
+            print(f"{time.perf_counter() - started:.0f} s: {engine['name']}, {batch['name']}", flush=True)
             result["drafts"][batch["name"]] = [list(kind) for kind in sorted(set(map(tuple, steps)))]
         result["preemptions"] = counter(llm, "vllm:num_preemptions") - preempted
         result["fallbacks"] = dict(getattr(sampler, "fallbacks", {}))

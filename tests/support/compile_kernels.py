@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_specopt.kernels import emission, exact, filters, row_statistics, token_output
+from vllm_specopt.kernels import arguments, emission, exact, filters, row_statistics, token_output
 
 VOCAB_SIZE = 151936
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -48,7 +48,7 @@ def variants(with_all_sigmoid: bool, architecture: int):
         types["draft_token_ids_ptr"] = "*i32"
         types["token_ids_ptr"] = "*i32" if runner == "v1" else "*i64"
         if runner == "v2":
-            types["state_indices_ptr"] = "*i32"
+            types["state_indices_ptr"] = "*i64"
         if not greedy:
             types.update(temperature_ptr="*fp32", seeds_ptr="*i64", positions_ptr="*i64")
         if draft == "probs":
@@ -89,7 +89,7 @@ def compile_kernel(kernel, types: dict, constants: dict, num_warps: int, archite
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
-            if name in ALIGNED or (name.endswith("_ptr") and name != "draft_token_ids_ptr"):
+            if name in ALIGNED or (name.endswith("_ptr") and name not in arguments.UNALIGNED):
                 attrs[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constexprs[name] = "constexpr", None

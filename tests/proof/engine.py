@@ -1,0 +1,192 @@
+"""The law end to end: real V1 engines, drafts drawn by vLLM's own drafter, texts against the target model's law.
+
+A verifier can be right and the engine's output still biased: by drafts that are not drawn from the distribution handed
+over, or that share their noise with the verifier. Only the emitted text shows that. Many requests continue one prompt;
+each token is compared with the target's own distribution after the tokens before it, which transformers computes from
+the same weights. The first token is left out, for no verification emits it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from proof.judgement import Judgement, judge
+from vllm_specopt.kernels.reference import filter_row_ref
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models"
+SCRIPT = Path(__file__).with_name("engine_draws.py")
+# After this beginning and its likeliest token nearly half of the drafts are rejected.
+PROMPT, PROMPT_TOKENS, NUM_DRAFTS, MAX_TOKENS = 7, 10, 4, 3
+SETTINGS = {"T = 1": {"temperature": 1.0}, "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9}}
+SEEDS = ("seeded", "unseeded")
+STATISTICS = (
+    "second token",
+    "second token, an accepted draft",
+    "second token, a recovered one",
+    "third token",
+    "third token, after an accepted draft",
+    "third token, after a recovered one",
+)
+SHARED_NOISE = "drafter shares the recovery noise"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What requests emitted: ``tokens`` ``[requests, 3]``, and ``accepted`` ``[requests]`` drafts of the first step."""
+
+    tokens: np.ndarray
+    accepted: np.ndarray
+
+
+def prompt_ids() -> list[int]:
+    """The beginning of one of the shipped prompts."""
+    from tokenizers import Tokenizer
+
+    line = (MODELS / "prompts.jsonl").read_text().splitlines()[PROMPT]
+    encoded = Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json")).encode(json.loads(line)["prompt"])
+    return encoded.ids[:PROMPT_TOKENS]
+
+
+def environment() -> dict[str, str]:
+    """Of a process that runs vLLM's V1 runner in itself, on a CPU."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "TRITON_INTERPRET": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }
+
+
+def draw(settings: dict[str, dict], requests: int, seed: int, shared_noise: int = 0) -> dict[str, Draws]:
+    """Run an engine.
+
+    Args:
+        settings: Sampling parameters by name. Each is used by seeded requests and by unseeded ones, two batches.
+        requests: Number in each batch.
+        seed: Of the engine; the requests' own follow from it.
+        shared_noise: Number of requests in one more batch at the end, whose drafter shares its noise with the verifier.
+
+    Returns:
+        The draws by name: ``"T = 1, seeded"`` and so on, then ``SHARED_NOISE``.
+    """
+    llm = {
+        "model": str(MODELS / "specopt-target"),
+        "speculative_config": {
+            "model": str(MODELS / "specopt-draft"),
+            "num_speculative_tokens": NUM_DRAFTS,
+            "draft_sample_method": "probabilistic",
+        },
+        "additional_config": {"specopt": {"method": "exact"}},
+        "dtype": "float32",
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "enable_prefix_caching": False,
+        "max_model_len": 64,
+        "max_num_seqs": 256,
+        "seed": seed,
+    }
+    common = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "detokenize": False}
+    batches = [
+        {
+            "name": f"{name}, {seeds}",
+            "sampling": common | sampling,
+            "requests": requests,
+            "first_seed": 1 + seed * requests if seeds == "seeded" else None,
+        }
+        for name, sampling in settings.items()
+        for seeds in SEEDS
+    ]
+    if shared_noise:
+        sampling = common | SETTINGS["T = 1"]
+        batches.append({"name": SHARED_NOISE, "sampling": sampling, "requests": shared_noise, "first_seed": None})
+    request = {"llm": llm, "prompt": prompt_ids(), "batches": batches, "shared_noise": SHARED_NOISE}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "request.json").write_text(json.dumps(request))
+        command = [sys.executable, str(SCRIPT), "request.json", "result.npz"]
+        done = subprocess.run(
+            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"the engine ended with {done.returncode}: {done.stdout[-2000:]}")
+        with np.load(Path(folder) / "result.npz") as found:
+            return {name: Draws(found[name][:, :MAX_TOKENS], found[name][:, MAX_TOKENS]) for name in found}
+
+
+@cache
+def _model(name: str):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
+
+
+def _scaled(name: str, prefixes: np.ndarray, temperature: float) -> torch.Tensor:
+    prompt = torch.tensor(prompt_ids()).expand(len(prefixes), -1)
+    ids = torch.cat([prompt, torch.from_numpy(prefixes)], 1)
+    with torch.inference_mode():
+        return torch.cat([_model(name)(part).logits[:, -1] for part in ids.split(1024)]).double() / temperature
+
+
+def target_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    """The target's law of the token after the prompt and each prefix ``[n, length]``: ``[n, vocab]`` float64."""
+    scaled = _scaled("specopt-target", prefixes, sampling["temperature"])
+    return (
+        torch.stack([filter_row_ref(row, 0, sampling.get("top_p", 1.0), 0.0)[0] for row in scaled]).softmax(1).numpy()
+    )
+
+
+def draft_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    """The same of the drafter, to which vLLM applies the temperature alone."""
+    return _scaled("specopt-draft", prefixes, sampling["temperature"]).softmax(1).numpy()
+
+
+def _accepted_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    return np.minimum(target_law(prefixes, sampling), draft_law(prefixes, sampling))
+
+
+def _recovered_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    return np.clip(target_law(prefixes, sampling) - draft_law(prefixes, sampling), 0, None)
+
+
+def judge_next(prefixes: np.ndarray, tokens: np.ndarray, law, sampling: dict, alpha: float) -> Judgement:
+    """Test tokens ``[n]`` against a law given the prefixes ``[n, length]``, all prefixes in one table."""
+    distinct, which, counts = np.unique(prefixes, axis=0, return_inverse=True, return_counts=True)
+    expected = law(distinct, sampling)
+    expected *= (counts / len(tokens) / expected.sum(1))[:, None]
+    observed = np.zeros(expected.shape)
+    np.add.at(observed, (which.ravel(), tokens), 1)
+    # The engine's logits differ from these in the last digits, and with them what top-p keeps at its threshold.
+    return judge(observed.ravel(), expected.ravel(), alpha, strict=False)
+
+
+def judge_draws(draws: Draws, sampling: dict, alpha: float) -> dict[str, Judgement]:
+    """All statistics of one batch.
+
+    How the second token came about must not matter for the third, so that has the target's law in either case.
+    """
+    first, both = draws.tokens[:, :1], draws.tokens[:, :2]
+    everything, accepted = np.ones(len(first), bool), draws.accepted > 0
+    tests = (
+        (first, 1, target_law, everything),
+        (first, 1, _accepted_law, accepted),
+        (first, 1, _recovered_law, ~accepted),
+        (both, 2, target_law, everything),
+        (both, 2, target_law, accepted),
+        (both, 2, target_law, ~accepted),
+    )
+    return {
+        name: judge_next(prefixes[group], draws.tokens[group, column], law, sampling, alpha)
+        for name, (prefixes, column, law, group) in zip(STATISTICS, tests, strict=True)
+    }

@@ -1,0 +1,187 @@
+"""What start-up compiles is what serving launches: kernels by the keys that Triton compiles them for, on either runner.
+
+On a CPU there is nothing to compile but numba's loops, which start-up does too.
+"""
+
+import functools
+import itertools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton")
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+from launch_keys import recorded, unexpected
+from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, sampling, spec_metadata
+
+from vllm_specopt import plugin, v1, warm_up
+from vllm_specopt.config import PAPER, SpecoptConfig
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {"row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel"}
+VOCAB = 60
+SEED_COUNTS = [3, 0, 2, 4]
+
+
+def v1_steps(probabilistic, most_drafts):
+    """Steps of every kind: greedy or sampled, each filter, rows for processors, drafts of any length."""
+    filters = itertools.product((None, torch.full((4,), 5, dtype=torch.int32)), (None, torch.full((4,), 0.9)))
+    settings = [{"size": 4}] + [{"temperature": torch.ones(4), "top_k": k, "top_p": p} for k, p in filters]
+    counts = [SEED_COUNTS, [1, 1, 1, 1], [0, 0, 0, most_drafts], [most_drafts - 1, 0, 1, 0]]
+    for setting, count, change in itertools.product(settings, counts, ("", "penalties")):
+        changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}
+        spec = {"spec_token_ids": [[1] * n for n in count]}
+        for given in {False, probabilistic}:
+            probs = torch.rand(sum(count), VOCAB).softmax(1) if given else None
+            logits = torch.randn(sum(count) + 4, VOCAB + 4).to(torch.bfloat16)[:, :VOCAB]
+            metadata = spec_metadata(count, torch.ones(sum(count)))
+            yield metadata, probs, logits, sampling(**setting, **changes, **spec)
+
+
+@pytest.mark.parametrize(
+    ("choice", "probabilistic", "most_drafts"),
+    [("exact", False, 4), ("exact", True, 9), ("sigmoid", True, 7), ("per-request", True, 15), ("custom", False, 4)],
+)
+def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, most_drafts):
+    """vLLM's V1 runner has no Triton on a CPU; of the kernels only their launches count here."""
+    monkeypatch.setattr(v1, "verify", functools.partial(v1.verify, backend="triton"))
+    per_request = choice == "per-request"
+    method = "sigmoid" if choice == "sigmoid" else "exact"
+    config = SpecoptConfig(method, sigmoid=PAPER if choice in ("sigmoid", "per-request") else None,
+                           allow_per_request=per_request)  # fmt: skip
+    runner = Runner(torch.arange(999))
+    sampler = type("Own", (Sampler,), {})() if choice == "custom" else Sampler()
+    ours = RejectionSampler(sampler, None, CPU, runner=runner, config=config)
+    with recorded() as warmed:
+        ours.warm_up(torch.zeros(3, VOCAB + 4, dtype=torch.bfloat16)[:, :VOCAB], most_drafts, probabilistic)
+    assert not ours.counters.any(), "the dummy requests were counted"
+    with recorded(run=False) as served:
+        for asking in ({}, {"specopt": "sigmoid"}) if per_request else ({},):
+            request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=asking))
+            runner.requests = dict.fromkeys("abcd", request)
+            runner.input_batch = SimpleNamespace(req_ids=list("abcd"))
+            for step in v1_steps(probabilistic, most_drafts):
+                ours(*step)
+    assert {name for name, *_ in warmed} == KERNELS
+    assert not unexpected(served, warmed), "compiles while serving"
+    assert not unexpected(warmed, served), "compiled in vain"
+
+
+def test_a_gpu_worker_warms_up_before_vllm_watches_for_compilation(monkeypatch):
+    """vLLM starts its monitor, which may be set to raise, at the end of its own warm-up."""
+    order = []
+    monkeypatch.setattr(plugin, "_active_config", lambda vllm_config: SpecoptConfig("exact"))
+    monkeypatch.setattr("vllm_specopt.warm_up.warm_up", lambda runner: order.append(runner.rejection_sampler))
+    runner = SimpleNamespace(rejection_sampler=RejectionSampler(Sampler(), None, CPU))
+    worker = SimpleNamespace(vllm_config=None, model_runner=runner)
+    start = plugin._warm_up(lambda worker: order.append("vLLM's own"))
+    for on_gpu in (False, True):
+        monkeypatch.setattr(plugin, "current_platform", SimpleNamespace(is_cuda=lambda on_gpu=on_gpu: on_gpu))
+        start(worker)
+    runner.rejection_sampler = object()
+    start(worker)
+    assert [step if isinstance(step, str) else type(step) for step in order] == [
+        "vLLM's own", RejectionSampler, "vLLM's own", "vLLM's own",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("head", "lora"), [("fp32", None), ("fails", None), ("bf16", "some")])
+def test_rows_are_laid_out_as_the_model_does_or_else_as_vllm_does(head, lora):
+    class Model:
+        def compute_logits(self, hidden_states):
+            assert hidden_states.shape == (3, 24) and hidden_states.dtype == torch.bfloat16
+            if head == "fails":
+                raise RuntimeError("another hidden size")
+            return torch.zeros(3, 500)[:, :481]
+
+    config = SimpleNamespace(dtype=torch.bfloat16, get_hidden_size=lambda: 24, get_vocab_size=lambda: 481)
+    rows = warm_up.example_logits(SimpleNamespace(model=Model(), model_config=config, lora_config=lora, device=CPU))
+    expected = ((3, 481), (500, 1), torch.float32) if head == "fp32" else ((3, 481), (512, 1), torch.bfloat16)
+    assert (rows.shape, rows.stride(), rows.dtype) == expected
+
+
+@pytest.mark.long
+def test_a_cpu_compiles_all_loops_at_start_up(tmp_path):
+    """With nothing in numba's cache, the first call with every option costs as little as the next."""
+    code = """
+    import json, time
+    import torch
+    from vllm_specopt import cpu, testing
+    from vllm_specopt.verify import verify
+
+    times = [time.perf_counter()]
+    cpu.warm_up(torch.bfloat16)
+    times.append(time.perf_counter())
+    for draft in (testing.LOGITS, testing.PROBS, testing.NO_DRAFT):
+        batch = testing.random_batch(seed=1, num_drafts=[3, 1], vocab_size=50, dtype=torch.float32, draft=draft,
+                                     filters=("top_k", "top_p", "min_p"))
+        verify(*batch.args(), **batch.kwargs)
+    times.append(time.perf_counter())
+    print(json.dumps([after - before for before, after in zip(times, times[1:])]))
+    """
+    environ = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environ, cwd=ROOT, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    _, serving = json.loads(done.stdout)
+    assert any(tmp_path.rglob("*.nbi")), "the loops were not compiled afresh"
+    assert serving < 1.0
+
+
+@pytest.mark.engine
+def test_v2_engines_launch_only_what_they_warmed_up(tmp_path):
+    """Real engines in the interpreter: every batch of one kind alone, then all mixed, in chunks of at most 16 rows."""
+    prompts = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:12]]
+    base = {"max_tokens": 4, "ignore_eos": True}
+    # No top-k or top-p: vLLM's kernel for them, which samples each request's first token, fails in the interpreter.
+    kinds = {
+        "greedy": {"temperature": 0.0},
+        "sampled": {"temperature": 0.9, "seed": 3},
+        "filtered": {"temperature": 0.9, "min_p": 0.1},
+        "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.3},
+        "sampled of some tokens": {"temperature": 1.0, "allowed_token_ids": list(range(0, 512, 2))},
+        "filtered with penalties": {"temperature": 1.0, "min_p": 0.05, "frequency_penalty": 1.0},
+        "by scores": {"temperature": 0.8, "extra_args": {"specopt": "sigmoid"}},
+    }
+    mixed = [base | params for params in itertools.islice(itertools.cycle(kinds.values()), len(prompts))]
+    draft = {"model": str(ROOT / "models" / "specopt-draft"), "num_speculative_tokens": 3}
+    drafting = {
+        "probabilistic": draft | {"draft_sample_method": "probabilistic"},
+        "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    }
+    engines = []
+    for name, speculative in drafting.items():
+        choosing = name == "probabilistic"
+        option = {"method": "exact", **({"allow_per_request": True, "sigmoid": "paper"} if choosing else {})}
+        used = {k: v for k, v in kinds.items() if choosing or "extra_args" not in v}
+        mixture = [params for params in mixed if choosing or "extra_args" not in params]
+        batches = [{"name": k, "prompts": prompts[:2], "sampling": base | v} for k, v in used.items()]
+        batches.append({"name": "mixed", "prompts": prompts[: len(mixture)], "sampling": mixture})
+        llm = {
+            "model": str(ROOT / "models" / "specopt-target"),
+            "speculative_config": speculative,
+            "additional_config": {"specopt": option},
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "max_model_len": 256,
+            "max_num_seqs": 32,
+        }
+        engines.append({"name": name, "llm": llm, "batches": batches, "warm_up": 16})
+    start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
+    results, _ = start(engines, tmp_path, "V2")
+    for result in results.values():
+        assert result["sampler"] == "vllm_specopt.v2.RejectionSampler" and result["fallbacks"] == {}
+        assert result["launches"]["unexpected"] == []
+        assert result["launches"]["served"] >= 12
+        assert result["launches"]["warmed"] <= 40
