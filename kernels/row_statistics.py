@@ -24,7 +24,7 @@ def state_index(state_indices_ptr, req_idx):
 
 
 @triton.jit
-def _max_and_sumexp(scaled):
+def max_and_sumexp(scaled):
     """Maximum, and sum of exp(scaled - maximum); a +inf maximum counts its occurrences."""
     largest = tl.max(scaled, axis=0)
     shift = tl.where(largest > float("-inf"), largest, 0.0)
@@ -116,11 +116,11 @@ def row_statistics_kernel(
         if min_p_ptr is not None:
             has_filter = has_filter | (tl.load(min_p_ptr + state) > 0.0)
         if not has_filter:
-            largest, total = _max_and_sumexp(load_logits(row_ptr, token_ids, mask) / temp)
+            largest, total = max_and_sumexp(load_logits(row_ptr, token_ids, mask) / temp)
             tl.store(tile_max_ptr + out, largest)
             tl.store(tile_sum_ptr + out, total)
         if draft_logits_ptr is not None:
             draft_row_ptr = draft_logits_ptr + state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
-            largest, total = _max_and_sumexp(load_logits(draft_row_ptr, token_ids, mask) / temp)
+            largest, total = max_and_sumexp(load_logits(draft_row_ptr, token_ids, mask) / temp)
             tl.store(draft_tile_max_ptr + out, largest)
             tl.store(draft_tile_sum_ptr + out, total)

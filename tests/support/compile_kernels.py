@@ -16,9 +16,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_specopt.kernels import arguments, emission, exact, filters, row_statistics, token_output
+from vllm_specopt.kernels import arguments, calibrated, emission, exact, filters, row_statistics, token_output
 
 VOCAB_SIZE = 151936
+BY_SCORES = ("sigmoid", "mixed", "calibrated")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 COMMON = {
     **{name: "*fp32" for name in ("tile_max_ptr", "tile_sum_ptr", "candidate_score_ptr")},
@@ -37,12 +38,12 @@ def variants(with_all_sigmoid: bool, architecture: int):
     padded_tiles = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, exact.TILE))
     greedy_below = {"GREEDY_BELOW": exact.GREEDY_BELOW}
     for dtype, runner, draft, filtered, method in itertools.product(
-        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", "sigmoid", "mixed")
+        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", *BY_SCORES)
     ):
         greedy = method == "greedy"
         if (greedy and (filtered or draft != "one-hot")) or draft == ("logits" if runner == "v1" else "probs"):
             continue
-        if method in ("sigmoid", "mixed") and not with_all_sigmoid and (dtype, architecture) != ("bf16", 90):
+        if method in BY_SCORES and not with_all_sigmoid and (dtype, architecture) != ("bf16", 90):
             continue
         types = dict(COMMON, logits_ptr="*" + dtype)
         types["draft_token_ids_ptr"] = "*i32"
@@ -55,9 +56,11 @@ def variants(with_all_sigmoid: bool, architecture: int):
             types["draft_probs_ptr"] = "*fp32"
         if draft == "logits":
             types.update(draft_logits_ptr="*" + dtype, draft_tile_max_ptr="*fp32", draft_tile_sum_ptr="*fp32")
-        if method in ("sigmoid", "mixed"):
+        if method in BY_SCORES:
             types.update(sigmoid_ptr="*fp32")
-        if method == "mixed":
+        if method == "calibrated":
+            types.update(row_shift_ptr="*fp32", blocks_ptr="*i32", num_blocks="i32")
+        if method in ("mixed", "calibrated"):
             types.update(sigmoid_requests_ptr="*i1")
         if draft != "one-hot" or "sigmoid_ptr" in types:
             types.update(target_score_ptr="*fp32", target_token_ptr="*i32")
@@ -77,6 +80,17 @@ def variants(with_all_sigmoid: bool, architecture: int):
             digits = filters.RADIX_DIGITS[DTYPES[dtype]]
             constants = greedy_below | tiles | {"DIGITS": digits, "BLOCK": exact.FILTER_BLOCK}
             launches.append((filters.filter_threshold_kernel, constants, exact.FILTER_NUM_WARPS))
+        if method == "calibrated":
+            judging = greedy_below | compact
+            blocks = {"BLOCK": 64, "STEP": exact.BLOCKS_STEP}
+            launches += [
+                (calibrated.row_shift_kernel, judging | blocks, exact.NUM_WARPS),
+                (
+                    calibrated.emitting_row_kernel,
+                    judging | {"TILE": exact.TILE, "BLOCK_K": exact.BLOCK_K},
+                    exact.NUM_WARPS,
+                ),
+            ]
         name = "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method]))
         yield name, types, launches
 

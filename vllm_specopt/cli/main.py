@@ -255,6 +255,53 @@ def ab(
 
 
 @app.command()
+def calibrate(
+    target: Annotated[
+        str | None, typer.Argument(help="Target model, a folder or owner/name. (default: the shipped one)")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Argument(help="Draft model, a folder or owner/name. (default: the shipped one)")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines, each with a "prompt". (default: the shipped ones)')
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The calibration file.")] = Path("calibration.json"),
+    report: Annotated[Path | None, typer.Option(help="Folder for curve.csv and curve.svg.")] = None,
+    temperature: Annotated[str, typer.Option(help="Temperatures, with commas between.")] = "0.7,1",
+    bytes_: Annotated[
+        float, typer.Option("--bytes", min=0, max=100, help="Percent of the exact method's bytes to read at most.")
+    ] = 10,
+    acceptance: Annotated[
+        float,
+        typer.Option(min=10, max=100, help="Percent of the exact method's acceptance to keep; less is more faithful."),
+    ] = 100,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, max=512, help="Tokens per block, a power of two. (default: by vocabulary)")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=50, help="Rows kept of each half of the prompts.")] = 3000,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens per request.")] = 32,
+    draft_tokens: Annotated[int, typer.Option(min=1, max=128, help="Draft tokens per step.")] = 4,
+) -> None:
+    """Calibrate the sigmoid method for a pair of models, and say what it costs in quality.
+
+    Runs the pair through vLLM with the exact method, fits on every other prompt, checks on the rest, and writes a file
+    for {"sigmoid": {"calibration": FILE}}. Exit status: 0 written, 1 the run failed, 2 bad input.
+    """
+    from vllm_specopt.cli.calibrate import run
+
+    try:
+        code = run(
+            target=target, draft=draft, prompts=prompts, output=output, report=report, temperature=temperature,
+            budget=bytes_ / 100, acceptance=acceptance / 100, block_size=block_size, rows=rows, output_len=output_len,
+            draft_tokens=draft_tokens, argv=sys.argv[1:],
+        )  # fmt: skip
+    except CliError as error:
+        typer.echo(f"specopt calibrate: {error}", err=True)
+        code = error.exit_code
+    raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="Target model. (default: the shipped one)")] = None,
     speculative_config: Annotated[str | None, typer.Option(help="JSON, as given to vllm serve.")] = None,
