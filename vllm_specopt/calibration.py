@@ -52,6 +52,10 @@ class Calibration:
     draft: Model
     path: str = ""
 
+    def __hash__(self) -> int:
+        """Without the blocks, of which there are thousands: verify() looks its tensors up by this in every step."""
+        return hash((self.vocab_size, self.block_size, self.num_blocks, self.coefficients, self.tail))
+
     def read_blocks(self, form: str) -> tuple[int, ...]:
         """The blocks read with drafts of a form, in ascending order."""
         return tuple(sorted(self.blocks[: self.num_blocks[FORMS.index(form)]]))
