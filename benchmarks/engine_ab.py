@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vllm_specopt.benchmarks.host import cpu_name, small_model_dtype
 from vllm_specopt.config import METHODS, parse
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,11 @@ class Plan:
     jit_monitor: str = "warn"
 
     @property
+    def dtype(self) -> str:
+        """The number type of every engine."""
+        return small_model_dtype() if self.on_cpu else "bfloat16"
+
+    @property
     def baseline(self) -> Arm:
         """The arm the others are compared with: ``stock-repaired`` where it takes part, else the first."""
         return next((arm for arm in self.arms if arm.name == REPAIRED), self.arms[0])
@@ -123,7 +129,7 @@ class Plan:
                 "num_speculative_tokens": self.num_speculative_tokens,
                 "draft_sample_method": drafting,
             },
-            "dtype": "bfloat16",
+            "dtype": self.dtype,
             "max_model_len": MAX_MODEL_LEN,
             "max_num_seqs": len(self.prompts),
             "enforce_eager": self.on_cpu,
@@ -164,6 +170,7 @@ class Plan:
             "num_speculative_tokens": self.num_speculative_tokens,
             "repeats": self.repeats,
             "threads": self.threads,
+            "dtype": self.dtype,
             "jit_monitor": self.jit_monitor,
             "env": self.env(),
         }
@@ -214,10 +221,3 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def cpu_name() -> str:
-    """Return the CPU's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

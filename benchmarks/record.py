@@ -21,6 +21,7 @@ import torch
 
 import vllm_specopt
 from vllm_specopt.benchmarks.grid import LOGITS, ONE_HOT, PROBS, Case
+from vllm_specopt.benchmarks.host import cpu_name
 
 FILE_NAME = "kernel_bench.csv"
 COLUMNS = (
@@ -129,7 +130,7 @@ class Provenance:
             name = torch.cuda.get_device_name(device)
             driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         else:
-            name, driver = f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores", ""
+            name, driver = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores", ""
             name += " (Triton's interpreter)" if interpreted else ""
         return cls(
             suite=suite,
@@ -240,10 +241,3 @@ def _installed(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return ""
-
-
-def _cpu_name() -> str:
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vllm_specopt.benchmarks.engine_ab import CHECKOUT
@@ -103,6 +103,9 @@ class Plan:
     serve_args: tuple[str, ...]
     timeout: float
     on_cpu: bool
+    # To fit into: the cells' sizes are then known once the servers have been heard.
+    minutes: float | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     @property
     def baseline(self) -> Arm:
@@ -131,8 +134,17 @@ class Plan:
         ]
 
     def requests(self, concurrency: int) -> int:
-        """Return the requests of a cell: as asked, else enough to keep the slots filled a few times."""
-        return self.num_prompts or max(MIN_REQUESTS, REQUESTS_PER_SLOT * concurrency)
+        """Return the requests of a cell: as asked or as fitted, else the full number."""
+        return self.num_prompts or dict(self.sizes or ()).get(concurrency) or self.full_requests(concurrency)
+
+    def full_requests(self, concurrency: int) -> int:
+        """Return how many requests keep the slots filled a few times."""
+        return max(MIN_REQUESTS, REQUESTS_PER_SLOT * concurrency)
+
+    def fitted(self, found: dict) -> Plan:
+        """Return the plan with the sizes and repeats of ``serving_fit.fit``, which may have been through JSON."""
+        sizes = tuple((int(slots), requests) for slots, requests in found["requests"].items())
+        return replace(self, sizes=sizes, repeats=found["repeats"])
 
     def sampling(self, temperature: float) -> dict:
         """Return the sampling parameters of a cell; top-p means nothing at temperature 0."""
@@ -151,6 +163,7 @@ class Plan:
             "temperatures": list(self.temperatures),
             "top_p": self.top_p,
             "requests": {str(slots): self.requests(slots) for slots in self.concurrency},
+            "minutes": self.minutes,
             "output_len": self.output_len,
             "repeats": self.repeats,
             "seed": self.seed,

@@ -12,7 +12,8 @@ from rich.console import Console
 from vllm_specopt.benchmarks import serving_ray
 from vllm_specopt.benchmarks.serving_plan import Arm, Cell, Plan
 from vllm_specopt.benchmarks.serving_workloads import Workload
-from vllm_specopt.cli import ab
+from vllm_specopt.cli.ab_comparison import Comparison, stages
+from vllm_specopt.cli.ab_settings import Settings
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.progress import Stages
 
@@ -47,7 +48,7 @@ class Cluster:
     def stages(self, plan: Plan) -> list[tuple[str, float]]:
         """Return one stage: placements overlap, and how many do is known only once the cluster answers."""
         parts = [Part(**_fields(plan), arm=arm.name) for arm in plan.all_arms()]
-        seconds = sum(seconds for part in parts for _, seconds in ab.stages(part))
+        seconds = sum(seconds for part in parts for _, seconds in stages(part))
         count = plan.repeats * len(parts)
         return [(f"{count} placements on the Ray cluster at {self.address}", plan.repeats * seconds)]
 
@@ -114,8 +115,8 @@ def measure(settings: dict) -> dict:
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
         out.mkdir()
         scratch.mkdir()
-        with Stages(Console(width=140), ab.stages(part)) as progress:
-            ab.Comparison(ab.Settings(part, out, True, 0, ()), record, scratch, progress).run()
+        with Stages(Console(width=140), stages(part)) as progress:
+            Comparison(Settings(part, out, True, 0, ()), record, scratch, progress).run()
     failures = [record["arms"][part.arm].get("error"), *record["failed_cells"].values()]
     if failure := next(filter(None, failures), None):
         raise CliError(failure)

@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 import vllm_specopt
+from vllm_specopt.benchmarks.host import cpu_name, small_model_dtype
 from vllm_specopt.cli import report, scopes
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.process import ChildProcess, Server, free_port
@@ -130,7 +131,7 @@ class Arm:
                     "ignore_frontend": True}  # fmt: skip
         self.command = [
             settings.vllm, "serve", str(settings.target), "--host", "127.0.0.1", "--port", str(settings.port),
-            *(["--enforce-eager"] if settings.on_cpu else []),
+            *(["--enforce-eager", "--dtype", small_model_dtype()] if settings.on_cpu else []),
             # Every timed run reads the same prompts: none may find its work done by the one before.
             "--no-enable-prefix-caching",
             "--speculative-config",
@@ -228,8 +229,7 @@ def describe(settings: Settings) -> dict:
 
     name = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
     if settings.on_cpu:
-        cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = cpus[0].split(":", 1)[1].strip() if cpus else platform.machine()
+        name = cpu_name()
     packages = ("vllm", "torch", "triton", "transformers", "vllm-specopt")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

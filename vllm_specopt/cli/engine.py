@@ -17,10 +17,12 @@ from vllm_specopt.cli.demo import read_prompts, stopped_by_signals
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.process import ChildProcess
 from vllm_specopt.cli.progress import Stages
+from vllm_specopt.cli.wide import SECONDS as PAIR_SECONDS
+from vllm_specopt.cli.wide import extend
 
 FILE_NAME = "engine_ab"
 # Seconds on two quiet cores, for the progress bar only.
-START_SECONDS, PAIR_SECONDS = 14.0, 12.0
+START_SECONDS = 14.0
 SECONDS_PER_TOKEN = {"T = 1": 0.008, "T = 0.8, top-p 0.9": 0.02, "T = 0": 0.004}
 
 
@@ -44,7 +46,7 @@ def run(
         raise CliError(f"--width is {width}: take 1, 4 or 16.", 2)
     if jit_monitor not in ("warn", "error"):
         raise CliError(f"--jit-monitor is {jit_monitor!r}: take warn or error.", 2)
-    extension = {"vocab-size": vocab_size, "width": width, "extra-target-layers": extra_layers}
+    extension = {"vocab_size": vocab_size, "width": width, "extra_target_layers": extra_layers}
     plan = _plan(arms, drafting, repeats, texts[:requests], output_len, draft_tokens, threads, quick, jit_monitor)
     for package in ("scipy", "vllm"):
         if not importlib.util.find_spec(package):
@@ -65,7 +67,11 @@ def run(
         pair, record["pair"] = folders, {"vocab_size": original}
         if vocab_size:
             with progress.next():
-                pair, record["pair"] = _extend(folders, prompts, extension, Path(scratch), plan, progress)
+                made = Path(scratch) / "pair"
+                record["pair"] = extend(
+                    folders, made, Path(scratch) / "pair.log", plan.env(), progress.tick, prompts, **extension
+                )
+                pair = made / "target", made / "draft"
         record["pair"]["name"] = " + ".join(folder.name for folder in folders)
         for drafting, repeat, arm in plan.order():
             request = plan.request(pair, original, drafting, repeat, arm)
@@ -135,17 +141,6 @@ def _prepare(out: Path) -> None:
 def _seconds(plan: Plan, drafting: str) -> float:
     tokens = len(plan.prompts) * plan.output_len
     return START_SECONDS + tokens * sum(SECONDS_PER_TOKEN[name] for name in plan.workloads(drafting))
-
-
-def _extend(folders, prompts, extension: dict, scratch: Path, plan: Plan, progress: Stages) -> tuple[tuple, dict]:
-    """Make the pair with the large vocabulary; return its folders and what was measured on it."""
-    made = scratch / "pair"
-    command = [sys.executable, "-m", "vllm_specopt.benchmarks.wide_pair", str(made)]
-    command += [part for name, value in extension.items() for part in (f"--{name}", str(value))]
-    for name, value in (("target", folders[0]), ("draft", folders[1]), ("prompts", prompts)):
-        command += [f"--{name}", str(value.resolve())] if value else []
-    _call(command, scratch / "pair.log", plan, progress, "the vocabulary could not be extended")
-    return (made / "target", made / "draft"), json.loads((made / "wide_pair.json").read_text())
 
 
 def _run(request: dict, scratch: Path, plan: Plan, progress: Stages) -> dict:

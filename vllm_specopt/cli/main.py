@@ -201,6 +201,16 @@ def ab(
     serve_arg: Annotated[
         list[str] | None, typer.Option(help="A further argument of `vllm serve` in every arm; repeat it.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Choose the number of requests so that all is done in this time. (default: 14 for the shipped pair)",
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option(min=0, help="Extend the models' vocabulary to this size, as `bench-engine` does.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the prompts' order; repeat i uses seed + i.")] = 0,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of ab.json, report.md and report.html.")] = Path(
         "reports/ab"
@@ -229,16 +239,20 @@ def ab(
     after an interruption. Exit status: 0 all measured, 1 an arm or a run failed or exact's greedy completions differ,
     2 bad input.
     """
-    from vllm_specopt.cli.ab import checked, run
+    from vllm_specopt.cli.ab import run
+    from vllm_specopt.cli.ab_settings import checked
 
     try:
         if ray and (stock_url or specopt_url or port):
             raise CliError("--ray starts its own servers: leave --stock-url, --specopt-url and --port out.", 2)
+        if ray and (minutes or vocab_size):
+            raise CliError("--minutes and --vocab-size are for servers on this machine: leave them out with --ray.", 2)
         settings = checked(
             target=target, draft=draft, speculative_config=speculative_config, arms=arm or [], spec=workload,
             concurrency=concurrency, temperature=temperature, top_p=top_p, num_prompts=num_prompts,
             output_len=output_len, repeats=repeats, serve_args=serve_arg or [], seed=seed, out=out, fresh=fresh,
             stock_url=stock_url, specopt_url=specopt_url, port=port, timeout=timeout, quick=quick,
+            minutes=minutes, vocab_size=vocab_size, ray=ray,
         )  # fmt: skip
         cluster = None
         if ray:

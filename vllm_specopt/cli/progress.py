@@ -47,6 +47,11 @@ class Stages:
         yield
         self._number += 1
 
+    def replan(self, plan: list[tuple[str, float]]) -> None:
+        """Replace the stages after the current one."""
+        self._plan = [*self._plan[: self._number + 1], *plan]
+        self._bar.update(self._task, total=sum(seconds for _, seconds in self._plan))
+
     def say(self, text: str) -> None:
         """Print a message above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

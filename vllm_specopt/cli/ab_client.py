@@ -1,0 +1,47 @@
+"""vLLM's client as a child process that runs one `vllm bench serve` after another."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from vllm_specopt.cli.process import ChildProcess, end_with_parent
+
+
+class Client(ChildProcess):
+    """vLLM's client, imported once (see serving_client.py): each call is one `vllm bench serve`."""
+
+    def __init__(self, log: Path, env: dict[str, str]) -> None:
+        super().__init__([sys.executable, "-m", "vllm_specopt.benchmarks.serving_client"], log, env)
+
+    def __enter__(self) -> Client:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env={**os.environ, **self.env}, start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+        return self
+
+    def line(self, timeout: float, tick: Callable[[], None]) -> str | None:
+        """Return the next line it prints, "" if it has ended, or None after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.process.stdout, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                tick()
+                if ready.select(0.2):
+                    return self.process.stdout.readline().decode()
+        return None
+
+    def stop(self) -> None:
+        """End it with whatever command it runs."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        super().stop()
+        self.process.stdout.close()
