@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_specopt.benchmarks.host import small_model_dtype
+
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
 
@@ -62,6 +64,7 @@ def ran(prompts, tmp_path_factory):
                 "model": str(ROOT / "models" / "specopt-target"),
                 "speculative_config": speculative,
                 "additional_config": {"specopt": {"method": "exact"}} if arm == "exact" else {},
+                "dtype": small_model_dtype(),
                 "enforce_eager": True,
                 "distributed_executor_backend": "uni",
                 "enable_prefix_caching": False,

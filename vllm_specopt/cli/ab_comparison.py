@@ -152,9 +152,8 @@ class Comparison:
         self.stages.replan(cell_stages(self.plan, fit["seconds"] / len(self.plan.cells())))
         sizes = ", ".join(f"{requests} at {slots} in flight" for slots, requests in fit["requests"].items())
         over = "" if fit["seconds"] <= left else ": the least there is, and more than the minutes asked for"
-        self.stages.say(
-            f"{fit['repeats']} repeats, requests per run: {sizes}; about {fit["seconds"] / 60:.0f} min{over}"
-        )
+        minutes = f"about {fit['seconds'] / 60:.0f} min{over}"
+        self.stages.say(f"{fit['repeats']} repeats, requests per run: {sizes}; {minutes}")
 
     def _rehearse(self, arm: str, temperature: float, slots: int) -> serving_fit.Rehearsal:
         count, started = serving_fit.rehearsal_requests(slots), time.monotonic()
