@@ -1,9 +1,10 @@
 PYTHON ?= python3
 ARGS ?=
+SUITE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long prove parity lint clean
+.PHONY: help setup demo test test-long prove parity bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -25,6 +26,10 @@ prove: setup ## prove that verification is lossless, write reports/prove.json (a
 
 parity: setup ## run every sampling parameter on both runners, write docs/parity.md (about half an hour)
 	@$(bin)/python tests/parity/run.py $(ARGS)
+
+bench: setup ## measure kernels and engines against stock on an idle machine, write reports/bench (about half an hour)
+	@$(bin)/specopt bench --suite $(SUITE) --out reports/bench
+	@$(bin)/specopt bench-engine --out reports/bench $(ARGS)
 
 lint: setup ## check the code with ruff
 	@$(bin)/ruff check .
