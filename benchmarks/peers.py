@@ -4,7 +4,8 @@ Every implementation gets the same tensors and is called as vLLM's model runners
 ``RejectionSampler.forward`` with real metadata, V2 through ``RejectionSampler._verify`` with real sampler states.
 
 - ``ours``: ``verify()`` on plain tensors.
-- ``ours-v1``, ``ours-v2``: the same inside the classes that replace vLLM's.
+- ``ours-sigmoid``: ``verify()`` by the lossy method with the paper's constants, at temperatures above 0.
+- ``ours-v1``, ``ours-v2``: the same as ``ours`` inside the classes that replace vLLM's.
 - ``stock-v1``, ``stock-v2``: vLLM's.
 - ``stock-repaired``: stock V1 on a CPU, where one function leaves the sampling parameters uninitialised. The repair is
   that function's meaning in three tensor operations; as it comes, stock cannot be compared at a temperature above 0.
@@ -27,6 +28,7 @@ import torch
 
 from vllm_specopt.benchmarks.grid import LOGITS, PROBS
 from vllm_specopt.benchmarks.inputs import NUM_ROUNDS, Inputs
+from vllm_specopt.config import PAPER
 from vllm_specopt.verify import Verified, verify
 
 
@@ -45,6 +47,10 @@ class Implementation:
     read: Callable[[object], Verified]
     greedy: Callable[[], object]
     seeded: Callable[[], object] | None = None
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.name == "ours-sigmoid"
 
     @property
     def is_ours(self) -> bool:
@@ -103,6 +109,8 @@ def implementations(inputs: Inputs) -> list[Implementation | tuple[str, str]]:
     """Build all that apply to a case; (name, reason) in place of one that could not be built."""
     case, device = inputs.case, inputs.device
     builders = {"ours": ours}
+    if case.temperature > 0:
+        builders["ours-sigmoid"] = ours
     if has_vllm():
         if case.draft != LOGITS and not case.min_p:
             native = device.type == "cpu" and not interpreted()
@@ -128,10 +136,11 @@ def ours(name: str, inputs: Inputs) -> Implementation:
     """``verify()`` by itself, on the backend of the device (Triton on a CPU under the interpreter)."""
     backend = "triton" if interpreted() else None
     rounds = [inputs.round(number) for number in range(NUM_ROUNDS)]
+    sigmoid = PAPER if name == "ours-sigmoid" else None
 
     def call(round_number: int) -> Verified:
         batch = rounds[round_number % NUM_ROUNDS]
-        return verify(*batch.args(), **batch.kwargs, token_dtype=torch.int32, backend=backend)
+        return verify(*batch.args(), **batch.kwargs, sigmoid=sigmoid, token_dtype=torch.int32, backend=backend)
 
     def greedy() -> Verified:
         return verify(*inputs.batch.args(), backend=backend)

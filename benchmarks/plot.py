@@ -20,6 +20,7 @@ AXES = {"batch": "requests in the batch", "vocab": "vocabulary", "num_drafts": "
 CONFIGURATION = ("draft", "temperature", "filters", "dtype", "acceptance_asked", "device", "threads")
 STYLES = {
     "ours": ("#0b6e4f", "o", "-"),
+    "ours-sigmoid": ("#7f7f7f", "x", ":"),
     "ours-v1": ("#1f77b4", "s", "-"),
     "ours-v2": ("#6a3d9a", "D", "-"),
     "stock-v1": ("#d95f02", "^", "--"),
@@ -28,6 +29,7 @@ STYLES = {
 }
 LABELS = {
     "ours": "verify() alone",
+    "ours-sigmoid": "verify(), sigmoid (lossy)",
     "ours-v1": "ours in V1",
     "ours-v2": "ours in V2",
     "stock-v1": "stock V1",
