@@ -50,10 +50,14 @@ def fit(plan: Plan, rehearsals: list[Rehearsal], seconds: float) -> dict:
         once = sum(each.seconds(sizes[each.concurrency]) for each in rehearsals)
         return once * repeats * len(plan.all_arms())
 
-    least = {slots: max(LEAST_REQUESTS, slots) for slots in plan.concurrency}
+    def waves(slots: int, requests: float) -> int:
+        """Whole waves: with a rest of one, most of a cell would be a request by itself."""
+        return slots * max(-(-LEAST_REQUESTS // slots), round(requests / slots))
+
+    least = {slots: waves(slots, 0) for slots in plan.concurrency}
     for repeats in range(plan.repeats, min(LEAST_REPEATS, plan.repeats) - 1, -1):
         for share in SHARES:
-            sizes = {slots: max(least[slots], round(share * plan.full_requests(slots))) for slots in plan.concurrency}
+            sizes = {slots: waves(slots, share * plan.full_requests(slots)) for slots in plan.concurrency}
             if expected(sizes, repeats) <= MARGIN * seconds:
                 return {"requests": sizes, "repeats": repeats, "seconds": round(expected(sizes, repeats))}
     return {"requests": least, "repeats": repeats, "seconds": round(expected(least, repeats))}
