@@ -1,0 +1,221 @@
+"""Arms and requests of the quality benchmark: what `specopt quality` runs. Nothing here measures.
+
+An arm is one engine (``quality_run.py``), a process of its own; its texts are scored here, and their perplexity comes
+from one more engine with the target alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_specopt.benchmarks import quality_scores
+from vllm_specopt.benchmarks.engine_ab import ENV
+
+TARGET, DRAFT, EXACT, CALIBRATED = "target", "draft", "exact", "calibrated"
+SCALES = (1e1, 1e3, 1e4, 1e5)
+TEXTS_SHOWN = 3
+BATCHED_TOKENS = 4096
+COUNTS = ("tokens", "cut", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Who writes the texts: the target or the draft alone, or both with a method of verification."""
+
+    name: str
+    option: dict | None = None
+
+    @property
+    def speculates(self) -> bool:
+        """Whether both models take part."""
+        return self.option is not None
+
+
+def arms(calibration: Path | None) -> tuple[Arm, ...]:
+    """All arms, the calibrated one where there is a calibration."""
+    found = [Arm(TARGET), Arm(DRAFT), Arm(EXACT, {"method": "exact"})]
+    found += [
+        Arm(
+            f"sigmoid-{scale:.0e}".replace("+0", ""), {"method": "sigmoid", "sigmoid": {"alpha": -scale, "beta": scale}}
+        )
+        for scale in SCALES
+    ]
+    if calibration:
+        found.append(Arm(CALIBRATED, {"method": "sigmoid", "sigmoid": {"calibration": str(calibration)}}))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run on one set of items.
+
+    items: (prompt, reference) of each.
+    law_items: On how many of them the emitted law is computed, per seed; 0 leaves it out.
+    ngram: Words per n-gram of the repetition rate.
+    """
+
+    name: str
+    target: str
+    draft: str
+    items: tuple[tuple[str, str], ...]
+    metrics: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    temperatures: tuple[float, ...]
+    seeds: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    dtype: str
+    draft_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    law_items: int
+    ngram: int
+    threads: int | None
+    on_cpu: bool
+
+    def _llm(self, model: str, **more) -> dict:
+        if self.on_cpu:
+            # vLLM's CPU worker stops at a seeded request whose prompt is split over steps.
+            more |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS, self.max_model_len)}
+        return {
+            "model": model,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "enforce_eager": self.on_cpu,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": False,
+            "enable_prefix_caching": False,
+            "seed": 0,
+        } | more
+
+    def request(self, arm: Arm) -> dict:
+        """What ``quality_run.py`` is asked for one arm. The arms that speculate differ by the option only."""
+        more: dict = {}
+        if arm.speculates:
+            more["speculative_config"] = {
+                "model": self.draft,
+                "num_speculative_tokens": self.draft_tokens,
+                "draft_sample_method": "probabilistic",
+            }
+            more["additional_config"] = {"specopt": arm.option}
+        return {
+            "llm": self._llm(self.draft if arm.name == DRAFT else self.target, **more),
+            "prompts": [prompt for prompt, _ in self.items],
+            "temperatures": self.temperatures,
+            "seeds": self.seeds,
+            "max_tokens": self.max_tokens,
+            "stop": list(self.stop),
+            "law_items": min(self.law_items, len(self.items)) if arm.speculates else 0,
+        }
+
+    def score_request(self, texts: list[dict]) -> dict:
+        """What ``quality_run.py`` is asked to score texts, ``{"prompt": ids, "answer": ids}``, with the target.
+
+        An engine writes one token after what it reads, so that an answer which fills its context loses the last one.
+        """
+        texts = [
+            text | {"answer": text["answer"][: max(self.max_model_len - 1 - len(text["prompt"]), 0)]} for text in texts
+        ]
+        return {"llm": self._llm(self.target), "score": texts}
+
+    def env(self) -> dict[str, str]:
+        """Environment variables of every engine; the network stays out of it where both models are local."""
+        is_local = Path(self.target).is_dir() and Path(self.draft).is_dir()
+        found = {
+            key: value
+            for key, value in ENV.items()
+            if (self.on_cpu or not key.startswith("VLLM_CPU_")) and (is_local or not key.endswith("_OFFLINE"))
+        }
+        return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
+
+    def describe(self) -> dict:
+        """The configuration for the record, models by name; with an equal one a record can be gone on with."""
+        items = hashlib.sha256(json.dumps(self.items).encode()).hexdigest()[:16]
+        return {
+            "name": self.name,
+            "target": shown(self.target),
+            "draft": shown(self.draft),
+            "items": len(self.items),
+            "items_digest": items,
+            "metrics": list(self.metrics),
+            "temperatures": list(self.temperatures),
+            "seeds": self.seeds,
+            "max_tokens": self.max_tokens,
+            "stop": list(self.stop),
+            "dtype": self.dtype,
+            "draft_tokens": self.draft_tokens,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "law_items": self.law_items,
+            "ngram": self.ngram,
+            "threads": self.threads,
+        }
+
+
+def shown(model: str) -> str:
+    """A model's name without the path to it."""
+    folder = Path(model)
+    return "/".join(folder.parts[-2:]) if folder.is_dir() else model
+
+
+def problem(arm: Arm, result: dict) -> str | None:
+    """Why the result of a run is not one of its arm, if it is not."""
+    if arm.speculates != result["sampler"].startswith("vllm_specopt."):
+        return f"ran the sampler {result['sampler']}"
+    if result["fallbacks"]:
+        return f"left batches to vLLM's sampler: {', '.join(result['fallbacks'])}"
+    return None
+
+
+def summarised(plan: Plan, result: dict) -> dict:
+    """The record of one arm: its scores by run, and the first texts. Perplexities are added later."""
+    references = [reference for _, reference in plan.items]
+    runs = []
+    for run in result["runs"]:
+        drafted, drafts = run.get("num_draft_tokens"), run.get("num_drafts")
+        law = run.get("law") or {}
+        runs.append(
+            {
+                "temperature": run["temperature"],
+                "seed": run["seed"],
+                "seconds": round(run["seconds"], 3),
+                **{key: run[key] for key in COUNTS if key in run},
+                **quality_scores.scores(plan.metrics, references, run["texts"]),
+                "acceptance_rate": run["num_accepted_tokens"] / drafted if drafted else None,
+                "acceptance_length": 1 + run["num_accepted_tokens"] / drafts if drafts else None,
+                "tokens_per_second": run["tokens"] / run["seconds"],
+                "repetition": quality_scores.repetition_rate(run["texts"], plan.ngram),
+                "law": law or None,
+                "tv": law.get("tv"),
+            }
+        )
+    first = result["runs"][0]["texts"][:TEXTS_SHOWN]
+    return {key: result[key] for key in ("engine_seconds", "sampler", "dtype")} | {
+        "runs": runs,
+        "texts": [
+            {"prompt": prompt, "reference": reference, "text": text}
+            for (prompt, reference), text in zip(plan.items, first, strict=False)
+        ],
+    }
+
+
+def answers(result: dict) -> list[dict]:
+    """The texts of an arm as token ids, run after run, for ``Plan.score_request``."""
+    return [
+        {"prompt": prompt, "answer": answer}
+        for run in result["runs"]
+        for prompt, answer in zip(run["prompt_token_ids"], run["token_ids"], strict=True)
+    ]
+
+
+def add_perplexities(runs: list[dict], log_probs: Sequence[Sequence[float]]) -> None:
+    """Add to each run of an arm the perplexity of its texts, from one list of log probabilities per text."""
+    per_run = len(log_probs) // len(runs)
+    for number, run in enumerate(runs):
+        texts = log_probs[number * per_run : (number + 1) * per_run]
+        run["perplexity"] = quality_scores.perplexity([value for text in texts for value in text])

@@ -1,0 +1,323 @@
+"""Quality on tasks: scores, laws, records and refusals; and shipped models that write in real engines."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from vllm_specopt.benchmarks import quality, quality_scores
+from vllm_specopt.benchmarks.quality import Plan
+from vllm_specopt.calibration import Calibration, Model, content_of
+from vllm_specopt.cli import quality_report
+from vllm_specopt.cli.calibrate_curve import Checked
+from vllm_specopt.cli.calibrate_fit import Rows
+from vllm_specopt.cli.calibrate_law import total_variation
+from vllm_specopt.cli.main import app
+from vllm_specopt.cli.quality import is_done, key
+from vllm_specopt.cli.quality_input import Options, plans, read_items
+from vllm_specopt.config import SpecoptConfig, parse
+from vllm_specopt.testing import random_calibration
+
+ROOT = Path(__file__).parents[1]
+TASKS = ROOT / "models" / "tasks"
+PAIR = [str(TASKS / "summary" / role) for role in ("target", "draft")]
+
+
+def test_word_error_rate_counts_all_words_together():
+    references, texts = ["one two three", "four"], ["one too three more", ""]
+    assert quality_scores.scores(["wer"], references, texts) == {"wer": 75.0}
+
+
+def test_rouge():
+    same = quality_scores.rouge(["the cat sat", "a dog"], ["the cat sat", "a dog"])
+    assert same == {"rouge1": 100, "rouge2": 100, "rougeL": 100}
+    swapped = quality_scores.rouge(["a b c d"], ["c d a b"])
+    assert swapped["rouge1"] == 100 and swapped["rouge2"] == pytest.approx(200 / 3) and swapped["rougeL"] == 50
+
+
+def test_repetition_rate():
+    assert quality_scores.repetition_rate(["a b c a b c", "x"], 3) == 0.25
+    assert quality_scores.repetition_rate(["a b a b", "a b"], 2) == 0.25
+    assert quality_scores.repetition_rate(["a b", ""], 3) is None
+
+
+def test_perplexity():
+    assert quality_scores.perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4)
+    assert quality_scores.perplexity([-1.0, -math.inf]) == math.inf
+    assert quality_scores.perplexity([]) is None
+
+
+def test_intervals_are_students():
+    found = quality_scores.interval([1, 2, 3, 4, 5])
+    assert found["mean"] == 3 and found["half_width"] == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert quality_scores.interval([7])["half_width"] is None
+    assert quality_scores.interval([1, None]) is None
+
+
+def checked_rows(vocab=48, rows=12):
+    rng = np.random.default_rng(0)
+    target, draft = rng.normal(0, 2, (2, rows, vocab))
+    numbers = np.zeros(rows, dtype=np.int64)
+    return Checked(Rows(target, target + 0.5 * draft, numbers, numbers, np.ones(rows)))
+
+
+def option_of(value) -> SpecoptConfig:
+    return parse({"specopt": value})
+
+
+@pytest.mark.parametrize("form", ["probs", "logits"])
+def test_laws_of_the_rules(form):
+    from vllm_specopt.benchmarks.quality_law import rule
+
+    checked = checked_rows()
+    exact = rule(option_of({"method": "exact"}), form, checked)
+    paper = rule(option_of({"method": "sigmoid", "sigmoid": {"alpha": -1e5, "beta": 1e5}}), form, checked)
+    # Every token is read, so that nothing is left to estimate: the calibrated rule is then the exact one.
+    model = Model("m", 48, "d", None)
+    whole = ((-60.0, 0.0, 0.0, 0.0),)
+    made = Calibration(48, 4, tuple(range(12)), (12, 12, 12), (whole, whole, whole * 2), 20.0, model, model)
+    calibrated = rule(SpecoptConfig("sigmoid", sigmoid=made), form, checked)
+    for i in range(len(checked.rows)):
+        own = total_variation(checked.draft(i), checked.target(i))
+        assert exact(i) == pytest.approx((0, 1 - own), abs=1e-12)
+        assert paper(i) == pytest.approx((own, 1), abs=1e-3)
+        assert calibrated(i) == pytest.approx((0, 1 - own), abs=1e-6)
+
+
+def plan(**changes) -> Plan:
+    values = {
+        "name": "n", "target": "a/t", "draft": "a/d", "items": (("p", "one two"), ("q", "three")), "metrics": ("wer",),
+        "arms": quality.arms(None), "temperatures": (0.0, 1.0), "seeds": 2, "max_tokens": 4, "stop": (),
+        "dtype": "auto", "draft_tokens": 4, "max_model_len": 64, "max_num_seqs": 2, "law_items": 1, "ngram": 3,
+        "threads": 1, "on_cpu": True,
+    }  # fmt: skip
+    return Plan(**values | changes)
+
+
+def result(texts, law=None):
+    counts = {"num_drafts": 10, "num_draft_tokens": 40, "num_accepted_tokens": 30}
+    run = {"seconds": 2.0, "tokens": 8, "cut": 0, "texts": texts, "law": law, **counts}
+    return {
+        "engine_seconds": 1.0, "sampler": "vllm_specopt.v1.RejectionSampler", "dtype": "float32", "fallbacks": {},
+        "runs": [run | {"temperature": t, "seed": s} for t, s in ((0.0, 0), (1.0, 0), (1.0, 1))],
+    }  # fmt: skip
+
+
+def test_arms_are_those_of_the_paper():
+    arms = {arm.name: arm for arm in quality.arms(Path("c.json"))}
+    assert list(arms) == [
+        "target", "draft", "exact", "sigmoid-1e1", "sigmoid-1e3", "sigmoid-1e4", "sigmoid-1e5", "calibrated"
+    ]  # fmt: skip
+    assert arms["sigmoid-1e3"].option == {"method": "sigmoid", "sigmoid": {"alpha": -1e3, "beta": 1e3}}
+    requests = {name: plan().request(arm)["llm"] for name, arm in arms.items()}
+    assert requests["draft"]["model"] == "a/d" and requests["target"]["model"] == requests["exact"]["model"] == "a/t"
+    assert [name for name, llm in requests.items() if "speculative_config" not in llm] == ["target", "draft"]
+
+
+def test_no_prompt_is_split_on_a_cpu():
+    asked = plan(max_model_len=6000)
+    llm = asked.request(asked.arms[2])["llm"]
+    assert llm["enable_chunked_prefill"] is False and llm["max_num_batched_tokens"] == 6000
+    assert "enable_chunked_prefill" not in plan(on_cpu=False).request(asked.arms[2])["llm"]
+
+
+def test_texts_that_fill_the_context_are_scored_short_of_a_token():
+    texts = [{"prompt": [1] * 60, "answer": [2] * 4}, {"prompt": [1], "answer": [2] * 4}]
+    assert [len(text["answer"]) for text in plan().score_request(texts)["score"]] == [3, 4]
+
+
+def test_no_two_requests_share_a_seed():
+    from vllm_specopt.benchmarks.quality_run import request_seed
+
+    assert len({request_seed(seed, line) for seed in range(5) for line in range(1000)}) == 5000
+
+
+def test_the_table_holds_means_over_seeds_and_what_failed():
+    asked = plan()
+    exact, law = asked.arms[2], {"tv": 0.0, "draft_tv": 0.25, "acceptance": 0.75, "exact_acceptance": 0.75, "rows": 9}
+    record = {
+        "config": asked.describe(), "machine": {"load_average_before": 0.1, "cores": 2}, "versions": {}, "command": "c",
+        "git": {"commit": None, "dirty": True}, "time": "t",
+        "arms": {
+            "draft": {"option": "null"} | quality.summarised(asked, result(["one", "three"])),
+            "exact": {"option": key(exact)} | quality.summarised(asked, result(["one two", "three"], law)),
+            "sigmoid-1e1": {"option": "x", "error": "status 1; the end of its log: boom"},
+        },
+    }  # fmt: skip
+    quality.add_perplexities(record["arms"]["exact"]["runs"], [[-1.0]] * 4 + [[-2.0]] * 2)
+    draft, row, failed = quality_report.rows(record, 1.0)
+    assert row[:3] == ["exact", "0.0 ± 0.0", "0.750 ± 0.000"] and row[3] == "4.00 ± 0.00" and row[5] == "0.000 ± 0.000"
+    # Perplexity e by the first seed, e squared by the second: Student's t with one degree of freedom is wide.
+    assert row[6] == f"{(math.e + math.e**2) / 2:.2f} ± {12.7062 * (math.e**2 - math.e) / 2:.2f}"
+    assert draft[1] == "33.3 ± 0.0" and draft[5] == "0.250 ± 0.000"
+    assert failed[:2] == ["sigmoid-1e1", "failed"]
+    assert quality_report.rows(record, 0.0)[1][1] == "0.0"
+    page = quality_report.markdown(record)
+    assert "boom" in page and "No calibrated arm" in page
+    assert is_done(record, exact) and not is_done(record, asked.arms[3]) and not is_done(record, asked.arms[4])
+
+
+def test_a_result_of_another_sampler_is_refused():
+    exact, target = quality.arms(None)[2], quality.arms(None)[0]
+    assert "ran the sampler" in quality.problem(target, result([]))
+    assert quality.problem(exact, result([])) is None
+    assert "left batches" in quality.problem(exact, result([]) | {"fallbacks": {"top-k": 1}})
+
+
+GOOD = json.dumps({"prompt": "p", "reference": "r"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no lines"),
+        ("\n\n", "holds no lines"),
+        (f"{GOOD}\n{{", "line 2, is not JSON"),
+        (f"{GOOD}\n\n[1]", 'line 3, is no object with "prompt" and "reference"'),
+        ('{"prompt": "p"}', 'line 1, lacks the field "reference"'),
+        ('{"prompt": "p", "reference": 3}', 'line 1: "reference" is no text'),
+        ('{"prompt": "p", "reference": " "}', 'line 1: "reference" is no text, or empty'),
+    ],
+)
+def test_bad_data_is_refused_with_its_line(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    ran = CliRunner().invoke(app, ["quality", *PAIR, "--data", str(path), "--metric", "wer"])
+    assert ran.exit_code == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_data_is_read_line_by_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    item = json.dumps({"prompt": "a\u2028b", "reference": "c", "more": 1}, ensure_ascii=False)
+    path.write_text(f"{GOOD}\n\n{item}\n")
+    assert read_items(path) == [("p", "r"), ("a\u2028b", "c")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x/nowhere/t"], "speculation takes two"),
+        ([*PAIR], "name --data FILE.jsonl and --metric"),
+        ([*PAIR, "--data", "DATA"], "name --data FILE.jsonl and --metric"),
+        ([*PAIR, "--data", "missing.jsonl", "--metric", "wer"], "missing.jsonl cannot be read (No such file"),
+        ([*PAIR, "--data", "DATA", "--metric", "bleu"], "no metric 'bleu': take wer or rouge"),
+        (["no/such/model", PAIR[1], "--data", "DATA", "--metric", "wer"], "no/such/model is no model folder"),
+        ([*PAIR, "--data", "DATA", "--metric", "wer", "--task", "summary"], "--task is for the shipped models"),
+        (["--data", "DATA"], "--data goes with a pair of models"),
+        (["--task", "poems"], "no task 'poems': take transcription or summary"),
+        (["--task", "summary", "--arm", "stock"], "no arm 'stock': take target, draft, exact"),
+        ([*PAIR, "--data", "DATA", "--metric", "wer", "--arm", "calibrated"], "needs a file of `specopt calibrate`"),
+        (["--task", "summary", "--calibration", "missing.json"], "missing.json"),
+        (["--task", "summary", "--temperature", "warm"], "--temperature is 'warm'"),
+        (["--task", "summary", "--temperature", "0.01"], "expected 0 or numbers from 0.05 to 5"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, arguments, message):
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    arguments = [str(tmp_path / "data.jsonl") if argument == "DATA" else argument for argument in arguments]
+    ran = CliRunner().invoke(app, ["quality", *arguments, "-o", str(tmp_path / "out")])
+    assert ran.exit_code == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jiwer" else found(name))
+    ran = CliRunner().invoke(app, ["quality", "--task", "transcription"])
+    assert ran.exit_code == 2 and "jiwer is not installed" in ran.stderr and "vllm-specopt[bench]" in ran.stderr
+
+
+def test_a_record_of_other_settings_is_kept(tmp_path):
+    asked = plans(Options(tasks=["summary"], limit=2, seeds=2))[0]
+    folder = tmp_path / "summary"
+    folder.mkdir()
+    (folder / "quality.json").write_text(json.dumps({"config": asked.describe() | {"seeds": 7}, "arms": {}}))
+    arguments = ["quality", "--task", "summary", "--limit", "2", "--seeds", "2", "-o", str(tmp_path)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 2 and "made with other settings (seeds)" in ran.stderr
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    for folder in (TASKS, ROOT / "models"):
+        monkeypatch.syspath_prepend(str(folder))
+    import summary
+    import transcription
+
+    yield {"summary": summary, "transcription": transcription}
+    for name in ("summary", "transcription", "corpus"):
+        sys.modules.pop(name, None)
+
+
+def test_what_is_held_out_is_not_trained_on(tasks):
+    train, held_out = tasks["transcription"].corpora()
+    assert len(train) > 10_000 and len(held_out) > 1_000 and not set(train) & set(held_out)
+    # In a summary the names follow one of two wordings: compare events, people and places by the references alone.
+    shown = {reference for _, reference in tasks["summary"].held_out(300, random.Random(1))}
+    stream = tasks["summary"].training(random.Random(2))
+    assert not shown & {next(stream)[1] for _ in range(2000)}
+
+
+@pytest.mark.parametrize("name", ["summary", "transcription"])
+def test_tasks_fit_their_tokenizers_and_lengths(tasks, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TASKS / name / "target")
+    items = read_items(TASKS / name / "eval.jsonl")
+    limit = plans(Options(tasks=[name]))[0].max_tokens
+    assert len(items) >= 100 and len(set(items)) == len(items)
+    for prompt, reference in items:
+        answer = tokenizer(reference)["input_ids"]
+        assert len(answer) < limit and tokenizer.decode(answer) == reference
+        assert tokenizer.unk_token_id not in answer
+        assert tokenizer.decode(tokenizer(prompt)["input_ids"]) == prompt
+
+
+@pytest.mark.parametrize("name", ["summary", "transcription"])
+def test_the_readme_states_what_was_measured(name):
+    metrics = json.loads((TASKS / name / "metrics.json").read_text())
+    lines = (TASKS / "README.md").read_text().splitlines()
+    for role in ("target", "draft"):
+        row = next(line for line in lines if line.startswith(f"| {name} | {role} |"))
+        trained = metrics["training"][role]
+        assert f"{metrics['parameters'][role]:,}" in row and f"{trained['tokens_seen']:,}" in row
+        assert str(metrics["held_out_loss"][role]) in row
+        assert (TASKS / name / role / "model.safetensors").stat().st_size < 3_000_000
+    assert metrics["held_out_loss"]["target"] < metrics["held_out_loss"]["draft"] / 3
+
+
+@pytest.mark.engine
+def test_shipped_models_write_and_are_scored(tmp_path):
+    wrong = tmp_path / "calibration.json"
+    wrong.write_text(json.dumps(content_of(random_calibration(1, 512))))
+    arguments = ["quality", "--task", "summary", "--limit", "4", "--seeds", "2", "--max-tokens", "10", "--law-prompts"]
+    arguments += ["3", "--calibration", str(wrong), "-o", str(tmp_path / "out")]
+    arguments += [part for arm in ("exact", "sigmoid-1e4", "calibrated") for part in ("--arm", arm)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 1 and "the arm calibrated failed" in ran.output, ran.output
+    folder = tmp_path / "out" / "summary"
+    arms = json.loads((folder / "quality.json").read_text())["arms"]
+    assert str(wrong) in arms.pop("calibrated")["error"]
+    for name, arm in arms.items():
+        assert [run["seed"] for run in arm["runs"]] == [0, 1]
+        for run in arm["runs"]:
+            assert 0 < run["tokens"] <= 40 and 1 < run["perplexity"] < 1000 and run["law"]["rows"] > 3
+            law, drafted = run["law"], run["num_draft_tokens"]
+            if name == "exact":
+                assert law["tv"] < 1e-9 and law["acceptance"] == pytest.approx(law["exact_acceptance"], abs=1e-9)
+                assert run["num_accepted_tokens"] < drafted
+            else:
+                assert law["tv"] == pytest.approx(law["draft_tv"], abs=1e-3)
+                assert run["acceptance_rate"] > 0.95 > arms["exact"]["runs"][0]["acceptance_rate"]
+    assert (folder / "quality.svg").stat().st_size > 1000
+    before = (folder / "quality.json").read_bytes()
+    arguments = [argument for argument in arguments if argument not in ("--calibration", str(wrong))]
+    again = CliRunner().invoke(app, arguments[: arguments.index("calibrated") - 1])
+    assert again.exit_code == 0 and (folder / "quality.json").read_bytes() == before
