@@ -6,13 +6,14 @@ import copy
 import io
 import json
 import math
+import platform
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_specopt.benchmarks import engine_ab, engine_report, engine_stats
+from vllm_specopt.benchmarks import engine_ab, engine_report, engine_stats, host
 from vllm_specopt.benchmarks.engine_ab import Arm, Plan
 from vllm_specopt.cli.main import app
 
@@ -343,3 +344,18 @@ def test_one_short_run(tmp_path):
     assert str(tmp_path) not in json.dumps(record).replace(record["command"], "")
     assert "12 of" not in result.output and "4 of 4 completions identical" in result.output
     assert (tmp_path / "engine_ab.md").read_text() == engine_report.markdown(record)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "dtype"),
+    [
+        ("model name\t: A CPU\nflags\t\t: fpu avx2 avx512f\n", "A CPU", "bfloat16"),
+        ("model name\t: An older CPU\nflags\t\t: fpu avx avx2\n", "An older CPU", "float32"),
+        ("Features\t: asimd bf16\n", platform.machine(), "bfloat16"),
+    ],
+)
+def test_the_number_type_follows_the_cpu(tmp_path, monkeypatch, cpuinfo, name, dtype):
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    assert (host.cpu_name(), host.small_model_dtype()) == (platform.machine(), "bfloat16")
+    host.CPUINFO.write_text(cpuinfo)
+    assert (host.cpu_name(), host.small_model_dtype()) == (name, dtype)
