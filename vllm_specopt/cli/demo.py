@@ -93,6 +93,13 @@ class Settings:
             reports=(CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "reports",
         )
 
+    def cpu_flags(self) -> list[str]:
+        """Return what the servers get on a CPU; other models than the shipped ones keep vLLM's number type."""
+        if not self.on_cpu:
+            return []
+        shipped = self.target == CHECKOUT / "models" / "specopt-target"
+        return ["--enforce-eager", *(["--dtype", small_model_dtype()] if shipped else [])]
+
     def env(self) -> dict[str, str]:
         """Return the environment variables both arms run with; what the user has set for the CPU cache wins."""
         return ENV | ({key: os.environ.get(key, value) for key, value in CPU_ENV.items()} if self.on_cpu else {})
@@ -131,7 +138,7 @@ class Arm:
                     "ignore_frontend": True}  # fmt: skip
         self.command = [
             settings.vllm, "serve", str(settings.target), "--host", "127.0.0.1", "--port", str(settings.port),
-            *(["--enforce-eager", "--dtype", small_model_dtype()] if settings.on_cpu else []),
+            *settings.cpu_flags(),
             # Every timed run reads the same prompts: none may find its work done by the one before.
             "--no-enable-prefix-caching",
             "--speculative-config",
