@@ -177,7 +177,7 @@ def _gone(marker: str, seconds: float) -> bool:
 @pytest.mark.engine
 @pytest.mark.timeout(400)
 def test_two_real_arms(tmp_path):
-    """One small run with real servers; the arm that cannot start is told and leaves the others unharmed."""
+    """One small run with real servers; what is finished is not run again."""
     marker = str(tmp_path)
     env = os.environ | {"SPECOPT_TEST": marker}
     command = [*RUN, "--arm", "stock-repaired", "--arm", "exact", "-o", str(tmp_path / "ab")]
@@ -222,6 +222,20 @@ def test_an_interrupt_leaves_no_server(tmp_path, number):
             child.send_signal(number)
     assert child.returncode != 0
     assert _gone(marker, 20), [process.cmdline() for process in _processes(marker)]
+
+
+@pytest.mark.long
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_a_server_that_dies_at_start_is_told_with_its_last_lines(tmp_path):
+    marker = str(tmp_path)
+    command = [*RUN, "--serve-arg=--no-such-flag", "-o", str(tmp_path / "ab")]
+    done = subprocess.run(command, env=os.environ | {"SPECOPT_TEST": marker}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for arm in ("stock-repaired", "exact", "stock-repaired (again)"):
+        assert f"arm {arm} failed" in done.stdout
+    assert "unrecognized arguments: --no-such-flag" in done.stdout
+    assert _gone(marker, 5)
 
 
 @pytest.mark.long

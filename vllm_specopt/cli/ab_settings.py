@@ -69,7 +69,7 @@ def checked(
         else:
             model, speculation = _models(target, draft, speculative_config)
             served, vocab = model, _vocab_size(model)
-            shipped = model == str(CHECKOUT / "models" / "specopt-target")
+            shipped = model == str((CHECKOUT / "models" / "specopt-target").resolve())
             if vocab_size:
                 extended, vocab = _extended(model, speculation, vocab, vocab_size), vocab_size
                 model, speculation = str(wide_pair(out)[0]), speculation | {"model": str(wide_pair(out)[1])}

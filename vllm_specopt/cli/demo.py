@@ -97,7 +97,7 @@ class Settings:
         """Return what the servers get on a CPU; other models than the shipped ones keep vLLM's number type."""
         if not self.on_cpu:
             return []
-        shipped = self.target == CHECKOUT / "models" / "specopt-target"
+        shipped = self.target == (CHECKOUT / "models" / "specopt-target").resolve()
         return ["--enforce-eager", *(["--dtype", small_model_dtype()] if shipped else [])]
 
     def env(self) -> dict[str, str]:
