@@ -21,7 +21,9 @@ from vllm_specopt.config import METHODS, parse
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 STOCK, REPAIRED = "stock", "stock-repaired"
-DRAFTING = ("greedy", "probabilistic")
+DRAFTING = ("greedy", "ngram", "probabilistic")
+# The longest and the shortest run of tokens that vLLM's n-gram drafter looks up in a request's own text.
+NGRAM = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
 WORKLOADS = {
     "T = 1": {"temperature": 1.0},
     "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
@@ -109,12 +111,9 @@ class Plan:
         return runs
 
     def workloads(self, drafting: str) -> dict[str, dict]:
-        """Return the sampling parameters by workload. At T = 0 all drafting is greedy: it is run with one way only."""
-        return {
-            name: sampling
-            for name, sampling in WORKLOADS.items()
-            if sampling["temperature"] > 0 or drafting == self.drafting[0]
-        }
+        """Return the sampling parameters by workload. At T = 0 a draft model's two ways are one: it is run once."""
+        repeated = drafting == "probabilistic" and "greedy" in self.drafting
+        return {name: sampling for name, sampling in WORKLOADS.items() if sampling["temperature"] > 0 or not repeated}
 
     def request(self, pair: tuple[Path, Path], vocab_size: int, drafting: str, repeat: int, arm: Arm) -> dict:
         """Return what ``engine_run.py`` is asked for one run; the arms differ by the option and the repair only.
@@ -122,13 +121,13 @@ class Plan:
         ``vocab_size`` is the original one: tokens from there on are counted apart.
         """
         target, draft = pair
+        if drafting == "ngram":
+            drafter = {"method": "ngram"} | NGRAM
+        else:
+            drafter = {"model": str(draft), "draft_sample_method": drafting}
         llm = {
             "model": str(target),
-            "speculative_config": {
-                "model": str(draft),
-                "num_speculative_tokens": self.num_speculative_tokens,
-                "draft_sample_method": drafting,
-            },
+            "speculative_config": drafter | {"num_speculative_tokens": self.num_speculative_tokens},
             "dtype": self.dtype,
             "max_model_len": MAX_MODEL_LEN,
             "max_num_seqs": len(self.prompts),

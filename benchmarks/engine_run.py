@@ -77,8 +77,9 @@ def time_parts(runner, timers: Timers) -> None:
     timers.wrap(runner, "execute_model", "target")
     timers.wrap(runner.model, "compute_logits", "target LM head")
     timers.wrap(runner.drafter, "propose", "drafting")
-    timers.wrap(runner.drafter.model, "compute_logits", "draft LM head")
-    timers.wrap(runner.drafter, "_sample_draft_tokens", "draft LM head and sampling")
+    if hasattr(runner.drafter, "model"):
+        timers.wrap(runner.drafter.model, "compute_logits", "draft LM head")
+        timers.wrap(runner.drafter, "_sample_draft_tokens", "draft LM head and sampling")
 
 
 def reset_peak() -> bool:

@@ -112,12 +112,12 @@ def _arm(runs: list[dict]) -> dict:
 
 def identical_greedy(record: dict) -> dict:
     """Compare the completions at temperature 0, run by run with the baseline's first: requests, and how many equal."""
-    config = record["config"]
-    drafting, workload = config["drafting"][0], "T = 0"
+    config, workload = record["config"], "T = 0"
+    greedy = [drafting for drafting in config["drafting"] if workload in config["workloads"][drafting]]
     found: dict[str, dict] = {}
-    reference = measured(record, drafting, workload, config["baseline"])
+    reference = measured(record, greedy[0], workload, config["baseline"])
     for arm in config["arms"]:
-        runs = measured(record, drafting, workload, arm)
+        runs = [run for drafting in greedy for run in measured(record, drafting, workload, arm)]
         equal = [a == b for run in runs for a, b in zip(run["digests"], reference[0]["digests"], strict=True)]
         found[arm] = {"completions": len(equal), "identical": sum(equal)}
     return found

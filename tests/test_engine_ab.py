@@ -144,7 +144,13 @@ def test_arms_differ_by_option_and_repair_only():
         del request["repair"]
     assert requests[0] == requests[1] == requests[2]
     assert list(requests[0]["workloads"]) == list(engine_ab.WORKLOADS)
-    assert "T = 0" not in plan().workloads("probabilistic")
+    assert "T = 0" not in plan().workloads("probabilistic") and "T = 0" in plan().workloads("ngram")
+
+
+def test_ngram_drafting_takes_no_draft_model():
+    request = plan().request((Path("t"), Path("d")), 512, "ngram", 0, plan().arms[2])
+    assert request["llm"]["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4} | engine_ab.NGRAM
+    assert request["llm"]["additional_config"] == {"specopt": {"method": "exact"}}
 
 
 def test_an_option_as_json_is_an_arm():
@@ -247,7 +253,7 @@ def record() -> dict:
 
 def test_summary_of_a_record(record):
     found = {(row["drafting"], row["workload"], row["arm"]): row for row in engine_stats.summarise(record)}
-    assert len(found) == 3 * 3 + 2 * 3
+    assert len(found) == 3 * 3 + 3 * 3 + 2 * 3
     exact = found["greedy", "T = 1", "exact"]
     assert exact["ratio"]["ratio"] == pytest.approx(2.5, rel=0.01) and exact["runs"] == 4
     assert exact["acceptance_length"] == pytest.approx(3.0)
@@ -267,7 +273,7 @@ def test_markdown_table_notes_outcome_and_steps(record):
     head = next(number for number, line in enumerate(lines) if line.startswith("| drafting"))
     assert lines[head].count("|") == lines[head + 1].count("|") == len(engine_report.HEADINGS) + 1
     for text in ("abc123 with changes", "| torch | 2.13.0 |", "2.50 times stock-repaired", "## Where the time goes",
-                 "OMP_NUM_THREADS=1", "T = 0, exact: 12 of 12 completions identical", "one pair"):  # fmt: skip
+                 "OMP_NUM_THREADS=1", "T = 0, exact: 24 of 24 completions identical", "one pair"):  # fmt: skip
         assert text in page, text
     marked = {tuple(line.split(" | ")[:3]) for line in lines if line.startswith("| ") and "\\*" in line}
     assert marked == {(f"| {way}", workload, "stock") for way in engine_ab.DRAFTING for workload in WORKLOADS_ABOVE_0}
@@ -282,7 +288,7 @@ def test_table_fits_a_terminal(record):
     console.print(engine_report.table(record))
     text = console.file.getvalue()
     assert "…" not in text
-    assert text.count("exact") == 5
+    assert text.count("exact") == 8
 
 
 def test_no_difference_and_a_busy_machine_are_said(record):
@@ -329,10 +335,11 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
 
 
 @pytest.mark.engine
-def test_one_short_run(tmp_path):
+@pytest.mark.parametrize("drafting", ["greedy", "ngram"])
+def test_one_short_run(tmp_path, drafting):
     pytest.importorskip("vllm")
     result = invoke(
-        "--arm", "stock-repaired", "--arm", "exact", "--drafting", "greedy", "--repeats", "1", "--requests", "4",
+        "--arm", "stock-repaired", "--arm", "exact", "--drafting", drafting, "--repeats", "1", "--requests", "4",
         "--output-len", "8", "--vocab-size", "2000", "--out", str(tmp_path),
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -94,11 +94,14 @@ def engine(arm: str, drafting: str, target: Path):
     """An engine on two ranks."""
     from vllm import LLM
 
+    from vllm_specopt.benchmarks.host import small_model_dtype
+
     speculative = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
     if drafting == "probabilistic":
         speculative["draft_sample_method"] = "probabilistic"
     return LLM(
         model=str(target),
+        dtype=small_model_dtype(),
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         worker_extension_cls="record_verified.RecordVerified",

@@ -102,7 +102,7 @@ def bench_engine(
         typer.Option(help="stock, stock-repaired (CPU), exact, or the option as JSON; repeat it. (default: all three)"),
     ] = None,
     drafting: Annotated[
-        list[str] | None, typer.Option(help="greedy or probabilistic; repeat it. (default: both)")
+        list[str] | None, typer.Option(help="greedy, ngram or probabilistic; repeat it. (default: all three)")
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Runs per arm and way of drafting. (default: 4; 3 with --quick)")
