@@ -16,8 +16,8 @@ def cpu_name() -> str:
 def small_model_dtype() -> str:
     """Return ``float32`` where the CPU would compute bfloat16 products by emulation, else ``bfloat16``.
 
-    An x86 processor without AVX-512 has no fast bfloat16 product; for models as small as the shipped ones float32 is then
-    much the faster type, though it moves twice the bytes.
+    An x86 processor without AVX-512 has no fast bfloat16 product; for models as small as the shipped ones float32 is
+    then much the faster type, though it moves twice the bytes.
     """
     flags = _field("flags").split()
     return "float32" if flags and "avx512f" not in flags else "bfloat16"

@@ -27,6 +27,9 @@ from vllm_specopt.cli.demo import stopped_by_signals
 
 START_SECONDS = 240
 SECONDS_PER_REQUEST = 60
+# vLLM's server closes a connection that is idle for 5 s. httpx would reuse one for just as long, and a request that is
+# sent while the server closes is reset.
+REUSED_FOR_SECONDS = 2.0
 COUNTED = (
     "num_preemptions_total",
     "spec_decode_num_drafts_total",
@@ -121,7 +124,7 @@ def stress(running, requests: list[Request], plain: dict[str, dict], concurrency
 
     async def work_all() -> None:
         todo = iter(requests)
-        limits = httpx.Limits(max_connections=2 * concurrency)
+        limits = httpx.Limits(max_connections=2 * concurrency, keepalive_expiry=REUSED_FOR_SECONDS)
         async with httpx.AsyncClient(base_url=running.url, timeout=SECONDS_PER_REQUEST, limits=limits) as client:
             await asyncio.gather(*(work(client, todo) for _ in range(concurrency)))
 
