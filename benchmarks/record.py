@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import vllm_specopt
+from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.benchmarks.grid import LOGITS, ONE_HOT, PROBS, Case
 from vllm_specopt.benchmarks.host import cpu_name
 
@@ -195,10 +196,7 @@ def prepare(folder: Path) -> None:
         RecordError: It cannot, or the record there has other columns.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{FILE_NAME}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        make_writable(folder)
     except OSError as error:
         raise RecordError(f"{folder} cannot be written ({error.strerror}): name another folder with --out.") from error
     read(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import platform
 import re
 import sys
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from vllm_specopt import calibration
 from vllm_specopt.benchmarks.engine_ab import CHECKOUT, ENV
+from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.calibration import FORMS, Calibration, Model
 from vllm_specopt.cli.demo import read_prompts, stopped_by_signals
 from vllm_specopt.cli.errors import CliError
@@ -137,10 +137,7 @@ def _prepare(output: Path, report: Path | None) -> None:
     """Check that the files can be written before anything is run."""
     for folder in [output.parent, *([report] if report else [])]:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".specopt-calibrate.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            make_writable(folder)
         except OSError as error:
             raise CliError(f"{folder} cannot be written ({error.strerror}): name another place.", 2) from error
     if output.is_dir():

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from vllm_specopt.benchmarks import engine_ab, engine_report
 from vllm_specopt.benchmarks.engine_ab import CHECKOUT, Arm, Plan
+from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.cli.demo import read_prompts, stopped_by_signals
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.process import ChildProcess
@@ -130,10 +131,7 @@ def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, qui
 def _prepare(out: Path) -> None:
     """Check that the reports can be written before anything is measured."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".{FILE_NAME}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        make_writable(out)
     except OSError as error:
         raise CliError(f"{out} cannot be written ({error.strerror}): name another folder with --out.", 2) from error
 

@@ -17,6 +17,7 @@ class Stages:
         self._console = console
         self._plan = plan
         self._number = 0
+        self._elapsed = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -45,6 +46,7 @@ class Stages:
         if not self._console.is_terminal:
             self._console.print(f"{description}, about {self._left():.0f} s left", highlight=False, markup=False)
         yield
+        self._elapsed += time.monotonic() - self._started
         self._number += 1
 
     def replan(self, plan: list[tuple[str, float]]) -> None:
@@ -58,10 +60,17 @@ class Stages:
 
     def tick(self) -> None:
         """Move the bar on within the current stage."""
-        before = sum(seconds for _, seconds in self._plan[: self._number])
-        elapsed = min(time.monotonic() - self._started, self._plan[self._number][1])
-        self._bar.update(self._task, completed=before + elapsed, left=self._left())
+        elapsed = min((time.monotonic() - self._started) / self._pace(), self._plan[self._number][1])
+        self._bar.update(self._task, completed=self._before() + elapsed, left=self._left())
+
+    def _before(self) -> float:
+        return sum(seconds for _, seconds in self._plan[: self._number])
+
+    def _pace(self) -> float:
+        """Seconds that a second of the plan takes on this machine, as the stages so far show; 1 to begin with."""
+        weight = sum(seconds for _, seconds in self._plan) / len(self._plan)
+        return (self._elapsed + weight) / (self._before() + weight)
 
     def _left(self) -> float:
-        now, *later = (seconds for _, seconds in self._plan[self._number :])
+        now, *later = (self._pace() * seconds for _, seconds in self._plan[self._number :])
         return max(now - (time.monotonic() - self._started), 0.0) + sum(later)

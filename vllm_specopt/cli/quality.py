@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_specopt.benchmarks import engine_ab, quality
+from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.benchmarks.quality import Arm, Plan
 from vllm_specopt.cli import quality_report
 from vllm_specopt.cli.demo import stopped_by_signals
@@ -99,10 +99,8 @@ def is_done(record: dict, arm: Arm) -> bool:
 def _prepare(folder: Path) -> None:
     """Check that the reports can be written before anything is measured."""
     try:
-        (folder / TEXTS).mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{RECORD}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        make_writable(folder)
+        make_writable(folder / TEXTS)
     except OSError as error:
         raise CliError(f"{folder} cannot be written ({error.strerror}): name another folder with -o.", 2) from error
 
