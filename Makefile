@@ -27,7 +27,7 @@ prove: setup ## prove that verification is lossless, write reports/prove.json (a
 parity: setup ## run every sampling parameter on both runners, write docs/parity.md (about half an hour)
 	@$(bin)/python tests/parity/run.py $(ARGS)
 
-bench: setup ## measure kernels and engines against stock on an idle machine, write reports/bench (about half an hour)
+bench: setup ## measure kernels and engines against stock on an idle machine, write reports/bench (26 minutes on 2 cores)
 	@$(bin)/specopt bench --suite $(SUITE) --out reports/bench
 	@$(bin)/specopt bench-engine --out reports/bench $(ARGS)
 
