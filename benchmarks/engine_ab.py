@@ -7,7 +7,6 @@ the i-th run of an arm is compared with the i-th run of the baseline, its neighb
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -16,11 +15,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
 from vllm_specopt.benchmarks.host import cpu_name, small_model_dtype
-from vllm_specopt.config import METHODS, parse
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-STOCK, REPAIRED = "stock", "stock-repaired"
 DRAFTING = ("greedy", "ngram", "probabilistic")
 # The longest and the shortest run of tokens that vLLM's n-gram drafter looks up in a request's own text.
 NGRAM = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -33,40 +31,6 @@ WARMUP_LEN = 6
 MAX_MODEL_LEN = 1024
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One sampler: vLLM's own, its own with the broken function replaced, or ours with some option."""
-
-    name: str
-    option: dict | None = None
-    repair: bool = False
-
-    @classmethod
-    def named(cls, name: str, on_cpu: bool) -> Arm:
-        """Return the arm of a name: ``stock``, ``stock-repaired``, a method, or the option as JSON.
-
-        Raises:
-            ValueError: There is no such arm; the message names those there are.
-        """
-        if name == STOCK:
-            return cls(STOCK)
-        if name == REPAIRED:
-            if not on_cpu:
-                raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
-            return cls(REPAIRED, repair=True)
-        if name in METHODS:
-            # The sigmoid method does not choose its constants by itself; by name it means the paper's.
-            return cls(name, {"method": name} | ({"sigmoid": "paper"} if name == "sigmoid" else {}))
-        try:
-            option = json.loads(name) if name.startswith("{") else None
-            if option and parse({"specopt": option}):
-                return cls(json.dumps(option), option)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the arm {name} is not JSON: {error}") from error
-        known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *METHODS))
-        raise ValueError(f"there is no arm {name!r}: take {known}, or the option as JSON")
 
 
 @dataclass(frozen=True)

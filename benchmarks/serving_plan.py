@@ -12,60 +12,15 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
 from vllm_specopt.benchmarks.engine_ab import CHECKOUT
 from vllm_specopt.benchmarks.serving_workloads import Workload
-from vllm_specopt.config import METHODS, parse
 
-STOCK, REPAIRED = "stock", "stock-repaired"
 NOISE_SUFFIX = " (again)"
 # What serving_repaired.py says in the log of every process it is in.
 REPAIRED_LINE = "specopt ab: expand_kernel repaired"
 REQUESTS_PER_SLOT = 4
 MIN_REQUESTS = 24
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to serve: ``option`` goes to ``additional_config["specopt"]``; ``url`` names a server that runs."""
-
-    name: str
-    option: dict | None = None
-    repair: bool = False
-    url: str | None = None
-
-    @classmethod
-    def named(cls, text: str, on_cpu: bool) -> Arm:
-        """Return the arm of ``NAME`` (stock, stock-repaired, exact or sigmoid) or of ``NAME=JSON``.
-
-        The arm sigmoid has the paper's constants.
-
-        Raises:
-            ValueError: There is no such arm, or its option is not JSON or not an option.
-        """
-        name, given, value = text.partition("=")
-        if given:
-            try:
-                option = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"the option of arm {name!r} is not JSON ({error}): {value}") from error
-            try:
-                if parse({"specopt": option}) is None:
-                    raise ValueError("it is null")
-            except ValueError as error:
-                raise ValueError(f"the option of arm {name!r} is not one of the plugin: {error}") from error
-            if not name or name in (STOCK, REPAIRED):
-                raise ValueError(f"an arm with an option needs a name other than {name!r}")
-            return cls(name, option if isinstance(option, dict) else {"method": option})
-        if name == STOCK:
-            return cls(STOCK)
-        if name == REPAIRED:
-            if not on_cpu:
-                raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
-            return cls(REPAIRED, repair=True)
-        if name in METHODS:
-            return cls(name, {"method": name} | ({"sigmoid": "paper"} if name == "sigmoid" else {}))
-        known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *METHODS))
-        raise ValueError(f"there is no arm {name!r}: take {known}, or NAME=JSON")
 
 
 @dataclass(frozen=True)

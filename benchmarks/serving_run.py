@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 
 from vllm_specopt.benchmarks import serving_client
-from vllm_specopt.benchmarks.serving_plan import REPAIRED_LINE, Arm, Cell, Plan
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.serving_plan import REPAIRED_LINE, Cell, Plan
 from vllm_specopt.cli import scopes
 from vllm_specopt.cli.errors import CliError
 

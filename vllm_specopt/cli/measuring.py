@@ -42,7 +42,9 @@ def bench(
 def bench_engine(
     arm: Annotated[
         list[str] | None,
-        typer.Option(help="stock, stock-repaired (CPU), exact, or the option as JSON; repeat it. (default: all three)"),
+        typer.Option(
+            help="stock, stock-repaired (CPU), exact, sigmoid, or NAME=JSON; repeat it. (default: the first three)"
+        ),
     ] = None,
     drafting: Annotated[
         list[str] | None, typer.Option(help="greedy, ngram or probabilistic; repeat it. (default: all three)")

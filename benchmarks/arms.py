@@ -1,0 +1,60 @@
+"""The arms of a comparison, as the command line names them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from vllm_specopt.config import METHODS, parse
+
+STOCK, REPAIRED = "stock", "stock-repaired"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One sampler: vLLM's own, its own with the function repaired that is broken on CPUs, or ours with some option.
+
+    Attributes:
+        name: As tables show it.
+        option: What goes to ``additional_config["specopt"]``; None: the plugin stays inactive.
+        repair: Whether the broken function is replaced.
+        url: A server that runs already; None: one is started.
+    """
+
+    name: str
+    option: dict | None = None
+    repair: bool = False
+    url: str | None = None
+
+    @classmethod
+    def named(cls, text: str, on_cpu: bool) -> Arm:
+        """Return the arm of ``NAME`` (stock, stock-repaired, exact or sigmoid) or of ``NAME=JSON``.
+
+        Raises:
+            ValueError: There is no such arm, or its option is not JSON or not an option.
+        """
+        name, given, value = text.partition("=")
+        if given:
+            try:
+                option = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"the option of arm {name!r} is not JSON ({error}): {value}") from error
+            try:
+                if parse({"specopt": option}) is None:
+                    raise ValueError("it is null")
+            except ValueError as error:
+                raise ValueError(f"the option of arm {name!r} is not one of the plugin: {error}") from error
+            if not name or name in (STOCK, REPAIRED):
+                raise ValueError(f"an arm with an option needs a name other than {name!r}")
+            return cls(name, option if isinstance(option, dict) else {"method": option})
+        if name == STOCK:
+            return cls(STOCK)
+        if name == REPAIRED:
+            if not on_cpu:
+                raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
+            return cls(REPAIRED, repair=True)
+        if name in METHODS:
+            # The sigmoid method does not choose its constants by itself; by name it means the paper's.
+            return cls(name, {"method": name} | ({"sigmoid": "paper"} if name == "sigmoid" else {}))
+        known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *METHODS))
+        raise ValueError(f"there is no arm {name!r}: take {known}, or NAME=JSON")
