@@ -128,7 +128,10 @@ def draw(settings: dict[str, dict], requests: int, seed: int, shared_noise: int 
 @cache
 def _model(name: str):
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    # Its lines would run into those of the proof.
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
 
 
