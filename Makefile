@@ -21,7 +21,7 @@ test: setup ## run the tests, real engines included, in two processes; ARGS="-k 
 test-long: setup ## engines under stress, and what repeats in many of them (some minutes)
 	@$(bin)/python -m pytest tests -m long $(ARGS)
 
-prove: setup ## prove that verification is lossless, write reports/prove.json (about 20 minutes); ARGS="--quick"
+prove: setup ## prove that verification is lossless, write reports/prove.json (about 40 minutes); ARGS="--quick"
 	@$(bin)/python tests/proof/run.py $(ARGS)
 
 parity: setup ## run every sampling parameter on both runners, write docs/parity.md (about half an hour)
