@@ -7,7 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-WARM_UP = 0.1
+# The allocator's heap grows while batches of sizes that no step had before come in, and shrinks now and then later.
+WARM_UP = 1 / 3
 
 
 class Watch:
@@ -66,13 +67,13 @@ def resident_mib(pid: int) -> float | None:
 
 
 def trend(samples: list[tuple[float, float]]) -> dict[str, float]:
-    """Medians of the first and of the last third after the warm-up (the first tenth), and the growth between them."""
+    """Medians of the second and of the last third (the first is the warm-up), and the growth between them."""
     kept = [mib for _, mib in samples[int(len(samples) * WARM_UP) :]]
-    third = max(len(kept) // 3, 1)
-    first, last = statistics.median(kept[:third]), statistics.median(kept[-third:])
+    half = max(len(kept) // 2, 1)
+    first, last = statistics.median(kept[:half]), statistics.median(kept[-half:])
     return {
         "samples": len(samples),
-        "first_third_mib": round(first, 1),
+        "second_third_mib": round(first, 1),
         "last_third_mib": round(last, 1),
         "growth_mib": round(last - first, 1),
         "peak_mib": round(max(mib for _, mib in samples), 1),

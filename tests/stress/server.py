@@ -29,11 +29,13 @@ DRAFTING = {
     "probabilistic": {**DRAFT_MODEL, "draft_sample_method": "probabilistic"},
     "ngram": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
 }
-ARMS = ("plain", "stock", "exact")
+ARMS = ("plain", "stock", "stock-repaired", "exact")
 
 
 def server(arm: str, log: Path, *, drafting: str = "greedy", dtype: str = "float32", pressed: bool = True) -> Server:
-    """A server not yet started: ``plain`` decoding, or speculation verified by ``stock`` or by the drop-in.
+    """A server not yet started: ``plain`` decoding, or speculation verified by stock or by the drop-in.
+
+    Stock as it comes does not survive random parameters on a CPU: it reads top-k from memory it never wrote.
 
     Args:
         arm: One of ``ARMS``.
@@ -43,7 +45,11 @@ def server(arm: str, log: Path, *, drafting: str = "greedy", dtype: str = "float
         pressed: Whether it has too few KV cache blocks for the requests it runs at once.
     """
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(ROOT / "models" / "specopt-target")]
+    if arm == "stock-repaired":
+        command = [sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"]
+    else:
+        command = [str(Path(sys.executable).with_name("vllm"))]
+    command += ["serve", str(ROOT / "models" / "specopt-target")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target", "--enforce-eager"]
     command += ["--max-model-len", "256", "--max-num-seqs", str(MAX_NUM_SEQS), "--dtype", dtype, "--block-size", "32"]
     # Whole prompts: on a CPU vLLM 0.32 cannot take back a seeded request's draw at the end of a part of one.
