@@ -337,7 +337,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("drafting", ["greedy", "ngram"])
+@pytest.mark.parametrize("drafting", ["greedy", pytest.param("ngram", marks=pytest.mark.long)])
 def test_one_short_run(tmp_path, drafting):
     pytest.importorskip("vllm")
     result = invoke(

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.cli.process import Server, free_port
 from vllm_specopt.metrics import WRITE_SECONDS
 
@@ -30,7 +31,7 @@ PROMPT = "def read_lines(path):\n    "
 
 def launch_line(port: int, option: str | None, speculation: dict | None = SPECULATION) -> list[str]:
     command = [str(VLLM), "serve", str(MODELS / "specopt-target"), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--served-model-name", "target"]
+    command += ["--enforce-eager", "--served-model-name", "target", "--dtype", small_model_dtype()]
     if speculation:
         command += ["--speculative-config", json.dumps(speculation)]
     if option:

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.cli.process import Server, free_port
 from vllm_specopt.config import SpecoptConfig
 
@@ -36,6 +37,7 @@ def engine(name: str, speculative: dict, option: dict | None, batches: dict, cou
         "model": str(ROOT / "models" / "specopt-target"),
         "speculative_config": speculative,
         "additional_config": {"specopt": option} if option else {},
+        "dtype": small_model_dtype(),
         "enforce_eager": True,
         "distributed_executor_backend": "uni",
         "enable_prefix_caching": False,
@@ -129,7 +131,8 @@ def server(tmp_path_factory):
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(ROOT / "models" / "specopt-target")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--served-model-name", "target"]
-    command += ["--max-model-len", "256", "--speculative-config", json.dumps(DRAFT_PROBABILISTIC)]
+    command += ["--max-model-len", "256", "--dtype", small_model_dtype()]
+    command += ["--speculative-config", json.dumps(DRAFT_PROBABILISTIC)]
     command += ["--additional-config", json.dumps({"specopt": CHOICE})]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
     with Server(command, tmp_path_factory.mktemp("serving") / "server.log", env, port) as running:
