@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="make prove ARGS=")
-    parser.add_argument("--quick", action="store_true", help="a small form of everything, under a minute")
+    parser.add_argument("--quick", action="store_true", help="a small form of everything, a minute or two")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument("--only", nargs="+", choices=jobs.SECTIONS, default=jobs.SECTIONS, help="some sections")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default 2)")
