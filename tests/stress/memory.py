@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-# The allocator's heap grows while batches of sizes that no step had before come in, and shrinks now and then later.
+# The worker's heap was seen to grow for several minutes and to shrink now and then later.
 WARM_UP = 1 / 3
 
 

@@ -35,8 +35,6 @@ ARMS = ("plain", "stock", "stock-repaired", "exact")
 def server(arm: str, log: Path, *, drafting: str = "greedy", dtype: str = "float32", pressed: bool = True) -> Server:
     """A server not yet started: ``plain`` decoding, or speculation verified by stock or by the drop-in.
 
-    Stock as it comes does not survive random parameters on a CPU: it reads top-k from memory it never wrote.
-
     Args:
         arm: One of ``ARMS``.
         log: Where it logs to.
