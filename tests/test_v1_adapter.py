@@ -126,6 +126,26 @@ def test_equals_reference_token_for_token(monkeypatch, seed, draft, filters):
     assert torch.equal(batch.logits, before)
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_a_step_in_which_no_request_has_a_draft(mode):
+    """On a CPU the stock sampler raises here if a request asks for top-k."""
+    batch = testing.random_batch(
+        seed=1, num_drafts=[0, 0, 0], vocab_size=97, dtype=torch.float32, filters=("top_k",), shuffled_state=False
+    )
+    batch.kwargs["top_k"] = torch.tensor([5, 97, 40], dtype=torch.int32)
+    reference = exact_verify_ref(*batch.args(), **batch.kwargs)
+    settings = sampling(
+        batch.kwargs["temperature"],
+        generators_of(batch.kwargs["seeds"]),
+        top_k=batch.kwargs["top_k"],
+        max_num_logprobs=1,
+    )
+    metadata = spec_metadata([0, 0, 0], batch.draft_token_ids)
+    output = adapter(batch.kwargs["positions"].flip(0), mode=mode)(metadata, None, batch.logits, settings)
+    assert min(reference.margin) > testing.MARGIN
+    assert torch.equal(output.sampled_token_ids.long(), reference.token_ids)
+
+
 def test_dummy_step_of_the_memory_profile():
     metadata = SpecDecodeMetadata.make_dummy([[0]] * 3, CPU)
     output = adapter(torch.arange(64))(metadata, None, torch.randn(6, 50), sampling(torch.full((3,), 0.5)))

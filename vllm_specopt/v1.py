@@ -116,7 +116,7 @@ class RejectionSampler(stock.RejectionSampler):
             metadata.max_spec_len,
             temperature=temperature,
             seeds=None if all_greedy else self._seeds(num_reqs, sampling_metadata.generators, logits.device),
-            positions=None if runner is None else runner.positions[metadata.logits_indices],
+            positions=None if all_greedy or runner is None else runner.positions[metadata.logits_indices],
             draft_probs=None if all_greedy else draft_probs,
             top_k=top_k,
             top_p=top_p,
@@ -152,13 +152,16 @@ class RejectionSampler(stock.RejectionSampler):
         zeros = functools.partial(torch.zeros, 1, device=device)
         counters, bad_rows = new_counters(device)
         common = {
-            "positions": None if self._runner is None else torch.zeros(2, dtype=torch.int64, device=device),
             "bonus_token_ids": None if _is_stock(self.sampler) else zeros(dtype=torch.int32),
             "bad_row_counter": bad_rows,
             "counters": counters,
             "token_dtype": torch.int32,
         }
-        sampled = {"temperature": zeros(), "seeds": zeros(dtype=torch.int64)}
+        sampled = {
+            "temperature": zeros(),
+            "seeds": zeros(dtype=torch.int64),
+            "positions": None if self._runner is None else torch.zeros(2, dtype=torch.int64, device=device),
+        }
         # Without requests to choose by, all or none follow the sigmoid method.
         methods = [{"sigmoid": config.sigmoid if config.method == "sigmoid" else None}]
         if config.allow_per_request:
