@@ -33,6 +33,7 @@ async def _killed(running, pid: int) -> dict:
         asked = [asyncio.create_task(_answer(client, body)) for _ in range(IN_FLIGHT)]
         while not (await asyncio.to_thread(metrics, running.url))["num_requests_running"]:
             assert not all(task.done() for task in asked), "the requests ended before the process could be killed"
+        asked = [task for task in asked if not task.done()]
         os.kill(pid, signal.SIGKILL)
         started = time.monotonic()
         answers = await asyncio.gather(*asked)

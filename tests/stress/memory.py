@@ -1,22 +1,30 @@
-"""Resident memory of a server's engine process over a run, and whether it grows."""
+"""Memory of a server's engine processes over a run, resident and in use, and whether it grows."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
 from pathlib import Path
+
+import httpx
 
 # The worker's heap was seen to grow for several minutes and to shrink now and then later.
 WARM_UP = 1 / 3
 
 
 class Watch:
-    """Samples the resident memory of the processes of a group, in MiB by process name, every ``period`` seconds."""
+    """Samples the memory of the processes of a server, every ``period`` seconds.
 
-    def __init__(self, group: int, period: float = 0.5) -> None:
+    Attributes:
+        samples: (seconds, MiB) of resident memory by process name, and under ``Worker, in use`` what the C heap of the
+            worker holds (``malloc_in_use.py``).
+    """
+
+    def __init__(self, group: int, url: str, period: float = 0.5) -> None:
         self.samples: dict[str, list[tuple[float, float]]] = {}
-        self._group, self._period = group, period
+        self._group, self._url, self._period = group, url, period
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -30,10 +38,16 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._period):
-            for pid, name in processes(self._group).items():
-                if mib := resident_mib(pid):
-                    self.samples.setdefault(name, []).append((time.monotonic() - self._started, mib))
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._ended.wait(self._period):
+                for pid, name in processes(self._group).items():
+                    self._add(name, resident_mib(pid))
+                with contextlib.suppress(httpx.HTTPError):
+                    self._add("Worker, in use", in_use_mib(client))
+
+    def _add(self, name: str, mib: float | None) -> None:
+        if mib is not None:
+            self.samples.setdefault(name, []).append((time.monotonic() - self._started, mib))
 
 
 def processes(group: int) -> dict[int, str]:
@@ -64,6 +78,13 @@ def resident_mib(pid: int) -> float | None:
     except OSError:
         pass
     return None
+
+
+def in_use_mib(client: httpx.Client) -> float:
+    """What the C heap of a server's one worker holds."""
+    answer = client.post("/collective_rpc", json={"method": "malloc_in_use_mib"}).raise_for_status()
+    [mib] = answer.json()["results"]
+    return float(mib)
 
 
 def trend(samples: list[tuple[float, float]]) -> dict[str, float]:

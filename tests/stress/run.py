@@ -27,9 +27,9 @@ from vllm_specopt.cli.demo import stopped_by_signals
 
 START_SECONDS = 240
 SECONDS_PER_REQUEST = 60
-# vLLM's server closes a connection that is idle for 5 s. httpx would reuse one for just as long, and a request that is
-# sent while the server closes is reset.
-REUSED_FOR_SECONDS = 2.0
+# Idle connections are kept for as long as the run takes: httpcore 1.0's pool may close one whose time is up just after
+# it gave it to a request, which then fails with ReadError from ClosedResourceError. The server waits too (server.py).
+IDLE_SECONDS = None
 COUNTED = (
     "num_preemptions_total",
     "spec_decode_num_drafts_total",
@@ -38,7 +38,7 @@ COUNTED = (
     "generation_tokens_total",
     "prefix_cache_hits_total",
 )
-# Growth of the engine's resident memory, from the second to the last third of the run, that passes: allocator noise,
+# Growth of the engine's memory, resident and in use, from the second to the last third of the run, that passes: noise,
 # but no leak. One kilobyte left behind by a request would be 3.3 MiB from third to third of 10,000 requests.
 GROWTH_MIB = 3.0
 JUDGED_FROM = 3000
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--drafting", choices=DRAFTING, default="greedy")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--kill", choices=("EngineCore", "Worker"), help="afterwards kill this process of each server")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="write the result here, and the server's log beside it")
     options = parser.parse_args(argv)
     texts = prompts()
     requests = [make(index, options.seed, texts) for index in range(options.requests)]
@@ -63,11 +63,11 @@ def main(argv: list[str]) -> int:
             running.wait_ready(lambda: None, timeout=START_SECONDS)
             plain = plain_answers(running.url, requests, texts)
             kills = {"plain": killed(running, options.kill)} if options.kill else {}
-        log = Path(scratch) / "server.log"
+        log = options.out.with_suffix(".server.log") if options.out else Path(scratch) / "server.log"
         with server(options.arm, log, drafting=options.drafting, dtype=options.dtype) as running:
             running.wait_ready(lambda: None, timeout=START_SECONDS)
             result = vars(options) | stress(running, requests, plain, options.concurrency)
-            result["log_errors"] = [x for x in log.read_text().splitlines() if " ERROR " in x or "Traceback" in x]
+            result["log_errors"] = errors(log)
             if options.kill:
                 result["killed"] = kills | {options.arm: killed(running, options.kill)}
         del result["out"]
@@ -93,7 +93,7 @@ def plain_answers(url: str, requests: list[Request], texts: list[str]) -> dict[s
 
     async def ask_all() -> None:
         turns = asyncio.Semaphore(MAX_NUM_SEQS)
-        async with httpx.AsyncClient(base_url=url, timeout=SECONDS_PER_REQUEST) as client:
+        async with client_of(url, MAX_NUM_SEQS) as client:
             await asyncio.gather(*(ask(client, turns, key) for key in keys))
 
     asyncio.run(ask_all())
@@ -111,8 +111,7 @@ def stress(running, requests: list[Request], plain: dict[str, dict], concurrency
                 choices = await send(client, request)
             except httpx.HTTPError as error:
                 answer = error.response.text if isinstance(error, httpx.HTTPStatusError) else ""
-                why = error.__cause__ or error.__context__
-                found.append(f"request {request.index}: {error!r} after {why!r} {answer} for {request.body}")
+                found.append(f"request {request.index}: {causes(error)} {answer} for {request.body}")
                 continue
             if choices is None:
                 counts["left streamed" if request.body["stream"] else "left whole"] += 1
@@ -125,16 +124,16 @@ def stress(running, requests: list[Request], plain: dict[str, dict], concurrency
 
     async def work_all() -> None:
         todo = iter(requests)
-        limits = httpx.Limits(max_connections=2 * concurrency, keepalive_expiry=REUSED_FOR_SECONDS)
-        async with httpx.AsyncClient(base_url=running.url, timeout=SECONDS_PER_REQUEST, limits=limits) as client:
+        async with client_of(running.url, 2 * concurrency) as client:
             await asyncio.gather(*(work(client, todo) for _ in range(concurrency)))
 
     started = time.monotonic()
-    with Watch(running.process.pid) as watch:
+    with Watch(running.process.pid, running.url) as watch:
         asyncio.run(work_all())
         seconds = time.monotonic() - started
     if running.process.poll() is not None:
-        sys.exit(f"the server ended after {seconds:.0f} s; the end of its log:\n{running.last_lines(40)}")
+        listed = "\n".join(errors(running.log)[:40])
+        sys.exit(f"the server ended after {seconds:.0f} s; the errors in its log:\n{listed or running.last_lines(40)}")
     left = drained(running.url)
     after = metrics(running.url)
     if running.process.poll() is not None or httpx.get(f"{running.url}/health", timeout=10).status_code != 200:
@@ -200,6 +199,26 @@ async def streamed(client: httpx.AsyncClient, request: Request) -> list[Choice] 
     return [choices[index] for index in sorted(choices)]
 
 
+def client_of(url: str, connections: int) -> httpx.AsyncClient:
+    """A client of the server with at most so many connections."""
+    limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_SECONDS)
+    return httpx.AsyncClient(base_url=url, timeout=SECONDS_PER_REQUEST, limits=limits)
+
+
+def causes(error: BaseException | None) -> str:
+    """An error and what it comes from, the last cause last."""
+    found = []
+    while error:
+        found.append(f"{type(error).__module__}.{error!r}")
+        error = error.__cause__ or error.__context__
+    return " from ".join(found)
+
+
+def errors(log: Path) -> list[str]:
+    """Lines of a server's log that report an error."""
+    return [x for x in log.read_text(errors="replace").splitlines() if " ERROR " in x or "Traceback" in x]
+
+
 def drained(url: str, timeout: float = 20.0) -> dict[str, int]:
     """Requests the engine still holds once it had time to drop those whose clients left."""
     deadline = time.monotonic() + timeout
@@ -222,10 +241,10 @@ def judge(result: dict) -> list[str]:
         found.append(f"the server logged {len(result['log_errors'])} errors")
     if result["fallbacks"] or result["active"] != (result["arm"] == "exact"):
         found.append("the drop-in did not verify every batch")
-    for name in ("EngineCore", "Worker"):
+    for name in ("EngineCore", "Worker", "Worker, in use"):
         growth = result["memory"][name]["growth_mib"]
         if result["requests"] >= JUDGED_FROM and growth > GROWTH_MIB:
-            found.append(f"{name}'s resident memory grew by {growth} MiB from the second third of the run to the last")
+            found.append(f"memory grew by {growth} MiB ({name}) from the second third of the run to the last")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,13 +12,20 @@ from workload import ROOT
 
 from vllm_specopt.cli.process import Server, free_port
 
+HERE = Path(__file__).parent
 ENV = {
     "HF_HUB_OFFLINE": "1",
+    # glibc's own threshold, but fixed. It grows by default, large buffers then lie among small ones in the heap, and
+    # resident memory rises for many minutes with any sampler, though no more of it is in use.
+    "MALLOC_MMAP_THRESHOLD_": str(128 << 10),
     "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "TRITON_INTERPRET": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 MAX_NUM_SEQS = 16
@@ -49,6 +57,7 @@ def server(arm: str, log: Path, *, drafting: str = "greedy", dtype: str = "float
         command = [str(Path(sys.executable).with_name("vllm"))]
     command += ["serve", str(ROOT / "models" / "specopt-target")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target", "--enforce-eager"]
+    command += ["--worker-extension-cls", "malloc_in_use.MallocInUse"]
     command += ["--max-model-len", "256", "--max-num-seqs", str(MAX_NUM_SEQS), "--dtype", dtype, "--block-size", "32"]
     # Whole prompts: on a CPU vLLM 0.32 cannot take back a seeded request's draw at the end of a part of one.
     command += ["--max-num-batched-tokens", str(MAX_NUM_SEQS * 512)]
