@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_specopt import calibration
+from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.calibration import Model, check_models, content_of
 from vllm_specopt.cli.calibrate_fit import bytes_share, choose_block_size, rank_blocks
 from vllm_specopt.cli.calibrate_law import RepairedRule, plain_rule
@@ -242,6 +243,7 @@ def test_engines_serve_with_it_and_refuse_other_models(calibrated, tmp_path):
             "model": str(ROOT / "models" / "specopt-target"),
             "speculative_config": SPECULATIVE,
             "additional_config": {"specopt": option},
+            "dtype": small_model_dtype(),
             "enforce_eager": True,
             "distributed_executor_backend": "uni",
             "max_model_len": 256,
