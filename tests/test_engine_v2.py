@@ -17,7 +17,7 @@ DRAFTING = {
     "draft-probabilistic": {**DRAFT_MODEL, "draft_sample_method": "probabilistic"},
     "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
 }
-NUM_PROMPTS, FEW, MAX_TOKENS = 32, 8, 16
+NUM_PROMPTS, FEW, MAX_TOKENS = 32, 8, 10
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 # No top-k or top-p: vLLM's kernel for them, which samples each request's first token, fails under the interpreter.
 SEEDED = [{"temperature": 0.9, "seed": index, "max_tokens": MAX_TOKENS, "ignore_eos": True} for index in range(FEW)]
