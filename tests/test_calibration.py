@@ -221,6 +221,7 @@ def test_the_command_writes_a_calibration_that_is_worth_having(calibrated):
     assert "certain (greedy)" in printed and str(path) in printed
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_engines_serve_with_it_and_refuse_other_models(calibrated, tmp_path):
     """Real V1 engines: greedy output as with exact, acceptance near exact's, other models refused at start-up."""

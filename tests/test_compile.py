@@ -14,22 +14,22 @@ CALIBRATED = {"row_shift_kernel", "emitting_row_kernel"}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "which"),
+    ("architecture", "which", "least"),
     [
-        (90, []),
-        pytest.param(90, ["all"], marks=pytest.mark.long),
-        pytest.param(80, [], marks=pytest.mark.long),
-        pytest.param(100, [], marks=pytest.mark.long),
+        (90, [], 75),
+        pytest.param(90, ["all"], 200, marks=pytest.mark.long),
+        pytest.param(80, [], 60, marks=pytest.mark.long),
+        pytest.param(100, [], 60, marks=pytest.mark.long),
     ],
 )
-def test_every_variant_compiles_without_spills(architecture, which, tmp_path):
+def test_every_variant_compiles_without_spills(architecture, which, least, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), str(architecture), *which]
     ended = subprocess.run(command, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     results = [json.loads(line) for line in ended.stdout.splitlines()]
     assert {result["kernel"] for result in results} == KERNELS | (CALIBRATED if architecture == 90 else set())
-    assert len(results) >= (80 if architecture == 90 else 60)
+    assert len(results) >= least
     methods = ("sigmoid", "mixed", "calibrated")
     by_scores = {result["variant"] for result in results if result["variant"].endswith(methods)}
     assert bool(by_scores) == (architecture == 90)

@@ -293,6 +293,7 @@ def test_the_readme_states_what_was_measured(name):
     assert metrics["held_out_loss"]["target"] < metrics["held_out_loss"]["draft"] / 3
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_shipped_models_write_and_are_scored(tmp_path):
     wrong = tmp_path / "calibration.json"
