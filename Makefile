@@ -18,7 +18,7 @@ demo: setup ## serve the shipped pair stock and exact, compare them, write repor
 test: setup ## run the tests, real engines included, in two processes; ARGS="-k name" picks some
 	@$(bin)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: setup ## engines under stress, and what repeats in many of them (some minutes)
+test-long: setup ## engines under stress, what repeats in many of them, every kernel variant (long)
 	@$(bin)/python -m pytest tests -m long $(ARGS)
 
 prove: setup ## prove that verification is lossless, write reports/prove.json (about 40 minutes); ARGS="--quick"
