@@ -206,7 +206,7 @@ def test_a_discarded_draw_can_be_taken_back_from_a_cuda_generator():
             self.offset = offset
 
     generator = CudaGenerator()
-    seeds = adapter()._seeds(2, {0: generator, 7: CudaGenerator()}, CPU)
+    seeds = adapter().draws.seeds(2, {0: generator, 7: CudaGenerator()}, CPU)
     assert seeds[0] == -5
     generator.set_offset(generator.get_offset() - 4)
 

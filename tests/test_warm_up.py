@@ -78,7 +78,7 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
     ours = RejectionSampler(sampler, None, CPU, runner=runner, config=config)
     with recorded() as warmed:
         ours.warm_up(torch.zeros(3, VOCAB + 4, dtype=torch.bfloat16)[:, :VOCAB], most_drafts, probabilistic)
-    assert not ours.counters.any(), "the dummy requests were counted"
+    assert not ours.account.counters.any(), "the dummy requests were counted"
     with recorded(run=False) as served:
         for asking in ({}, {"specopt": "sigmoid"}) if per_request else ({},):
             request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=asking))
