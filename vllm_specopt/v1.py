@@ -174,10 +174,15 @@ class RejectionSampler(stock.RejectionSampler):
         )
         batches = [{}] + [{"top_k": k, "top_p": p, "draft_probs": d, **sampled, **m} for k, p, d, m in options]
         cu_num_logits = torch.tensor([0, 2], dtype=torch.int32, device=device)
+        # A step without drafts has the narrowest output.
+        plain = self.draws.starts(1), torch.empty(0, dtype=torch.int32, device=device), 0
         for rows in (logits[:2], copied(logits[:2])):
             for batch in batches:
                 for width in _output_widths(num_speculative_tokens):
                     verify(rows, cu_num_logits, zeros(dtype=torch.int32), width - 1, **common, **batch)
+                if batch.get("draft_probs") is None:
+                    positions = {} if batch.get("positions") is None else {"positions": batch["positions"][:1]}
+                    verify(rows[:1], *plain, **common, **(batch | positions))
 
     def _custom_bonus(self, metadata, logits, sampling_metadata) -> SamplerOutput:
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""

@@ -1,7 +1,7 @@
 """vLLM's own tests of V1's rejection sampler, with our class in place of vLLM's, on a CPU.
 
-Usage: ``python tests/peer/run.py [PYTEST ARGUMENTS]``. The tests come from the installed version's source release, on the
-package index that pip is set up for, and stay in a temporary folder. Exit status 1 if one of them fails or errs.
+Usage: ``python tests/peer/run.py [PYTEST ARGUMENTS]``. The tests come from the installed version's source release, on
+the package index that pip is set up for, and stay in a temporary folder. Exit status 1 if one of them fails or errs.
 """
 
 import os
@@ -31,8 +31,8 @@ def main() -> int:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / file, folder / file)
         report = folder / "report.xml"
-        command = [sys.executable, "-W", "ignore", "-m", "pytest", str(FILES[0]), "-q", "-p", "ours", "-p", "no:cacheprovider"]
-        command += ["--rootdir", str(folder), "--junitxml", str(report), *sys.argv[1:]]
+        command = [sys.executable, "-W", "ignore", "-m", "pytest", str(FILES[0]), "-q", "-p", "ours"]
+        command += ["-p", "no:cacheprovider", "--rootdir", str(folder), "--junitxml", str(report), *sys.argv[1:]]
         path = os.pathsep.join(filter(None, [str(folder), str(HERE), str(HERE.parents[1]), os.getenv("PYTHONPATH")]))
         subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path})
         if not report.exists():
