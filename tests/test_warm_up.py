@@ -107,17 +107,15 @@ def test_v1_draws_without_speculation_launch_only_what_was_warmed_up(monkeypatch
         (None, torch.full((4,), 0.1)),
     )
     with recorded(run=False) as served:
-        for (k, p, m), change in itertools.product(itertools.product(*values), ("", "penalties")):
-            changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}
+        for (k, p, m), size in itertools.product(filters, (1, 3, 4)):
+            cut = {"top_k": k if k is None else k[:size], "top_p": p if p is None else p[:size]}
             if m is not None:
-                changes["logitsprocs"] = min_p_processor(m)
-            for size in (1, 3, 4):
-                if change and size < 4:
-                    continue
-                logits = torch.randn(size, VOCAB + 4).to(torch.bfloat16)[:, :VOCAB]
-                cut = [None if x is None else x[:size] for x in (k, p)]
-                ours(logits, sampling(torch.ones(size), top_k=cut[0], top_p=cut[1], **changes))
-            ours(torch.randn(4, VOCAB + 4).to(torch.bfloat16)[:, :VOCAB], sampling(size=4, **changes))
+                cut["logitsprocs"] = min_p_processor(m[:size])
+            logits = torch.randn(size, VOCAB + 4).to(torch.bfloat16)[:, :VOCAB]
+            for change in ("", "penalties") if size == 4 else ("",):
+                changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}
+                ours(logits, sampling(torch.ones(size), **cut, **changes))
+                ours(logits, sampling(size=size, **changes))
     assert {name for name, *_ in warmed} == KERNELS
     assert not unexpected(served, warmed), "compiles while serving"
     assert not unexpected(warmed, served), "compiled in vain"

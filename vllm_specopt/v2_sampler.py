@@ -122,7 +122,7 @@ class Sampler(stock.Sampler):
         for rows in (logits[:1], processed(logits[:1])):
             for random, filtered in KINDS:
                 parameters = parameters_of(self.sampling_states, random, filtered)
-                self._launch(rows, zeros.int(), zeros, zeros.int(), parameters, bad_rows, counters)
+                self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters)
 
     def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters) -> torch.Tensor:
         num_rows = len(rows)
