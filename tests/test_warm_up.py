@@ -101,11 +101,8 @@ def test_v1_draws_without_speculation_launch_only_what_was_warmed_up(monkeypatch
     with recorded() as warmed:
         ours.warm_up(torch.zeros(3, VOCAB + 4, dtype=torch.bfloat16)[:, :VOCAB])
     assert not ours.account.counters.any(), "the dummy requests were counted"
-    values = (
-        (None, torch.full((4,), 5, dtype=torch.int32)),
-        (None, torch.full((4,), 0.9)),
-        (None, torch.full((4,), 0.1)),
-    )
+    values = torch.full((4,), 5, dtype=torch.int32), torch.full((4,), 0.9), torch.full((4,), 0.1)
+    filters = itertools.product(*((None, value) for value in values))
     with recorded(run=False) as served:
         for (k, p, m), size in itertools.product(filters, (1, 3, 4)):
             cut = {"top_k": k if k is None else k[:size], "top_p": p if p is None else p[:size]}

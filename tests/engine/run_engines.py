@@ -44,6 +44,10 @@ def main(request_path: str, result_path: str) -> None:
         result = {"sampler": names[0], "plain_sampler": names[1], "batches": {}}
         for batch in engine["batches"]:
             params = batch["sampling"]
+            for given in params if isinstance(params, list) else [params]:
+                # JSON has no integer keys.
+                if bias := given.get("logit_bias"):
+                    given["logit_bias"] = {int(token): value for token, value in bias.items()}
             params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
             with contextlib.ExitStack() as stack:
                 if "warm_up" in engine:
