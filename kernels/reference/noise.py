@@ -28,6 +28,6 @@ def acceptance_uniform_ref(seed: int, position: int) -> float:
 
 
 def draw_uniform_ref(seed: int, position: int, purpose: int) -> float:
-    """The u of a draw by inversion: 53 bits of two words, moved up half a step except where that would round to 1."""
+    """The u of a draw by inversion: 52 bits of two words, centred in their cells, so in (0, 1) and exact."""
     high, low, _, _ = philox_ref(seed, position, purpose)
-    return min(((high >> 5) * 2.0**26 + (low >> 6) + 0.5) * 2.0**-53, 1 - 2.0**-53)
+    return ((high >> 6) * 2.0**26 + (low >> 6) + 0.5) * 2.0**-52
