@@ -158,8 +158,6 @@ def verify(
             bad_row_counter=bad_row_counter,
             sigmoid=None if temperature is None else constants,
             sigmoid_requests=None if temperature is None else sigmoid_requests,
-            blocks=blocks,
-            block_size=block_size,
             counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
@@ -184,10 +182,10 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 def _backend(name: str):
     if name == "cpu":
-        from vllm_specopt.cpu import exact_verify
+        from vllm_specopt.cpu import exact_verify as verify_batch
     else:
-        from vllm_specopt.kernels.exact import exact_verify
-    return exact_verify
+        from vllm_specopt.kernels.launch import verify_batch
+    return verify_batch
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,0 +1,91 @@
+"""Rows of logits and what a request asks for, as kernels read them."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .constants import HAS_PTX
+
+
+class Tiles(NamedTuple):
+    """Statistics of rows by tile of the vocabulary, ``[num_rows, count]`` each: see ``statistics.py``."""
+
+    max_ptr: tl.tensor
+    sum_ptr: tl.tensor
+    count: tl.tensor
+
+
+class Filters(NamedTuple):
+    """Filter parameters of one request; neutral values where it uses none."""
+
+    top_k: tl.tensor
+    top_p: tl.tensor
+    min_p: tl.tensor
+
+
+@triton.jit
+def exp2(x):
+    """2^x; on a GPU one instruction, with results below 2^-126 as 0."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def load_logits(ptr, offsets, mask):
+    """Logits as fp32; -inf where masked. NaN stays NaN: it is less than nothing in every comparison that follows."""
+    return tl.load(ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def weights(x, scale, shift):
+    """2^(x scale - shift), 0 for -inf and NaN."""
+    return exp2(tl.maximum(tl.fma(x, scale, tl.zeros_like(x) - shift), -200.0))
+
+
+@triton.jit
+def load_state(state_indices_ptr, req_idx):
+    """Where a request keeps its sampling parameters."""
+    if state_indices_ptr is None:  # noqa: SIM108 (a choice at compile time)
+        state = req_idx
+    else:
+        state = tl.load(state_indices_ptr + req_idx)
+    return state.to(tl.int64)
+
+
+@triton.jit
+def load_filters(top_k_ptr, top_p_ptr, min_p_ptr, state):
+    """A request's filters."""
+    top_k = tl.full((), 0, tl.int32) if top_k_ptr is None else tl.load(top_k_ptr + state).to(tl.int32)
+    top_p = tl.full((), 1.0, tl.float32) if top_p_ptr is None else tl.load(top_p_ptr + state)
+    min_p = tl.full((), 0.0, tl.float32) if min_p_ptr is None else tl.load(min_p_ptr + state)
+    return Filters(top_k, top_p, min_p)
+
+
+@triton.jit
+def is_filtered(filters, vocab_size):
+    """Whether the filters may remove a token."""
+    return ((filters.top_k >= 1) & (filters.top_k < vocab_size)) | (filters.top_p < 1.0) | (filters.min_p > 0.0)
+
+
+@triton.jit
+def tile_statistics(x, scale):
+    """Largest logit of a tile, and the sum of 2^(x scale - shift) with shift = fl(largest scale).
+
+    A tile with +inf counts its occurrences; one without a usable logit has -inf and 0.
+    """
+    largest = tl.max(x, axis=0)
+    is_usable = largest > float("-inf")
+    shift = tl.where(is_usable, largest, 0.0) * scale
+    total = tl.sum(exp2(tl.fma(x, scale, tl.zeros_like(x) - shift)), axis=0)
+    if (total < float("inf")) == 0:
+        # NaN among the logits, or +inf - +inf.
+        if largest == float("inf"):
+            total = tl.sum((x == float("inf")).to(tl.float32), axis=0)
+        else:
+            total = tl.sum(weights(x, scale, shift), axis=0)
+    return tl.where(is_usable, largest, float("-inf")), total
