@@ -109,8 +109,8 @@ def draw_token(
             w = tl.where(x >= threshold, w, 0.0)
         if EXCLUDES:
             w = tl.where(token_ids == excluded, 0.0, w)
-        w = w.to(tl.float64)
-        token, _ = pick(w, token_ids, share * tl.sum(w, axis=0))
+        fine = w.to(tl.float64)
+        token, _ = pick(fine, token_ids, share * tl.sum(fine, axis=0))
         token = tl.where(token == NO_TOKEN, BAD_ROW, token)
     return token
 

@@ -81,7 +81,8 @@ def verify_batch(
     draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     draft_forms = (draft_probs, 0 if draft_probs is None else draft_probs.stride(0), draft_logits, *draft_strides)
 
-    statistics_kernel[(num_reqs * width * num_groups,)](
+    rows_per_slot = 1 if draft_logits is None else 2
+    statistics_kernel[(num_reqs * width * rows_per_slot * num_groups,)](
         logits,
         logits.stride(0),
         cu_num_logits,

@@ -183,8 +183,8 @@ def residual_kernel(
                 vocab_size,
                 TILE,
             )
-            w = w.to(tl.float64)
-            token, _ = pick(w, token_ids, share * tl.sum(w, axis=0))
+            fine = w.to(tl.float64)
+            token, _ = pick(fine, token_ids, share * tl.sum(fine, axis=0))
         else:
             # An empty residual: the full target row takes its place.
             token = draw_token(

@@ -21,7 +21,7 @@ def _sweep(
     steps = tl.arange(0, STEPS)
     maxima = tl.full([STEPS], float("-inf"), tl.float32)
     sums = tl.zeros([STEPS], tl.float32)
-    for step in tl.static_range(STEPS):
+    for step in range(STEPS):
         token_ids = (first_tile + step) * TILE + tl.arange(0, TILE)
         x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
         if greedy:
@@ -71,19 +71,23 @@ def statistics_kernel(
     STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per (request, row, group of STEPS tiles).
+    """One program per (request, row, group of STEPS tiles), and with ``draft_logits_ptr`` one more for the draft's row.
 
     A request verified by scores needs the statistics of one row only, the one that emits, unless it filters.
     """
     slot = tl.program_id(0) // num_groups
     group = tl.program_id(0) % num_groups
+    is_draft_row = tl.full((), 0, tl.int32) != 0
+    if draft_logits_ptr is not None:
+        is_draft_row = slot % 2 == 1
+        slot = slot // 2
     req_idx = (slot // rows_per_req).to(tl.int64)
     pos = slot % rows_per_req
     start_row = tl.load(cu_num_logits_ptr + req_idx).to(tl.int64)
     num_drafts = (tl.load(cu_num_logits_ptr + req_idx + 1) - start_row - 1).to(tl.int32)
     if pos > num_drafts:
         return
-    if (pos == 0) & (group == 0):
+    if (pos == 0) & (group == 0) & (is_draft_row == 0):
         tl.store(arrived_ptr + 2 * req_idx + tl.arange(0, 2), tl.zeros([2], tl.int32))
     state = load_state(state_indices_ptr, req_idx)
     temp = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
@@ -118,30 +122,32 @@ def statistics_kernel(
     row = start_row + pos
     scale = LOG2_E / temp
     out = row * num_tiles
-    _sweep(
-        logits_ptr + row * logits_stride,
-        scale,
-        tile_max_ptr + out,
-        tile_sum_ptr + out,
-        group * STEPS,
-        num_tiles,
-        vocab_size,
-        greedy,
-        TILE,
-        STEPS,
-    )
-    if draft_logits_ptr is not None:  # noqa: SIM102
-        if (pos < num_drafts) & ((greedy | by_scores) == 0):
-            draft_row_ptr = draft_logits_ptr + state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
-            _sweep(
-                draft_row_ptr,
-                scale,
-                draft_tile_max_ptr + out,
-                draft_tile_sum_ptr + out,
-                group * STEPS,
-                num_tiles,
-                vocab_size,
-                greedy,
-                TILE,
-                STEPS,
-            )
+    if is_draft_row:
+        if draft_logits_ptr is not None:  # noqa: SIM102
+            if (pos < num_drafts) & ((greedy | by_scores) == 0):
+                draft_offset = state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
+                _sweep(
+                    draft_logits_ptr + draft_offset,
+                    scale,
+                    draft_tile_max_ptr + out,
+                    draft_tile_sum_ptr + out,
+                    group * STEPS,
+                    num_tiles,
+                    vocab_size,
+                    greedy,
+                    TILE,
+                    STEPS,
+                )
+    else:
+        _sweep(
+            logits_ptr + row * logits_stride,
+            scale,
+            tile_max_ptr + out,
+            tile_sum_ptr + out,
+            group * STEPS,
+            num_tiles,
+            vocab_size,
+            greedy,
+            TILE,
+            STEPS,
+        )
