@@ -23,18 +23,22 @@ GROUP = tl.constexpr(4)
 
 BISECTIONS = tl.constexpr(12)
 
+MAX_PASSES = tl.constexpr(40)
+"""More than the order of floats needs: 6 by value, then 16 by key."""
+
 
 @triton.jit
 def order_key(x):
-    """int32 keys in the order of the floats; -0 counts as 0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """int32 keys in the order of the floats; -0 and 0 are one."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    return tl.where(bits < 0, -magnitude, magnitude)
 
 
 @triton.jit
 def key_value(key):
     """The float of a key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(key < 0, -key | -2147483648, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -78,19 +82,18 @@ def _gather(row_ptr, list_ptr, count, out_ptr, low, high, vocab_size, TILE: tl.c
 
 
 @triton.jit
-def _measures(row_ptr, list_ptr, count, pivot1, pivot2, pivot3, scale, shift, by_mass, vocab_size, TILE: tl.constexpr):
-    """Mass (or number) of the values above each of three ascending pivots, over the listed tiles."""
+def _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size, TILE: tl.constexpr):
+    """What a row has above each of three ascending pivots, in one pass over all of it."""
     above1 = tl.zeros([TILE], tl.float32)
     above2 = tl.zeros([TILE], tl.float32)
     above3 = tl.zeros([TILE], tl.float32)
-    start = tl.full((), 0, tl.int32)
-    while start < count:
-        x, _, _ = _load_group(row_ptr, list_ptr, start, count, vocab_size, TILE)
-        w = tl.where(by_mass, weights(x, scale, shift), 1.0)
-        above1 += tl.sum(tl.where(x > pivot1, w, 0.0), axis=0)
-        above2 += tl.sum(tl.where(x > pivot2, w, 0.0), axis=0)
-        above3 += tl.sum(tl.where(x > pivot3, w, 0.0), axis=0)
-        start += GROUP
+    for start in range(0, vocab_size, GROUP * TILE):
+        token_ids = start + tl.arange(0, GROUP)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
+        w = weights(x, scale, shift)
+        above1 += tl.sum((x > pivot1).to(tl.float32) * w, axis=0)
+        above2 += tl.sum((x > pivot2).to(tl.float32) * w, axis=0)
+        above3 += tl.sum((x > pivot3).to(tl.float32) * w, axis=0)
     return tl.sum(above1, axis=0), tl.sum(above2, axis=0), tl.sum(above3, axis=0)
 
 
@@ -106,11 +109,11 @@ def _narrow(low, high, low_measure, high_measure, pivot, above, goal):
 
 
 @triton.jit
-def _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift, by_mass):
+def _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift):
     """The threshold among gathered values: bisection over the order of floats."""
     places = tl.arange(0, CAPACITY)
     x = tl.load(values_ptr + places, mask=places < found, other=float("-inf"))
-    w = tl.where(by_mass, weights(x, scale, shift), 1.0)
+    w = weights(x, scale, shift)
     keys = order_key(x)
     below = tl.max(tl.full([1], 0, tl.int64) + order_key(low), axis=0)
     reached = tl.max(tl.full([1], 0, tl.int64) + order_key(high), axis=0)
@@ -133,7 +136,7 @@ def _crossing(
     low,
     low_measure,
     goal,
-    by_mass,
+    reach,
     vocab_size,
     KEY_STEP: tl.constexpr,
     TILE: tl.constexpr,
@@ -141,15 +144,16 @@ def _crossing(
 ):
     """Smallest logit above ``low`` such that what is strictly larger measures less than ``goal``.
 
-    low_measure: an upper bound of what lies above ``low``.
+    A logit measures 2^((logit - top) scale): its mass, or 1 where ``scale`` is 0. low_measure: an upper bound of what
+    lies above ``low``. reach: where ``low`` is -inf, how far below the top to look first.
     """
     shift = top * scale
     high, high_measure = top, tl.zeros((), tl.float32)
     count = _list_tiles(list_ptr, maxima, low, PADDED_TILES)
     found = _gather(row_ptr, list_ptr, count, values_ptr, low, high, vocab_size, TILE)
-    reach = 4.0 / scale
     passes = tl.full((), 0, tl.int32)
-    while (found > CAPACITY) & (order_key(high).to(tl.int64) - order_key(low).to(tl.int64) > KEY_STEP):
+    gap = order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
+    while (found > CAPACITY) & (gap > KEY_STEP) & (passes < MAX_PASSES):
         pivot1, pivot2, pivot3 = low + 0.25 * (high - low), low + 0.5 * (high - low), low + 0.75 * (high - low)
         if low == float("-inf"):
             # Nothing is known of how far down the values go.
@@ -160,26 +164,19 @@ def _crossing(
             pivot1 = key_value((low_key + (high_key - low_key) // 4).to(tl.int32))
             pivot2 = key_value((low_key + (high_key - low_key) // 2).to(tl.int32))
             pivot3 = key_value((low_key + (high_key - low_key) * 3 // 4).to(tl.int32))
-        above1, above2, above3 = _measures(
-            row_ptr, list_ptr, count, pivot1, pivot2, pivot3, scale, shift, by_mass, vocab_size, TILE
-        )
-        low, high, low_measure, high_measure = _narrow(
-            low, high, low_measure, high_measure, pivot1, above1, goal
-        )
-        low, high, low_measure, high_measure = _narrow(
-            low, high, low_measure, high_measure, pivot2, above2, goal
-        )
-        low, high, low_measure, high_measure = _narrow(
-            low, high, low_measure, high_measure, pivot3, above3, goal
-        )
+        above1, above2, above3 = _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size, TILE)
+        low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot1, above1, goal)
+        low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot2, above2, goal)
+        low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot3, above3, goal)
         passes += 1
-        # None of them weighs less than the lower bound.
-        lightest = tl.where(by_mass, weights(low, scale, shift), 1.0)
-        if low_measure - high_measure <= CAPACITY * lightest:
+        gap = order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
+        # No logit above the lower bound measures less than it.
+        if low_measure - high_measure <= CAPACITY * weights(low, scale, shift):
             found = _gather(row_ptr, list_ptr, count, values_ptr, low, high, vocab_size, TILE)
-    threshold = high
+    # One value of the logits' dtype is left.
+    threshold = key_value(order_key(high) & -KEY_STEP)
     if found <= CAPACITY:
-        threshold = _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift, by_mass)
+        threshold = _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift)
     return threshold
 
 
@@ -286,12 +283,12 @@ def filter_row(
                 list_ptr,
                 values_ptr,
                 maxima,
-                scale,
+                tl.zeros((), tl.float32),
                 top,
                 low,
                 most,
                 goal,
-                False,
+                4.0 / scale,
                 vocab_size,
                 KEY_STEP,
                 TILE,
@@ -319,7 +316,7 @@ def filter_row(
                 low,
                 total,
                 goal,
-                True,
+                4.0 / scale,
                 vocab_size,
                 KEY_STEP,
                 TILE,
