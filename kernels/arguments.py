@@ -18,8 +18,6 @@ UNALIGNED = (
     "min_p_ptr",
     "sigmoid_ptr",
     "sigmoid_requests_ptr",
-    "blocks_ptr",
-    "row_shift_ptr",
     "threshold_ptr",
     "tile_max_ptr",
     "tile_sum_ptr",

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .arguments import UNALIGNED
-from .calibrated import log_cap
 from .filters import load_logits
 from .noise import BONUS, RECOVERED, acceptance_uniform, log_exponential, row_words
 from .row_statistics import log_prob, merge_tiles, state_index
@@ -113,15 +112,10 @@ def _log_residual(
     tile_sum_ptr,
     draft_tile_max_ptr,
     draft_tile_sum_ptr,
-    row_shift_ptr,
-    is_capped,
     num_tiles,
     PADDED_TILES: tl.constexpr,
 ):
-    """log(max(target_prob - draft_prob, 0)) as log target_prob + log(1 - draft_prob / target_prob), ``[TILE]``.
-
-    is_capped: Whether draft_prob counts up to cap * target_prob only, see calibrated.py.
-    """
+    """log(max(target_prob - draft_prob, 0)) as log target_prob + log(1 - draft_prob / target_prob), ``[TILE]``."""
     rows = row + tl.zeros([1], tl.int64)
     largest, log_sum_exp = merge_tiles(tile_max_ptr, tile_sum_ptr, rows, rows == row, num_tiles, PADDED_TILES)
     log_target = log_prob(scaled, largest, log_sum_exp)
@@ -129,7 +123,6 @@ def _log_residual(
         draft_row_ptr = draft_probs_ptr + (row - req_idx) * draft_probs_stride
         draft_prob = tl.load(draft_row_ptr + token_ids, mask=mask, other=0.0).to(tl.float32)
         ratio = tl.where(draft_prob > 0.0, draft_prob, 0.0) / tl.exp(log_target)
-        draft_log_sum_exp = tl.zeros([1], tl.float32)
     else:
         draft_largest, draft_log_sum_exp = merge_tiles(
             draft_tile_max_ptr, draft_tile_sum_ptr, rows, rows == row, num_tiles, PADDED_TILES
@@ -138,20 +131,8 @@ def _log_residual(
         draft_scaled = load_logits(draft_row_ptr, token_ids, mask) / temp
         log_draft = log_prob(draft_scaled, draft_largest, draft_log_sum_exp)
         ratio = tl.where(draft_scaled > float("-inf"), tl.exp(log_draft - log_target), 0.0)
-    if row_shift_ptr is not None:
-        cap = tl.exp(log_cap(log_sum_exp, draft_log_sum_exp, row_shift_ptr, row))
-        ratio = tl.where(is_capped & (ratio > cap), cap, ratio)
     positive = mask & (log_target > float("-inf")) & (ratio < 1.0)
     return tl.where(positive, log_target + tl.log(tl.where(positive, 1.0 - ratio, 1.0)), float("-inf"))
-
-
-@triton.jit
-def _log_rest(row, row_shift_ptr, tile_max_ptr, tile_sum_ptr, num_tiles, PADDED_TILES: tl.constexpr):
-    """log(1 - cap): the share of a rejected one-hot draft's probability that its acceptance left over, ``[1]``."""
-    rows = row + tl.zeros([1], tl.int64)
-    _, log_sum_exp = merge_tiles(tile_max_ptr, tile_sum_ptr, rows, rows == row, num_tiles, PADDED_TILES)
-    cap = tl.exp(log_cap(log_sum_exp, 0.0, row_shift_ptr, row))
-    return tl.where(cap < 1.0, tl.log(tl.where(cap < 1.0, 1.0 - cap, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -194,9 +175,8 @@ def emission_kernel(
     tile_argmax_ptr,  # [num_rows, num_tiles]
     draft_tile_max_ptr,  # [num_rows, num_tiles] or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
-    sigmoid_ptr,  # [10] or None, see sigmoid.py and calibrated.py
+    sigmoid_ptr,  # [10] or None, see sigmoid.py
     sigmoid_requests_ptr,  # [max_reqs] or None
-    row_shift_ptr,  # [num_rows, 2] or None: with it requests by scores come judged
     num_accepted_ptr,  # [num_reqs] out
     counters_ptr,  # [>= 2, 8] or None, added to
     candidate_score_ptr,  # [num_reqs, num_tiles] out
@@ -223,12 +203,7 @@ def emission_kernel(
     draft_start = start_row - req_idx if COMPACT_DRAFTS else start_row + 1
 
     num_accepted = num_drafts
-    to_judge = num_drafts
-    if row_shift_ptr is not None:  # noqa: SIM102 (compile time)
-        if by_scores & (temp >= GREEDY_BELOW):
-            num_accepted = tl.load(num_accepted_ptr + req_idx)
-            to_judge = 0
-    for first in range(0, to_judge, BLOCK_K):
+    for first in range(0, num_drafts, BLOCK_K):
         if num_accepted == num_drafts:
             pos = first + tl.arange(0, BLOCK_K)
             judged = pos < num_drafts
@@ -270,7 +245,7 @@ def emission_kernel(
                             num_tiles,
                             PADDED_TILES,
                         )
-                    if sigmoid_ptr is not None and row_shift_ptr is None:
+                    if sigmoid_ptr is not None:
                         target_score, draft_score = judged_scores(
                             tokens,
                             valid,
@@ -317,10 +292,6 @@ def emission_kernel(
         is_bonus = num_accepted == num_drafts
         rejected = tl.load(draft_token_ids_ptr + draft_start + num_accepted, mask=not is_bonus, other=-1).to(tl.int64)
         has_draft = (not is_bonus) & (rejected >= 0) & (rejected < vocab_size)
-        log_rest = tl.full([1], float("-inf"), tl.float32)
-        if row_shift_ptr is not None and draft_probs_ptr is None and draft_logits_ptr is None:  # noqa: SIM102
-            if has_draft & by_scores:
-                log_rest = _log_rest(row, row_shift_ptr, tile_max_ptr, tile_sum_ptr, num_tiles, PADDED_TILES)
         token_ids = tile * TILE + tl.arange(0, TILE)
         mask = token_ids < vocab_size
         logits = load_logits(logits_ptr + row * logits_stride, token_ids, mask)
@@ -351,18 +322,13 @@ def emission_kernel(
             if has_draft:
                 if draft_probs_ptr is None and draft_logits_ptr is None:
                     log_weight = tl.where(token_ids == rejected, float("-inf"), log_target_weight)
-                    if row_shift_ptr is not None:
-                        log_weight = tl.where(token_ids == rejected, log_target_weight + log_rest, log_weight)
                     flag = has_inf * INF_FLAG
                     _store_candidate(
                         candidate_score_ptr, candidate_token_ptr, out, log_weight, log_noise, tile * TILE, flag
                     )
                 else:
-                    by_probs = by_scores == 0
-                    if row_shift_ptr is not None:
-                        by_probs = by_probs | by_scores
-                    if sigmoid_ptr is None or sigmoid_requests_ptr is not None or row_shift_ptr is not None:  # noqa: SIM102
-                        if by_probs:
+                    if sigmoid_ptr is None or sigmoid_requests_ptr is not None:  # noqa: SIM102 (compile time)
+                        if by_scores == 0:
                             log_weight = _log_residual(
                                 scaled,
                                 token_ids,
@@ -381,15 +347,13 @@ def emission_kernel(
                                 tile_sum_ptr,
                                 draft_tile_max_ptr,
                                 draft_tile_sum_ptr,
-                                row_shift_ptr,
-                                by_scores,
                                 num_tiles,
                                 PADDED_TILES,
                             )
                             _store_candidate(
                                 candidate_score_ptr, candidate_token_ptr, out, log_weight, log_noise, tile * TILE, 0
                             )
-                    if sigmoid_ptr is not None and row_shift_ptr is None:  # noqa: SIM102 (compile time)
+                    if sigmoid_ptr is not None:  # noqa: SIM102 (compile time)
                         if by_scores:
                             score, token = best_by_score_residual(
                                 tile * TILE,

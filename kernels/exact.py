@@ -1,8 +1,7 @@
 """Exact verification (Leviathan et al. 2211.17192, Chen et al. 2302.01318) on raw logits, in three launches.
 
 The same launches serve requests verified by sigmoid scores, alone or mixed with exact ones (``sigmoid.py``): of these
-the first kernel sweeps nothing, and the second judges by two numbers per draft token. With a calibration two more
-launches judge them (``calibrated.py``).
+the first kernel sweeps nothing, and the second judges by two numbers per draft token.
 
 Never materialised: probabilities, scaled or filtered logits, noise, recovered tokens of positions that emit nothing.
 
@@ -21,7 +20,6 @@ fixed order, so a request's tokens do not depend on its batch mates, and tensor-
 import torch
 import triton
 
-from .calibrated import emitting_row_kernel, row_shift_kernel
 from .emission import emission_kernel
 from .filters import RADIX_DIGITS, filter_threshold_kernel
 from .row_statistics import row_statistics_kernel
@@ -33,7 +31,6 @@ NUM_WARPS = 4
 FILTER_BLOCK = 1024
 FILTER_NUM_WARPS = 8
 BLOCK_K = 8
-BLOCKS_STEP = 4096
 
 
 def exact_verify(
@@ -54,8 +51,6 @@ def exact_verify(
     bad_row_counter: torch.Tensor | None,
     sigmoid: torch.Tensor | None,
     sigmoid_requests: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    block_size: int,
     counters: torch.Tensor | None,
     token_ids: torch.Tensor,
     num_sampled: torch.Tensor,
@@ -92,9 +87,6 @@ def exact_verify(
         target_score, target_token = buffer(num_reqs, torch.float32), buffer(num_reqs, torch.int32)
     candidate_score, candidate_token = buffer(num_reqs, torch.float32), buffer(num_reqs, torch.int32)
     num_accepted = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
-    row_shift = None
-    if blocks is not None:
-        row_shift = torch.empty(num_rows, 2, dtype=torch.float32, device=logits.device)
 
     row_statistics_kernel[(num_reqs * width, num_tiles)](
         logits,
@@ -122,32 +114,6 @@ def exact_verify(
         TILE=tile,
         num_warps=NUM_WARPS,
     )
-    if blocks is not None:
-        row_shift_kernel[(num_reqs * width,)](
-            logits,
-            logits.stride(0),
-            cu_num_logits,
-            draft_token_ids,
-            state_indices,
-            temperature,
-            draft_probs,
-            0 if draft_probs is None else draft_probs.stride(0),
-            draft_logits,
-            draft_logits_stride_0,
-            draft_logits_stride_1,
-            sigmoid,
-            sigmoid_requests,
-            blocks,
-            blocks.shape[0],
-            row_shift,
-            vocab_size,
-            width,
-            COMPACT_DRAFTS=compact,
-            GREEDY_BELOW=GREEDY_BELOW,
-            BLOCK=block_size,
-            STEP=min(BLOCKS_STEP, tile),
-            num_warps=NUM_WARPS,
-        )
     if top_k is not None or top_p is not None or min_p is not None:
         threshold = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
         filter_threshold_kernel[(num_reqs * width,)](
@@ -162,8 +128,6 @@ def exact_verify(
             threshold,
             tile_max,
             tile_sum,
-            None if blocks is None else sigmoid,
-            row_shift,
             vocab_size,
             num_tiles,
             width,
@@ -172,38 +136,6 @@ def exact_verify(
             BLOCK=min(FILTER_BLOCK, tile),
             PADDED_TILES=padded_tiles,
             num_warps=FILTER_NUM_WARPS,
-        )
-    if blocks is not None:
-        emitting_row_kernel[(num_reqs, num_tiles)](
-            logits,
-            logits.stride(0),
-            cu_num_logits,
-            draft_token_ids,
-            state_indices,
-            temperature,
-            seeds,
-            positions,
-            draft_probs,
-            0 if draft_probs is None else draft_probs.stride(0),
-            draft_logits,
-            draft_logits_stride_0,
-            draft_logits_stride_1,
-            threshold,
-            sigmoid,
-            sigmoid_requests,
-            row_shift,
-            num_accepted,
-            tile_max,
-            tile_sum,
-            draft_tile_max,
-            draft_tile_sum,
-            vocab_size,
-            num_tiles,
-            COMPACT_DRAFTS=compact,
-            GREEDY_BELOW=GREEDY_BELOW,
-            TILE=tile,
-            BLOCK_K=BLOCK_K,
-            num_warps=NUM_WARPS,
         )
     emission_kernel[(num_reqs, num_tiles)](
         logits,
@@ -227,7 +159,6 @@ def exact_verify(
         draft_tile_sum,
         sigmoid,
         sigmoid_requests,
-        row_shift,
         num_accepted,
         counters,
         candidate_score,

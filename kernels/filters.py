@@ -84,8 +84,6 @@ def filter_threshold_kernel(
     threshold_ptr,  # [num_rows] out: smallest logit kept, -inf where the request filters nothing
     tile_max_ptr,  # [num_rows, num_tiles] out, see exact.py
     tile_sum_ptr,  # [num_rows, num_tiles] out
-    sigmoid_ptr,  # [10] or None
-    row_shift_ptr,  # [num_rows, 2] or None, see calibrated.py: the target's becomes exact
     vocab_size,
     num_tiles,
     rows_per_req,
@@ -156,10 +154,6 @@ def filter_threshold_kernel(
         kept = (logits >= threshold) & (logits > float("-inf"))
         sums += tl.where(kept, tl.where(logits == row_max, 1.0, tl.exp((logits - row_max) / temp)), 0.0)
     total = tl.sum(sums, axis=0)
-    if row_shift_ptr is not None:
-        log_sum_exp = tl.where(tl.abs(row_max) < float("inf"), row_max / temp, 0.0)
-        log_sum_exp += tl.log(tl.where(total > 0.0, total, 1.0))
-        tl.store(row_shift_ptr + 2 * row, -(log_sum_exp + tl.load(sigmoid_ptr)))
     tiles = tl.arange(0, PADDED_TILES)
     tl.store(
         tile_max_ptr + row * num_tiles + tiles,

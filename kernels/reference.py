@@ -218,100 +218,6 @@ def _sigmoid_row_ref(target_row, temp, filters, draft_row, draft_temp, token, se
     return min(margin, draw_margin), recovered
 
 
-def log_sum_exp_ref(scaled: torch.Tensor) -> float:
-    """log-sum-exp of a row; 0 where nothing is usable, the logarithm of their number where some are +inf."""
-    if scaled.max() == math.inf:
-        return math.log(int((scaled == math.inf).sum()))
-    return float(scaled.logsumexp(0)) if scaled.max() > -math.inf else 0.0
-
-
-def row_shifts_ref(target_row, draft_row, draft_temp, temp, token, calibration) -> tuple[float, float]:
-    """Minus alpha of the target and of the draft, by the calibrated estimate of their normalisers (``calibrated.py``).
-
-    Args:
-        target_row, draft_row: ``[vocab]``; draft logits, or probabilities (``draft_temp`` None), or None (one-hot).
-        draft_temp, temp: Temperatures.
-        token: The drafted token, which is read too where the draft is one-hot.
-        calibration: Block size, blocks and coefficients, see ``vllm_specopt.calibration``.
-    """
-    form = "one_hot" if draft_row is None else "probs" if draft_temp is None else "logits"
-    tail, estimators = calibration.tail, calibration.estimators(form)
-    read = torch.zeros(len(target_row), dtype=torch.bool)
-    for block in calibration.read_blocks(form):
-        read[block * calibration.block_size : (block + 1) * calibration.block_size] = True
-    read[token] |= form == "one_hot"
-
-    def partial(row, temperature):
-        return float(torch.where(row.isnan(), -math.inf, row.double() / temperature)[read].logsumexp(0))
-
-    target_partial, extra = partial(target_row, temp), 0.0
-    if form == "probs":
-        mass = float(torch.where(draft_row > 0, draft_row.double(), 0.0)[read].sum())
-        mass = min(max(mass, 1e-6), 1 - 1e-4)
-        extra = math.log(1 - mass) - math.log(mass)
-    elif form == "logits":
-        extra = partial(draft_row, draft_temp)
-    usable = math.isfinite(target_partial) and math.isfinite(extra)
-
-    def shift(known, coefficients):
-        if not usable:
-            return -1e30
-        unread = sum(map(math.prod, zip(coefficients, (1.0, temp, target_partial, extra), strict=True)))
-        return -(known + max(unread, 0.0) + math.log1p(math.exp(-abs(unread))) + tail)
-
-    target_shift = shift(target_partial, estimators[0])
-    return target_shift, shift(extra, estimators[1]) if form == "logits" else -tail
-
-
-def _calibrated_row_ref(target_row, temp, filters, draft_row, draft_temp, token, seed, pos, calibration):
-    """Judge one draft token by estimated normalisers; arguments and result as for :func:`_sigmoid_row_ref`."""
-    vocab_size = target_row.shape[0]
-    scaled, probs, filter_margin = target_row_ref(target_row, temp, *filters)
-    is_filtered = 1 <= filters[0] < vocab_size or filters[1] < 1 or filters[2] > 0
-    margin = filter_margin if is_filtered else math.inf
-    if token < 0:
-        weights = probs
-    else:
-        target_shift, draft_shift = row_shifts_ref(target_row, draft_row, draft_temp, temp, token, calibration)
-        log_sum_exp = log_sum_exp_ref(scaled)
-        if (target_row == math.inf).any():
-            log_sum_exp = math.log(int((target_row == math.inf).sum()))
-        if is_filtered:
-            # The filter has read the row: what it keeps has a known normaliser.
-            target_shift = -(log_sum_exp + calibration.tail)
-        logit = float(target_row[token])
-        target_score = torch.tensor(logit / temp + target_shift, dtype=torch.float64).sigmoid()
-        if math.isnan(logit) or (is_filtered and scaled[token] == -math.inf):
-            target_score = torch.zeros((), dtype=torch.float64)
-        draft_probs, draft_log_sum_exp = torch.zeros(vocab_size, dtype=torch.float64), 0.0
-        if draft_row is None:
-            draft_probs[token], draft_scaled = 1.0, 0.0
-        elif draft_temp is None:
-            draft_probs = torch.where(draft_row > 0, draft_row.double(), 0.0)
-            draft_scaled = float(draft_probs[token].log())
-        else:
-            clean, draft_probs, _ = target_row_ref(draft_row, draft_temp, 0, 1.0, 0.0)
-            draft_log_sum_exp = log_sum_exp_ref(clean)
-            draft_scaled = -math.inf if math.isnan(draft_row[token]) else float(draft_row[token]) / draft_temp
-        draft_score = torch.tensor(draft_scaled + draft_shift, dtype=torch.float64).sigmoid()
-        if draft_score > 0:
-            u, ratio = acceptance_uniform_ref(seed, pos), float(target_score / draft_score)
-            margin = min(margin, abs(u - ratio) / u)
-            if u <= ratio:
-                return margin, None
-        log_cap = (log_sum_exp + target_shift) - (draft_log_sum_exp + draft_shift)
-        cap = math.exp(min(max(log_cap, -60.0), 60.0))
-        weights = (probs - torch.minimum(draft_probs, cap * probs)).clamp(min=0)
-    if not (weights > 0).any():
-        weights = probs
-    if not (weights > 0).any():
-        return margin, -1
-    recovered, draw_margin = _draw_ref(weights, exponential_ref(seed, pos, RECOVERED, vocab_size))
-    # Single precision cancels in the difference: what is lost counts against the margin.
-    kept = float(weights[recovered] / probs[recovered])
-    return min(margin, draw_margin * kept, float(weights.sum())), recovered
-
-
 def exact_verify_ref(
     logits: torch.Tensor,  # [num_rows, vocab]
     cu_num_logits: torch.Tensor,  # [num_reqs + 1]
@@ -373,8 +279,7 @@ def exact_verify_ref(
                     draft_row = draft_probs[row - req, :vocab_size].cpu()
                 elif draft_logits is not None:
                     draft_row, draft_temp = draft_logits[state, i, :vocab_size].cpu(), temp
-                judge = _calibrated_row_ref if hasattr(sigmoid, "blocks") else _sigmoid_row_ref
-                token_margin, recovered = judge(
+                token_margin, recovered = _sigmoid_row_ref(
                     target_row, temp, filters, draft_row, draft_temp, token if valid else -1, seed, pos, sigmoid
                 )
                 margin = min(margin, token_margin)
