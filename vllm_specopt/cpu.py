@@ -41,13 +41,11 @@ def exact_verify(
     bad_row_counter: torch.Tensor | None = None,  # [1]
     sigmoid: torch.Tensor | None = None,  # [10]
     sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
-    blocks: torch.Tensor | None = None,  # [num_blocks]
-    block_size: int = 0,
     counters: torch.Tensor | None = None,  # [>= 2, 8]
 ) -> None:
     """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
-    ``sigmoid`` holds the constants as that function packs them, ``blocks`` the first tokens of a calibration's blocks.
+    ``sigmoid`` holds the constants as that function packs them.
 
     Writes every element of ``token_ids`` (int32 or int64) and ``num_sampled`` (int32). Uses up to
     ``torch.get_num_threads()`` threads; the result does not depend on their number.
@@ -93,9 +91,6 @@ def exact_verify(
         *_ints(bonus_token_ids),
         _address(sigmoid),
         _address(sigmoid_requests),
-        _address(blocks),
-        -1 if blocks is None else blocks.shape[0],
-        block_size,
         token_ids.data_ptr(),
         token_ids.stride(0),
         token_ids.shape[1],

@@ -50,14 +50,12 @@ L3, L4, L5 = np.float32(-1.2420140846e-1), np.float32(1.4249322787e-1), np.float
 L6, L7, L8 = np.float32(2.0000714765e-1), np.float32(-2.4999993993e-1), np.float32(3.3333331174e-1)
 # Constants of the sigmoid method (see vllm_specopt.verify): where the draft's begin, and the differences.
 DRAFT_SIDE, DIFFERENCE = 4, 8
-# Calibrated estimates, as in kernels/calibrated.py; a cap that leaves every draft probability as it is.
-NO_ESTIMATE, LARGEST_LOG_CAP, NO_CAP = -1e30, 60.0, np.float32(3e38)
 # Slack of the single-precision comparison that decides whether a token's exact score is worth computing.
 BOUND_SLACK = 1 - 1e-6
 
 
 # A job, int64 words: next request, rows without a usable logit, 1 + a request that does not fit, requests, the plan.
-JOB_NUM_REQS, JOB_PLAN, PLAN_LENGTH = 3, 4, 38
+JOB_NUM_REQS, JOB_PLAN, PLAN_LENGTH = 3, 4, 35
 
 
 def _jit(**flags):
@@ -472,20 +470,16 @@ def _noise(start, key0, key1, noise):
 
 
 @_jit()
-def _residual(weights, inverse, mode, draft, draft_top, draft_inverse, scale, cap):
-    """Turn a tile of target weights into target_prob - min(draft_prob, cap * target_prob)."""
+def _residual(weights, inverse, mode, draft, draft_top, draft_inverse, scale):
+    """Turn a tile of target weights into target probability minus draft probability."""
     if mode == PROBS:
         for i in range(TILE):
             prob = draft[i] if draft[i] > ZERO else ZERO
-            target = np.float32(weights[i] * inverse)
-            limit = np.float32(target * cap)
-            weights[i] = target - (prob if prob < limit else limit)
+            weights[i] = np.float32(weights[i] * inverse) - prob
     else:
         for i in range(TILE):
             prob = np.float32(_weight(draft[i], draft_top, scale) * draft_inverse)
-            target = np.float32(weights[i] * inverse)
-            limit = np.float32(target * cap)
-            weights[i] = target - (prob if prob < limit else limit)
+            weights[i] = np.float32(weights[i] * inverse) - prob
 
 
 @_jit(fastmath={"contract"})
@@ -548,121 +542,6 @@ def _passes(constants, temp, uniform, value, mode, draft_row, draft_kind, token)
 
 
 @_jit()
-def _load_blocks(address, kind, blocks, first, count, block_size, token, vocab, x):
-    """Convert ``count`` blocks, from the ``first`` on, to a tile without ``token``; returns the number loaded."""
-    here = min(TILE // block_size, count - first)
-    size = 4 if kind == FP32 else 2
-    for j in range(here):
-        start = _read_int(blocks, first + j, False)
-        length = max(min(block_size, vocab - start), 0)
-        out = j * block_size
-        if kind == FP32:
-            source32 = carray(_pointer(address + size * start, types.float32), length)
-            for i in range(length):
-                x[out + i] = _clean(source32[i])
-        else:
-            source16 = carray(_pointer(address + size * start, types.uint16), length)
-            if kind == BF16:
-                for i in range(length):
-                    x[out + i] = _from_bf16(source16[i])
-            else:
-                for i in range(length):
-                    x[out + i] = _from_fp16(source16[i])
-        for i in range(length, block_size):
-            x[out + i] = -INF
-        if start <= token < start + block_size:
-            x[out + token - start] = -INF
-    for i in range(here * block_size, TILE):
-        x[i] = -INF
-    return here
-
-
-@_jit()
-def _partial_log_sum_exp(address, kind, blocks, count, block_size, token, vocab, temp, scale, x):
-    """log-sum-exp of logits / temp over the blocks and ``token`` (-1: none); -inf or +inf where a row has no other."""
-    top, total, first = _read(address, kind, token) if token >= 0 else -INF, 1.0, 0
-    while first < count:
-        first += _load_blocks(address, kind, blocks, first, count, block_size, token, vocab, x)
-        tile_top = _tile_max(x)
-        if tile_top > top:
-            total *= _weight(top, tile_top, scale)
-            top = tile_top
-        if tile_top > -INF:
-            total += _weight_sum(x, top, scale, -INF)
-    return float(top) / temp + math.log(total) if -INF < top < INF else float(top)
-
-
-@_jit()
-def _unread_log_odds(address, kind, blocks, count, block_size, vocab, x):
-    """Log odds of the draft probability outside the blocks."""
-    read, first = 0.0, 0
-    while first < count:
-        first += _load_blocks(address, kind, blocks, first, count, block_size, -1, vocab, x)
-        total = ZERO
-        for i in range(TILE):
-            total += x[i] if x[i] > ZERO else ZERO
-        read += float(total)
-    read = min(max(read, 1e-6), 1 - 1e-4)
-    return math.log(1 - read) - math.log(read)
-
-
-@_jit()
-def _unread(coefficients, first, temp, partial, extra):
-    """How far the whole log-sum-exp is estimated to lie above the partial one."""
-    r = _read_float(coefficients, first) + _read_float(coefficients, first + 1) * temp
-    r += _read_float(coefficients, first + 2) * partial + _read_float(coefficients, first + 3) * extra
-    return max(r, 0.0) + math.log1p(math.exp(-abs(r)))
-
-
-@_jit()
-def _row_shifts(
-    address, kind, mode, draft, draft_kind, coefficients, blocks, count, block_size, token, vocab, temp, scale, x
-):
-    """Minus alpha of the target and of the draft: see kernels/calibrated.py."""
-    tail = _read_float(coefficients, 0)
-    token = token if mode == ONE_HOT else -1
-    partial = _partial_log_sum_exp(address, kind, blocks, count, block_size, token, vocab, temp, scale, x)
-    extra, draft_shift = 0.0, -tail
-    if mode == PROBS:
-        extra = _unread_log_odds(draft, draft_kind, blocks, count, block_size, vocab, x)
-    elif mode == LOGITS:
-        extra = _partial_log_sum_exp(draft, draft_kind, blocks, count, block_size, token, vocab, temp, scale, x)
-    usable = -np.inf < partial < np.inf and -np.inf < extra < np.inf
-    if mode == LOGITS:
-        draft_shift = NO_ESTIMATE
-        if usable:
-            draft_shift = -(extra + _unread(coefficients, 5, temp, partial, extra) + tail)
-    shift = -(partial + _unread(coefficients, 1, temp, partial, extra) + tail) if usable else NO_ESTIMATE
-    return shift, draft_shift
-
-
-@_jit()
-def _sigmoid_of(x):
-    return 1.0 / (1.0 + math.exp(-x)) if x > -700.0 else 0.0
-
-
-@_jit()
-def _passes_calibrated(shift, draft_shift, temp, uniform, value, mode, draft_row, draft_kind, token):
-    """Whether a draft token survives: uniform <= target score / draft score, both around the rows' own alpha."""
-    scaled = 0.0
-    if mode == PROBS:
-        prob = max(_read(draft_row, draft_kind, token), ZERO)
-        scaled = math.log(float(prob)) if prob > ZERO else -np.inf
-    elif mode == LOGITS:
-        scaled = float(_read(draft_row, draft_kind, token)) / temp
-    draft_score = _sigmoid_of(scaled + draft_shift)
-    return draft_score > 0 and uniform * draft_score <= _sigmoid_of(float(value) / temp + shift)
-
-
-@_jit()
-def _log_sum_exp(top, total, temp):
-    """Of a row's largest logit and sum of exponentials; the logarithm of their number where some are +inf."""
-    if top == -INF:
-        return 0.0
-    return math.log(total) + (float(top) / temp if top < INF else 0.0)
-
-
-@_jit()
 def _score_residual(x, draft, mode, constants, temp, top, floor, weights):
     """max(target score - draft score, 0) of a tile, as sigmoid(a) sigmoid(-b) (1 - exp(b - a)): see kernels/sigmoid.py.
 
@@ -706,13 +585,12 @@ def _score_residual(x, draft, mode, constants, temp, top, floor, weights):
 @_jit()
 def _draw(
     address, kind, vocab, scale, top, total, floor, mode, token, draft, draft_kind, draft_top, draft_total,
-    constants, temp, cap, key, scratch,
+    constants, temp, key, scratch,
 ):  # fmt: skip
     """Exponential race (the largest weight / exponential wins) over a row; -1 if no weight is positive.
 
     The weights are those of the target, without ``token`` where that is not negative (``mode`` ONE_HOT), or the target
-    probabilities minus the draft's (PROBS, LOGITS), scores in their place where there are ``constants``. ``cap``
-    bounds what counts of the draft (kernels/calibrated.py); below 1 it leaves ``token`` the rest. A token's
+    probabilities minus the draft's (PROBS, LOGITS), scores in their place where there are ``constants``. A token's
     logarithm is computed only where weight / v, an upper bound of its score, beats the best so far.
     """
     x, weights, noise, tile_tops = scratch
@@ -729,9 +607,9 @@ def _draw(
             _weights(x, top, scale, floor, weights)
         if mode != ONE_HOT and not constants:
             _load(draft, draft_kind, start, vocab, x)
-            _residual(weights, inverse, mode, x, draft_top, draft_inverse, scale, cap)
+            _residual(weights, inverse, mode, x, draft_top, draft_inverse, scale)
         elif mode == ONE_HOT and start <= token < start + TILE:
-            weights[token - start] = weights[token - start] * (ONE - cap) if cap < ONE else ZERO
+            weights[token - start] = ZERO
         _noise(start, key[0], key[1], noise)
         hopeful = np.int32(0)
         for i in range(TILE):
@@ -753,7 +631,7 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         num_rows, vocab, logits, logits_stride, kind, starts, wide_starts, drafts, wide_drafts, compact,
         temperature, seeds, positions, wide_positions, states, wide_states, num_states,
         mode, draft, draft_stride, draft_position_stride, draft_kind, top_k, wide_top_k, top_p, min_p,
-        bonus, wide_bonus, sigmoid, sigmoid_requests, blocks, num_blocks, block_size,
+        bonus, wide_bonus, sigmoid, sigmoid_requests,
         out, out_stride, out_width, wide_out, num_sampled,
     ) = plan  # fmt: skip
     start = _read_int(starts, request, wide_starts)
@@ -774,8 +652,6 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
     row_min_p = _read_float(min_p, state) if min_p else 0.0
     filtered = 1 <= row_top_k < vocab or row_top_p < 1 or row_min_p > 0
     constants = sigmoid if not greedy and (sigmoid_requests == 0 or _read_bool(sigmoid_requests, state)) else 0
-    calibration = constants if num_blocks >= 0 else 0
-    constants = constants if num_blocks < 0 else 0
     out += request * out_stride * (8 if wide_out else 4)
     emitted, bad, i = -1, 0, 0
     filter_scratch = (x, weights, bins, tile_tops, histogram, pool)
@@ -805,17 +681,6 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         if constants and judged:
             value = _read(address, kind, token)
             passes = _passes(constants, temp, uniform, value, mode, draft_row, draft_kind, token)
-        shift, draft_shift, cap = 0.0, 0.0, NO_CAP
-        if calibration and judged:
-            shift, draft_shift = _row_shifts(
-                address, kind, mode, draft_row, draft_kind, calibration, blocks, num_blocks, block_size, token, vocab,
-                temp, scale, x,
-            )  # fmt: skip
-            if not filtered:
-                value = _read(address, kind, token)
-                passes = _passes_calibrated(
-                    shift, draft_shift, temp, uniform, value, mode, draft_row, draft_kind, token
-                )
         if passes and not filtered:
             _write_int(out, i, wide_out, token)
             i += 1
@@ -838,27 +703,13 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
             floor, total = _filter(
                 address, kind, vocab, scale, row_top_k, row_top_p, row_min_p, top, total, filter_scratch
             )
-            if top == INF and (constants or calibration):
+            if top == INF and constants:
                 floor = INF
         draft_top, draft_total, removed = ZERO, 1.0, -1
         if judged:
             value, removed = _read(address, kind, token), token
             if constants:
                 passes = passes and value >= floor
-            elif calibration:
-                draft_log_sum_exp = 0.0
-                if mode == LOGITS:
-                    draft_top, draft_total = _sweep(draft_row, draft_kind, vocab, scale, True, x, draft_tops)
-                    draft_log_sum_exp = _log_sum_exp(draft_top, draft_total, temp)
-                log_sum_exp = _log_sum_exp(top, total, temp)
-                if filtered:
-                    # The filter has read the row: what it keeps has a known normaliser.
-                    shift = -(log_sum_exp + _read_float(calibration, 0))
-                    passes = value >= floor and _passes_calibrated(
-                        shift, draft_shift, temp, uniform, value, mode, draft_row, draft_kind, token
-                    )
-                log_cap = (log_sum_exp + shift) - (draft_log_sum_exp + draft_shift)
-                cap = np.float32(math.exp(min(max(log_cap, -LARGEST_LOG_CAP), LARGEST_LOG_CAP)))
             else:
                 draft_prob, target_prob = 1.0, 0.0
                 if mode == PROBS:
@@ -879,7 +730,7 @@ def _verify_request(request, plan, x, weights, noise, bins, tile_tops, draft_top
         for _ in range(2):
             emitted = _draw(
                 address, kind, vocab, scale, top, total, floor, row_mode, removed,
-                draft_row, draft_kind, draft_top, draft_total, constants, temp, cap, key, draw_scratch,
+                draft_row, draft_kind, draft_top, draft_total, constants, temp, key, draw_scratch,
             )  # fmt: skip
             if emitted >= 0:
                 break

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_specopt.calibration import Calibration, Model
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.verify import Verified, verify
 
@@ -118,23 +117,6 @@ def random_batch(
     if "min_p" in filters:
         kwargs["min_p"] = choose([0.0, 0.1, 0.02, 1.0], max_reqs, torch.float32)
     return Batch(logits, cu, drafts.to(torch.int32 if seed % 2 else torch.int64), width - 1, kwargs)
-
-
-def random_calibration(
-    seed: int, vocab_size: int, *, block_size: int = 8, share: float = 0.2, tail: float = 12.0, constant: float = 0.3
-) -> Calibration:
-    """A calibration with random blocks and made-up estimators; ``constant`` moves all of the target's."""
-    count = -(-vocab_size // block_size)
-    generator = torch.Generator().manual_seed(seed)
-    blocks = tuple(torch.randperm(count, generator=generator)[: int(share * count)].tolist())
-    counts = (len(blocks), (len(blocks) + 1) // 2, len(blocks))
-    coefficients = (
-        ((constant, 0.2, -0.05, 0.0),),
-        ((constant, -0.1, -0.02, 0.9),),
-        ((constant, 0.1, -0.05, 0.03), (0.1, 0.2, -0.03, 0.02)),
-    )
-    model = Model("model", vocab_size, "digest", None)
-    return Calibration(vocab_size, block_size, blocks, counts, coefficients, tail, model, model)
 
 
 def poisoned_empty(*args, **kwargs) -> torch.Tensor:

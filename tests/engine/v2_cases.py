@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_specopt import testing, verify
 from vllm_specopt.config import PAPER, SpecoptConfig
-from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.v2 import RejectionSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -135,7 +135,7 @@ class Step:
             "top_p": states.top_p.gpu,
             "min_p": states.min_p.gpu,
         }
-        return exact_verify_ref(
+        return verify_ref(
             self.logits if rows is None else rows, self.cu, self.tokens, DRAFTS, **(parameters | changes)
         )
 

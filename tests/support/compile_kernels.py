@@ -17,10 +17,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_specopt.kernels import arguments, calibrated, emission, exact, filters, row_statistics, token_output
+from vllm_specopt.kernels import arguments, emission, exact, filters, row_statistics, token_output
 
 VOCAB_SIZE = 151936
-BY_SCORES = ("sigmoid", "mixed", "calibrated")
+BY_SCORES = ("sigmoid", "mixed")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 COMMON = {
     **{name: "*fp32" for name in ("tile_max_ptr", "tile_sum_ptr", "candidate_score_ptr")},
@@ -60,9 +60,7 @@ def variants(with_all_sigmoid: bool, architecture: int):
             types.update(draft_logits_ptr="*" + dtype, draft_tile_max_ptr="*fp32", draft_tile_sum_ptr="*fp32")
         if method in BY_SCORES:
             types.update(sigmoid_ptr="*fp32")
-        if method == "calibrated":
-            types.update(row_shift_ptr="*fp32", blocks_ptr="*i32", num_blocks="i32")
-        if method in ("mixed", "calibrated"):
+        if method == "mixed":
             types.update(sigmoid_requests_ptr="*i1")
         if draft != "one-hot" or "sigmoid_ptr" in types:
             types.update(target_score_ptr="*fp32", target_token_ptr="*i32")
@@ -82,17 +80,6 @@ def variants(with_all_sigmoid: bool, architecture: int):
             digits = filters.RADIX_DIGITS[DTYPES[dtype]]
             constants = greedy_below | tiles | {"DIGITS": digits, "BLOCK": exact.FILTER_BLOCK}
             launches.append((filters.filter_threshold_kernel, constants, exact.FILTER_NUM_WARPS))
-        if method == "calibrated":
-            judging = greedy_below | compact
-            blocks = {"BLOCK": 64, "STEP": exact.BLOCKS_STEP}
-            launches += [
-                (calibrated.row_shift_kernel, judging | blocks, exact.NUM_WARPS),
-                (
-                    calibrated.emitting_row_kernel,
-                    judging | {"TILE": exact.TILE, "BLOCK_K": exact.BLOCK_K},
-                    exact.NUM_WARPS,
-                ),
-            ]
         name = "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method]))
         yield name, types, launches
 
