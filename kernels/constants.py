@@ -18,6 +18,8 @@ STREAM = tl.constexpr(0x53504543)
 # What a row's program found, where it is not a token.
 BAD_ROW = tl.constexpr(-1)
 NEEDS_RESIDUAL = tl.constexpr(-2)
+# REJECTED - token: the row emits its own draft token, though it was rejected.
+REJECTED = tl.constexpr(-3)
 
 # Columns of what a row leaves for the residual.
 THRESHOLD, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE = (tl.constexpr(i) for i in range(5))

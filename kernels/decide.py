@@ -16,6 +16,7 @@ from .constants import (
     GREEDY_BELOW,
     LOG2_E,
     NEEDS_RESIDUAL,
+    REJECTED,
     RESIDUAL,
     ROW_COLUMNS,
     TARGET_SCALE,
@@ -138,7 +139,7 @@ def decide_kernel(
         draws = tl.full((), 1, tl.int32) != 0
         excluded = tl.full((), -1, tl.int32)
         purpose = tl.full((), DRAW, tl.int32)
-        if sigmoid_ptr is not None:  # noqa: SIM102 (the pointer test is made at compile time)
+        if sigmoid_ptr is not None:
             if by_scores & (token >= 0):
                 draft_value = tl.full((), 0.0, tl.float32)
                 if draft_probs_ptr is not None:
@@ -188,7 +189,7 @@ def decide_kernel(
                 )
                 # No other row was swept.
                 draws = draws & (pos == emitting)
-        if (draft_probs_ptr is not None) | (draft_logits_ptr is not None):  # noqa: SIM102
+        if (draft_probs_ptr is not None) | (draft_logits_ptr is not None):
             if (by_scores == 0) & (token >= 0):
                 draws = tl.full((), 0, tl.int32) != 0
                 top, mass = row_mass(tiles, row, scale, threshold, PADDED_TILES)
@@ -226,7 +227,7 @@ def decide_kernel(
                 PADDED_TILES,
                 sigmoid_ptr is not None,
             )
-            if sigmoid_ptr is not None:  # noqa: SIM102
+            if sigmoid_ptr is not None:
                 if (outcome == BAD_ROW) & (excluded >= 0):
                     # Nothing is left without the draft token.
                     outcome = draw_token(
@@ -242,6 +243,7 @@ def decide_kernel(
                         PADDED_TILES,
                         False,
                     )
+                    outcome = tl.where(outcome == token, REJECTED - token, outcome)
     tl.store(outcome_ptr + row, outcome)
 
     tl.debug_barrier()

@@ -87,7 +87,7 @@ def draw_token(
     """
     tile_ids = tl.arange(0, PADDED_TILES)
     maxima, sums = load_tiles(tiles, row, PADDED_TILES)
-    if EXCLUDES:  # noqa: SIM102
+    if EXCLUDES:
         if excluded >= 0:
             token_ids = excluded // TILE * TILE + tl.arange(0, TILE)
             x = load_logits(row_ptr, token_ids, token_ids < vocab_size)

@@ -50,7 +50,7 @@ def weights(x, scale, shift):
 @triton.jit
 def load_state(state_indices_ptr, req_idx):
     """Where a request keeps its sampling parameters."""
-    if state_indices_ptr is None:  # noqa: SIM108 (a choice at compile time)
+    if state_indices_ptr is None:
         state = req_idx
     else:
         state = tl.load(state_indices_ptr + req_idx)

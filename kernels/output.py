@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .constants import BAD_ROW, NEEDS_RESIDUAL
+from .constants import BAD_ROW, NEEDS_RESIDUAL, REJECTED
 
 
 @triton.jit
@@ -38,8 +38,9 @@ def write_request(
     outcomes = tl.load(outcome_ptr + start_row + columns, mask=columns <= num_drafts, other=BAD_ROW).to(tl.int64)
     survives = is_draft & (drafts == outcomes) & (drafts >= 0)
     num_accepted = tl.min(tl.where(is_draft & (survives == 0), columns, num_drafts), axis=0)
-    token = tl.max(tl.where(columns == num_accepted, outcomes, -3), axis=0)
-    if bonus_token_ids_ptr is not None:  # noqa: SIM102 (the pointer test is made at compile time)
+    token = tl.sum(tl.where(columns == num_accepted, outcomes, 0), axis=0)
+    token = tl.where(token <= REJECTED, REJECTED - token, token)
+    if bonus_token_ids_ptr is not None:
         if num_accepted == num_drafts:
             token = tl.load(bonus_token_ids_ptr + req_idx).to(tl.int64)
     if pending_ptr is not None:

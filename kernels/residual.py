@@ -74,9 +74,7 @@ def _tile_residual(
     return tl.where(kept, result, 0.0), token_ids
 
 
-@triton.jit(
-    do_not_specialize=["num_tiles", "num_groups", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED
-)
+@triton.jit(do_not_specialize=["num_tiles", "num_groups", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def residual_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,

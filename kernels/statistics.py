@@ -93,7 +93,7 @@ def statistics_kernel(
     temp = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
     greedy = temp < GREEDY_BELOW
     by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state) & (greedy == 0)
-    if sigmoid_ptr is not None:  # noqa: SIM102 (the pointer test is made at compile time)
+    if sigmoid_ptr is not None:
         if by_scores:
             if is_filtered(load_filters(top_k_ptr, top_p_ptr, min_p_ptr, state), vocab_size) == 0:
                 emitting = first_rejection(
@@ -123,7 +123,7 @@ def statistics_kernel(
     scale = LOG2_E / temp
     out = row * num_tiles
     if is_draft_row:
-        if draft_logits_ptr is not None:  # noqa: SIM102
+        if draft_logits_ptr is not None:
             if (pos < num_drafts) & ((greedy | by_scores) == 0):
                 draft_offset = state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
                 _sweep(

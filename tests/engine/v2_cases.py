@@ -135,9 +135,7 @@ class Step:
             "top_p": states.top_p.gpu,
             "min_p": states.min_p.gpu,
         }
-        return verify_ref(
-            self.logits if rows is None else rows, self.cu, self.tokens, DRAFTS, **(parameters | changes)
-        )
+        return verify_ref(self.logits if rows is None else rows, self.cu, self.tokens, DRAFTS, **(parameters | changes))
 
 
 def assert_follows(lists, reference):
