@@ -33,6 +33,7 @@ from .load import (
     Tiles,
     draft_offset,
     is_filtered,
+    load_draft_token,
     load_filters,
     load_logits,
     load_position,
@@ -153,6 +154,76 @@ def _sampled_outcome(
     return outcome
 
 
+@triton.jit
+def find_outcome(
+    rows,
+    tiles,
+    draft_tiles,
+    drafts,
+    noise,
+    filters,
+    request,
+    pos,
+    token,
+    is_needed,
+    by_scores,
+    sigmoid_ptr,
+    tile_list_ptr,
+    candidates_ptr,
+    row_ptr,
+    KEY_STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """What a swept row found; BAD_ROW where it is not needed.
+
+    tile_list_ptr, candidates_ptr: scratch of the batch's rows, None where no request filters.
+    """
+    row = request.start_row + pos
+    logits_ptr = rows.ptr + row * rows.stride
+    greedy = request.temperature < GREEDY_BELOW
+    outcome = tl.full((), BAD_ROW, tl.int32)
+    if is_needed & greedy:
+        outcome = argmax_token(logits_ptr, tiles, row, rows.vocab_size, TILE, PADDED_TILES)
+        # A row without a usable logit has its first token as argmax.
+        outcome = tl.where((outcome == BAD_ROW) & (token == 0), 0, outcome)
+    elif is_needed:
+        if noise.seeds_ptr is not None:
+            threshold = tl.full((), float("-inf"), tl.float32)
+            if tile_list_ptr is not None:
+                if is_filtered(filters, rows.vocab_size):
+                    threshold = filter_row(
+                        logits_ptr,
+                        tiles,
+                        row,
+                        filters,
+                        LOG2_E / request.temperature,
+                        tile_list_ptr + row * tiles.count,
+                        candidates_ptr + row * CAPACITY,
+                        rows.vocab_size,
+                        KEY_STEP,
+                        TILE,
+                        PADDED_TILES,
+                    )
+            outcome = _sampled_outcome(
+                rows,
+                tiles,
+                draft_tiles,
+                drafts,
+                noise,
+                request,
+                pos,
+                token,
+                threshold,
+                sigmoid_ptr,
+                by_scores,
+                row_ptr,
+                TILE,
+                PADDED_TILES,
+            )
+    return outcome
+
+
 @triton.jit(
     do_not_specialize=["num_tiles", "rows_per_req", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED
 )
@@ -220,64 +291,40 @@ def decide_kernel(
     )
     noise = Noise(seeds_ptr, positions_ptr)
     row = request.start_row + pos
-    row_logits_ptr = logits_ptr + row * logits_stride
-    offset = row - index if COMPACT_DRAFTS else row + 1
-    draft = tl.load(draft_token_ids_ptr + offset, mask=pos < num_drafts, other=-1).to(tl.int64)
-    token = tl.where((draft >= 0) & (draft < vocab_size), draft, -1).to(tl.int32)
-
-    outcome = tl.full((), BAD_ROW, tl.int32)
+    token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
     greedy = request.temperature < GREEDY_BELOW
     by_scores = sigmoid.uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
+    filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
     swept = tl.full((), 0, tl.int32)
     is_needed = tl.full((), True, tl.int1)
     if bonus_token_ids_ptr is not None:
         is_needed = pos < num_drafts
     if sigmoid_ptr is not None:
-        filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
         if by_scores & (is_filtered(filters, vocab_size) == 0):
             # One row was swept; those behind it are not needed.
             swept = tl.full((), 1, tl.int32)
             emitting = sigmoid.first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K)
             is_needed = is_needed & (pos <= emitting)
-    if is_needed & greedy:
-        outcome = argmax_token(row_logits_ptr, tiles, row, vocab_size, TILE, PADDED_TILES)
-        # A row without a usable logit has its first token as argmax.
-        outcome = tl.where((outcome == BAD_ROW) & (token == 0), 0, outcome)
-    elif is_needed:
-        if temperature_ptr is not None:
-            threshold = tl.full((), float("-inf"), tl.float32)
-            if tile_list_ptr is not None:
-                filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
-                if is_filtered(filters, vocab_size):
-                    threshold = filter_row(
-                        row_logits_ptr,
-                        tiles,
-                        row,
-                        filters,
-                        LOG2_E / request.temperature,
-                        tile_list_ptr + row * num_tiles,
-                        candidates_ptr + row * CAPACITY,
-                        vocab_size,
-                        KEY_STEP,
-                        TILE,
-                        PADDED_TILES,
-                    )
-            outcome = _sampled_outcome(
-                rows,
-                tiles,
-                draft_tiles,
-                drafts,
-                noise,
-                request,
-                pos,
-                token,
-                threshold,
-                sigmoid_ptr,
-                by_scores,
-                row_ptr,
-                TILE,
-                PADDED_TILES,
-            )
+    outcome = find_outcome(
+        rows,
+        tiles,
+        draft_tiles,
+        drafts,
+        noise,
+        filters,
+        request,
+        pos,
+        token,
+        is_needed,
+        by_scores,
+        sigmoid_ptr,
+        tile_list_ptr,
+        candidates_ptr,
+        row_ptr,
+        KEY_STEP,
+        TILE,
+        PADDED_TILES,
+    )
     tl.store(outcome_ptr + row, outcome)
 
     tl.debug_barrier()

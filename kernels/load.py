@@ -104,6 +104,14 @@ def draft_offset(drafts, request, pos):
 
 
 @triton.jit
+def load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS: tl.constexpr):
+    """The draft token that a row verifies; -1 for a bonus row, a placeholder, or an id outside the vocabulary."""
+    start = request.start_row - request.index if COMPACT_DRAFTS else request.start_row + 1
+    token = tl.load(drafts.token_ids_ptr + start + pos, mask=pos < request.num_drafts, other=-1).to(tl.int64)
+    return tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
+
+
+@triton.jit
 def load_position(noise, request, pos):
     """Absolute position of a row."""
     position = pos.to(tl.int64)

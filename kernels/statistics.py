@@ -14,7 +14,7 @@ from .rules.sigmoid import first_rejection, uses_sigmoid
 
 
 @triton.jit
-def _sweep(
+def sweep(
     row_ptr, scale, max_ptr, sum_ptr, first_tile, num_tiles, vocab_size, greedy, TILE: tl.constexpr, STEPS: tl.constexpr
 ):
     """Statistics of STEPS tiles of a row; a greedy request needs maxima only."""
@@ -113,7 +113,7 @@ def statistics_kernel(
         if draft_logits_ptr is not None:
             if (pos < request.num_drafts) & ((greedy | by_scores) == 0):
                 offset = request.state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
-                _sweep(
+                sweep(
                     draft_logits_ptr + offset,
                     scale,
                     draft_tile_max_ptr + out,
@@ -126,7 +126,7 @@ def statistics_kernel(
                     STEPS,
                 )
     else:
-        _sweep(
+        sweep(
             logits_ptr + row * logits_stride,
             scale,
             tile_max_ptr + out,
