@@ -1,5 +1,4 @@
-"""Loops and conditions of the source, by line: what a machine instruction's place in the source says about how often
-it runs."""
+"""Loops and conditions of the source, by line: what a machine instruction's place says about how often it runs."""
 
 from __future__ import annotations
 
@@ -16,10 +15,12 @@ LOOP, THEN, ELSE = "loop", "then", "else"
 
 @dataclass(frozen=True)
 class Region:
-    """The body of a loop, or one side of an ``if``.
+    """The body of a loop, or one side of an ``if``; what follows an ``if`` that returns counts as its other side.
 
+    line: Of the loop or condition.
     text: "function: for i in range(n)", "function: if a < b" (for both sides of it).
     static: Decided by the compiler, so that no trace of it is left in the machine code.
+    returns: The condition makes the function return at once.
     """
 
     file: str
@@ -27,6 +28,7 @@ class Region:
     kind: str
     text: str
     static: bool
+    returns: bool
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,48 @@ def _places(file: str) -> dict[int, Place]:
     places: dict[int, Place] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            _walk(file, node.name, _constants(node), node.body, (), places)
+            _Walk(file, node, places).body(node.body, ())
             for line in range(node.lineno, node.body[0].lineno):
                 places.setdefault(line, Place(node.name, ()))
     return places
 
 
-def _walk(file, function, constants, body, around, places):
-    for node in body:
+class _Walk:
+    """One function's lines."""
+
+    def __init__(self, file: str, function: ast.FunctionDef, places: dict[int, Place]) -> None:
+        self.file, self.function, self.places = file, function.name, places
+        self.constants = _constants(function)
+
+    def body(self, statements: list[ast.stmt], around: tuple[Region, ...]) -> None:
+        for node in statements:
+            self._mark(node, around)
+            if isinstance(node, ast.For | ast.While):
+                inside = (*around, self._region(node, LOOP))
+                # The step and the test of a loop run in it, its first value does not; both stand in its first line.
+                self._mark(node, inside)
+                self.body(node.body, inside)
+            elif isinstance(node, ast.If):
+                self.body(node.body, (*around, self._region(node, THEN)))
+                self.body(node.orelse, (*around, self._region(node, ELSE)))
+                if isinstance(node.body[-1], ast.Return):
+                    around = (*around, self._region(node, ELSE))
+            elif isinstance(node, ast.With):
+                self.body(node.body, around)
+
+    def _mark(self, node: ast.stmt, around: tuple[Region, ...]) -> None:
         for line in range(node.lineno, node.end_lineno + 1):
-            places[line] = Place(function, around)
-        if isinstance(node, ast.For | ast.While):
-            what = f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}" if isinstance(node, ast.For) else ""
-            text = f"{function}: {what or 'while ' + ast.unparse(node.test)}"
-            region = Region(file, node.lineno, LOOP, text, "static_range" in text)
-            # The step and the test of a loop run in it, its first value does not; both stand in its first line.
-            for line in range(node.lineno, node.end_lineno + 1):
-                places[line] = Place(function, (*around, region))
-            _walk(file, function, constants, node.body, (*around, region), places)
-        elif isinstance(node, ast.If):
-            static = _is_static(node.test, constants)
-            text = f"{function}: if {ast.unparse(node.test)}"
-            for kind, side in ((THEN, node.body), (ELSE, node.orelse)):
-                region = Region(file, node.lineno, kind, text, static)
-                _walk(file, function, constants, side, (*around, region), places)
-        elif isinstance(node, ast.With):
-            _walk(file, function, constants, node.body, around, places)
+            self.places[line] = Place(self.function, around)
+
+    def _region(self, node: ast.stmt, kind: str) -> Region:
+        if isinstance(node, ast.For):
+            header = f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}"
+            static = "static_range" in header
+        else:
+            header = f"{'while' if kind == LOOP else 'if'} {ast.unparse(node.test)}"
+            static = kind != LOOP and _is_static(node.test, self.constants)
+        returns = kind != LOOP and isinstance(node.body[0], ast.Return)
+        return Region(self.file, node.lineno, kind, f"{self.function}: {header}", static, returns)
 
 
 def _constants(function: ast.FunctionDef) -> set[str]:

@@ -2,27 +2,28 @@
 
 A machine loop belongs to the source loop that most of its instructions come from; ptxas may have unrolled it, which
 shows in instructions that occur several times for one line of PTX. A block behind a branch belongs to the sides of the
-source's conditions that most of its instructions come from. Every block gets a weight: one of a loop or condition that
-is not described raises an error that lists all of these.
+source's conditions that most of its instructions come from. Every block gets a weight; a machine loop without a source
+loop, and a loop or condition whose frequency is unknown, raise an error.
 """
 
 from __future__ import annotations
 
 import collections
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 from vllm_specopt.benchmarks.kernels.machine_code import Block, Frame, Instruction, Loop, MachineCode, pipe
-from vllm_specopt.benchmarks.kernels.regions import ELSE, LOOP, Region, place_of
+from vllm_specopt.benchmarks.kernels.regions import ELSE, LOOP, THEN, Region, place_of
 
 # Instructions of which one line of PTX makes exactly one.
 COUNTABLE = ("load", "store", "shared", "shuffle", "barrier", "mufu")
+MOSTLY, NEARLY_ALL = 0.5, 0.9
 
 
 class Undescribed(ValueError):
-    """Loops or conditions whose frequency a description lacks, or has for nothing."""
+    """The machine code holds a loop or a branch of which nothing says how often it runs."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,50 @@ class Visit:
     @property
     def text(self) -> str:
         return " -> ".join((*self.calls[:-1], self.region.text))
+
+
+Frequency = Callable[[Visit], float | None]
+"""Rounds of a loop per entry, or the probability that a condition holds where it is reached; None: unknown."""
+
+
+def counted(counts: Mapping[tuple, int]) -> Frequency:
+    """Frequencies from what ``watching`` counted; what was never reached has 0."""
+    everywhere: collections.Counter[tuple] = collections.Counter()
+    for (calls, line, kind), number in counts.items():
+        everywhere[calls[-1], line, kind] += number
+
+    def frequency(visit: Visit) -> float:
+        line = visit.region.line
+        for key, table in ((visit.calls, counts), (visit.calls[-1], everywhere)):
+            number = {kind: table.get((key, line, kind), 0) for kind in ("round", "entry", "then", "else")}
+            if visit.region.kind == LOOP and number["entry"]:
+                return number["round"] / number["entry"]
+            if visit.region.kind != LOOP and number["then"] + number["else"]:
+                return number["then"] / (number["then"] + number["else"])
+        return 0.0
+
+    return frequency
+
+
+def described(runs: Mapping[str, float]) -> Frequency:
+    """Frequencies from a table: "function: for ..." or "function: if ...", the header or how it begins.
+
+    A prefix "caller -> " restricts an entry to the function inlined there; the longest entry that fits counts. An
+    ``if`` that returns at once is taken never unless the table says so.
+    """
+
+    def frequency(visit: Visit) -> float | None:
+        *calls, header = visit.text.split(" -> ")
+        fitting = []
+        for key in runs:
+            *callers, own = key.split(" -> ")
+            if header.startswith(own) and all(caller in calls for caller in callers):
+                fitting.append(key)
+        if not fitting:
+            return 0.0 if visit.region.returns else None
+        return float(runs[max(fitting, key=len)])
+
+    return frequency
 
 
 @dataclass
@@ -58,37 +103,35 @@ def visits_of(frames: tuple[Frame, ...]) -> tuple[Visit, ...]:
     return tuple(dict.fromkeys(visits))
 
 
-def weigh(code: MachineCode, runs: Mapping[str, float]) -> list[Weighted]:
-    """Weigh every block.
-
-    runs: "function: for ..." or "function: while ..." to the number of rounds per entry, "function: if ..." to the
-        probability that it holds where it is reached. What follows the colon may be the beginning of the header. A
-        prefix "caller -> " restricts an entry to the function inlined there; the longest entry that fits counts.
+def weigh(code: MachineCode, frequency: Frequency) -> list[Weighted]:
+    """Weigh every block that can be reached.
 
     Raises:
-        Undescribed: a loop or condition that shows in the machine code is missing, or an entry fits nothing at all.
+        Undescribed: names every loop and condition that shows in the machine code and has no frequency.
     """
-    weigher = _Weigher(code, runs)
+    weigher = Weigher(code, frequency)
     weighted = [weigher.weighted(block) for block in code.blocks if block.reachable]
-    weigher.check()
+    if weigher.missing:
+        raise Undescribed("\n  ".join([f"{code.compiled.name}, not described:", *sorted(weigher.missing)]))
     return weighted
 
 
-class _Weigher:
-    def __init__(self, code: MachineCode, runs: Mapping[str, float]) -> None:
+class Weigher:
+    """Weighs one kernel's blocks and collects in ``missing`` what has no frequency, counting it once."""
+
+    def __init__(self, code: MachineCode, frequency: Frequency) -> None:
         self.code = code
-        self.runs = dict(runs)
+        self.frequency = frequency
         self.missing: set[str] = set()
-        self.used: set[str] = set()
-        self.seen: set[str] = set()
         self.postdominators = _postdominators(code)
-        self.visits = {block.number: self._majority(block.instructions) for block in code.blocks}
+        self.shares = {block.number: _shares(block.instructions) for block in code.blocks}
         self.source_loop: dict[int, Visit] = {}
         self.unrolled: dict[int, int] = {}
         for loop in code.loops:
             self._identify(loop)
 
     def weighted(self, block: Block) -> Weighted:
+        """A block with its weight."""
         result = Weighted(block, 1.0)
         if block.slow:
             result.weight, result.reasons = 0.0, [f"reached through {block.slow}"]
@@ -97,61 +140,38 @@ class _Weigher:
         for loop in around:
             self._apply_loop(loop, result)
         machine_loops = {self.source_loop.get(loop.header) for loop in around}
-        for visit in self.visits[block.number]:
-            region = visit.region
-            if region.kind == LOOP:
-                main = [h for h, v in self.source_loop.items() if v == visit and self.unrolled[h] > 1]
-                if visit not in machine_loops and main:
+        for visit in self._visits(block.number):
+            if visit.region.kind == LOOP:
+                unrolled = any(v == visit and self.unrolled[h] > 1 for h, v in self.source_loop.items())
+                if visit not in machine_loops and unrolled:
                     result.weight, result.reasons = 0.0, [f"rest of the unrolled {visit.text}"]
             elif self._is_branch(block, visit):
                 share = self._lookup(visit)
-                share = 1 - share if region.kind == ELSE else share
+                share = 1 - share if visit.region.kind == ELSE else share
                 result.weight *= share
-                result.reasons.append(f"{share:g} {'else of ' if region.kind == ELSE else ''}{visit.text}")
+                result.reasons.append(f"{share:g} {'' if visit.region.kind == THEN else 'else of '}{visit.text}")
         return result
 
-    def check(self) -> None:
-        """Raise Undescribed if anything is missing or superfluous."""
-        unused = [key for key in self.runs if key not in self.used and not self._fits_anything(key)]
-        if self.missing or unused:
-            lines = [f"not described: {text!r}" for text in sorted(self.missing)]
-            lines += [f"described, but nowhere in {self.code.compiled.name}: {text!r}" for text in unused]
-            raise Undescribed("\n".join([f"{self.code.compiled.name}:", *lines]))
-
-    def _innermost_loop(self, instruction: Instruction) -> Visit | None:
-        return next((v for v in reversed(visits_of(instruction.frames)) if v.region.kind == LOOP), None)
-
-    def _majority(self, instructions: list[Instruction]) -> tuple[Visit, ...]:
-        """Visits that at least half of the instructions with a known place come from, outermost first."""
-        counts: collections.Counter[Visit] = collections.Counter()
-        depth: dict[Visit, int] = {}
-        known = 0
-        for instruction in instructions:
-            known += bool(instruction.frames)
-            for number, visit in enumerate(visits_of(instruction.frames)):
-                counts[visit] += 1
-                depth[visit] = number
-        self.seen |= {visit.text for visit in counts}
-        found = [visit for visit, count in counts.items() if 2 * count >= known]
-        return tuple(sorted(found, key=depth.__getitem__))
+    def _visits(self, number: int) -> list[Visit]:
+        return [visit for visit, share in self.shares[number].items() if share >= MOSTLY]
 
     def _identify(self, loop: Loop) -> None:
         inner = [other for other in self.code.loops if other.blocks < loop.blocks]
         own = loop.blocks - set().union(*(other.blocks for other in inner))
-        outer = {
-            self.source_loop[other.header]
-            for other in self.code.loops
-            if other.blocks > loop.blocks and other.header in self.source_loop
-        }
+        outer = {self.source_loop.get(other.header) for other in self.code.loops if other.blocks > loop.blocks}
         instructions = [i for number in sorted(own) for i in self.code.blocks[number].instructions]
-        candidates = [v for v in self._majority(instructions) if v.region.kind == LOOP and v not in outer]
+        candidates = [
+            visit
+            for visit, share in _shares(instructions).items()
+            if visit.region.kind == LOOP and visit not in outer and share >= MOSTLY
+        ]
         if not candidates:
-            place = instructions[-1].frames
-            self.missing.add(f"a machine loop that is no loop of the source, at {place}")
+            self.missing.add(f"a machine loop that is no loop of the source, at {instructions[-1].frames}")
             return
-        self.source_loop[loop.header] = candidates[-1]
-        own_lines = [i for i in instructions if self._innermost_loop(i) == candidates[-1]]
-        countable = [i for i in own_lines if pipe(i.name) in COUNTABLE] or own_lines
+        source = candidates[-1]
+        self.source_loop[loop.header] = source
+        from_it = [i for i in instructions if _innermost_loop(i) == source]
+        countable = [i for i in from_it if pipe(i.name) in COUNTABLE] or from_it
         copies = collections.Counter((i.ptx_line, i.name) for i in countable)
         self.unrolled[loop.header] = statistics.mode(sorted(copies.values()))
 
@@ -160,55 +180,52 @@ class _Weigher:
         if visit is None:
             return
         rounds = self._lookup(visit)
-        same = [h for h, other in self.source_loop.items() if other == visit]
-        most = max(self.unrolled[header] for header in same)
         factor = self.unrolled[loop.header]
-        if factor < most:
-            result.weight *= 0.0
+        if factor < max(self.unrolled[header] for header, other in self.source_loop.items() if other == visit):
+            result.weight = 0.0
             result.reasons.append(f"rest of the unrolled {visit.text}")
             return
         result.weight *= rounds / factor
         result.reasons.append(f"{rounds:g}{f' / {factor}' if factor > 1 else ''} x {visit.text}")
 
-    def _conditional(self, number: int, since: int) -> bool:
-        """Whether a thread that comes by one block can miss another."""
-        return number not in self.postdominators[since]
-
     def _is_branch(self, block: Block, visit: Visit) -> bool:
-        """Whether a branch decides about this visit to a side of a condition, rather than a selection of values."""
+        """Whether a branch decides about this side of a condition, rather than a selection of values."""
         lacking = self._last_dominator_without(block, visit)
-        if lacking is None or not self._conditional(block.number, lacking):
+        if lacking is None or block.number in self.postdominators[lacking]:
             return False
-        position = self.visits[block.number].index(visit)
-        outer = [v for v in self.visits[block.number][:position] if v.region.kind != LOOP]
-        # An inner condition that has no branch of its own was turned into selections behind the outer one's branch.
-        return not any(self._last_dominator_without(block, other) == lacking for other in outer)
+        visits = self._visits(block.number)
+        outer = [v for v in visits[: visits.index(visit)] if v.region.kind != LOOP]
+        alone = all(self._last_dominator_without(block, other) != lacking for other in outer)
+        # Behind one branch for two conditions, a side that only part of the block comes from may be a selection.
+        return alone or self.shares[block.number][visit] >= NEARLY_ALL
 
     def _last_dominator_without(self, block: Block, visit: Visit) -> int | None:
-        lacking = [n for n in self.code.dominators[block.number] if visit not in self.visits[n]]
+        lacking = [n for n in self.code.dominators[block.number] if self.shares[n].get(visit, 0) < MOSTLY]
         return max(lacking, key=lambda n: len(self.code.dominators[n]), default=None)
 
     def _lookup(self, visit: Visit) -> float:
-        fitting = [key for key in self.runs if _fits(key, visit)]
-        if not fitting:
+        found = self.frequency(visit)
+        if found is None:
             self.missing.add(visit.text)
             return 1.0
-        best = max(fitting, key=len)
-        self.used.update(fitting)
-        return float(self.runs[best])
-
-    def _fits_anything(self, key: str) -> bool:
-        return any(_fits_text(key, text) for text in self.seen)
+        return found
 
 
-def _fits(key: str, visit: Visit) -> bool:
-    return _fits_text(key, visit.text)
+def _innermost_loop(instruction: Instruction) -> Visit | None:
+    return next((v for v in reversed(visits_of(instruction.frames)) if v.region.kind == LOOP), None)
 
 
-def _fits_text(key: str, text: str) -> bool:
-    *callers, own = key.split(" -> ")
-    *calls, region = text.split(" -> ")
-    return region.startswith(own) and all(caller in calls for caller in callers)
+def _shares(instructions: list[Instruction]) -> dict[Visit, float]:
+    """Share of the instructions with a known place that come from each visit; outermost first."""
+    counts: collections.Counter[Visit] = collections.Counter()
+    depth: dict[Visit, int] = {}
+    known = 0
+    for instruction in instructions:
+        known += bool(instruction.frames)
+        for number, visit in enumerate(visits_of(instruction.frames)):
+            counts[visit] += 1
+            depth[visit] = number
+    return {visit: counts[visit] / known for visit in sorted(counts, key=depth.__getitem__)}
 
 
 def _postdominators(code: MachineCode) -> dict[int, set[int]]:
