@@ -6,13 +6,14 @@ import collections
 import importlib
 import types
 from collections.abc import Mapping
-from unittest import mock
 from dataclasses import dataclass
+from functools import cache
+from unittest import mock
 
 import triton
 from triton import backends
 
-from vllm_specopt.benchmarks.kernels.compiling import WARP, Compiled, compile_kernel
+from vllm_specopt.benchmarks.kernels.compiling import WARP, compile_kernel
 from vllm_specopt.benchmarks.kernels.machine_code import MachineCode, pipe
 from vllm_specopt.benchmarks.kernels.watching import Launch
 from vllm_specopt.benchmarks.kernels.weights import Frequency, counted, weigh
@@ -70,8 +71,9 @@ def count_launch(launch: Launch, architecture: int) -> Count:
     """
     if not launch.module:
         return Count(launch.kernel, 1, 0, 0, 0, 0, 0, 0.0, {}, launch.loaded, launch.stored)
-    compiled = compile_launch(launch, architecture)
-    pipes, loaded = instructions(compiled, counted(launch.counts))
+    code = machine_code(launch, architecture)
+    compiled = code.compiled
+    pipes, loaded = instructions(code, counted(launch.counts))
     threads = launch.programs * launch.num_warps * WARP
     if loaded * threads < 0.95 * launch.loaded:
         raise ValueError(
@@ -92,11 +94,11 @@ def count_launch(launch: Launch, architecture: int) -> Count:
     )
 
 
-def instructions(compiled: Compiled, frequency: Frequency) -> tuple[dict[str, float], float]:
+def instructions(code: MachineCode, frequency: Frequency) -> tuple[dict[str, float], float]:
     """Instructions that a thread issues in the mean, by pipe, and the bytes that these load from global memory."""
     pipes: collections.Counter[str] = collections.Counter()
     loaded = 0.0
-    for weighted in weigh(MachineCode(compiled), frequency):
+    for weighted in weigh(code, frequency):
         for instruction in weighted.block.instructions:
             kind = pipe(instruction.name)
             pipes[kind] += weighted.weight
@@ -106,9 +108,9 @@ def instructions(compiled: Compiled, frequency: Frequency) -> tuple[dict[str, fl
     return dict(pipes), loaded
 
 
-def compile_launch(launch: Launch, architecture: int) -> Compiled:
+def machine_code(launch: Launch, architecture: int) -> MachineCode:
     """Compile what a launch would make Triton compile: same types, alignment and constants."""
-    kernel = _kernel(launch)
+    kernel = _kernel(launch.module, launch.kernel)
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
         kind, *value = launch.arguments.get(parameter.name, ("default", parameter.default))
@@ -130,14 +132,22 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value[0] < 2**31 else "i64"
             aligned += [parameter.name] * (value[0] % 16 == 0 and alignable)
-    return compile_kernel(kernel, signature, constants, launch.num_warps, architecture, aligned, launch.num_stages)
+    frozen = (tuple(signature.items()), tuple(constants.items()), tuple(aligned))
+    return _machine_code(launch.module, launch.kernel, *frozen, launch.num_warps, launch.num_stages, architecture)
 
 
-def _kernel(launch: Launch) -> triton.JITFunction:
+@cache
+def _machine_code(module, name, signature, constants, aligned, num_warps, num_stages, architecture) -> MachineCode:
+    arguments = (_kernel(module, name), dict(signature), dict(constants))
+    return MachineCode(compile_kernel(*arguments, num_warps, architecture, aligned, num_stages))
+
+
+@cache
+def _kernel(module: str, name: str) -> triton.JITFunction:
     # vLLM leaves Triton alone where no backend is active; the stand-in must be gone when Triton compiles.
     driver = types.SimpleNamespace(is_active=lambda: True)
     with mock.patch.dict(backends.backends, cpu=types.SimpleNamespace(driver=driver, compiler=None)):
-        kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+        kernel = getattr(importlib.import_module(module), name)
     if not isinstance(kernel, triton.JITFunction):
-        raise TypeError(f"{launch.module}.{launch.kernel} is {type(kernel).__name__}, expected a JITFunction")
+        raise TypeError(f"{module}.{name} is {type(kernel).__name__}, expected a JITFunction")
     return kernel

@@ -33,11 +33,11 @@ PIPES = {
     "local": r"LDL|STL",
     "constant": r"LDC|LDCU|ULDC",
     "shuffle": r"SHFL|VOTE|MATCH|REDUX|CREDUX",
-    "barrier": r"BAR|DEPBAR|MEMBAR|ERRBAR|WARPSYNC|FENCE|CCTL|SYNCS|ACQBULK|B2R",
+    "barrier": r"ENDCOLLECTIVE|BAR|DEPBAR|MEMBAR|ERRBAR|WARPSYNC|FENCE|CCTL|SYNCS|ACQBULK|B2R",
     "control": r"BRA|BRX|EXIT|RET|CALL|BSSY|BSYNC|BREAK|NOP|JMP|BPT|NANOSLEEP|YIELD|BMOV|WARPSYNC|PREEXIT",
     "uniform": r"U[A-Z0-9]+|R2UR|VOTEU|S2UR",
-    "integer": r"LOP3|PLOP3|LOP|SHF|SHL|SHR|ISETP|IMNMX|VIMNMX|VIMNMX3|IADD3|IADD|SEL|LEA|PRMT|IABS|SGXT|BMSK|ICMP|VIADD|"
-    r"VIADDMNMX|MOV|CS2R|MOV32I|VABSDIFF|I2FP|S2R|P2R|R2P|R2B|LEPC|ELECT|IADD2|MOVM|GETLMEMBASE",
+    "integer": r"LOP3|PLOP3|LOP|SHF|SHL|SHR|ISETP|IMNMX|VIMNMX|VIMNMX3|IADD3|IADD|SEL|LEA|PRMT|IABS|SGXT|BMSK|ICMP|"
+    r"VIADD|VIADDMNMX|MOV|CS2R|MOV32I|VABSDIFF|I2FP|S2R|P2R|R2P|R2B|LEPC|ELECT|IADD2|MOVM|GETLMEMBASE",
 }
 _PIPES = {name: re.compile(f"(?:{pattern})$") for name, pattern in PIPES.items()}
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
@@ -214,9 +214,7 @@ def _parse(text: str, frames: list[tuple[Frame, ...]]) -> tuple[list[Instruction
         elif found := _INSTRUCTION.match(line):
             words = re.match(r"(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*)", found[2])
             where = frames[ptx_line] if ptx_line < len(frames) else ()
-            instructions.append(
-                Instruction(int(found[1], 16), words[1] or "", words[2], words[3], ptx_line, where)
-            )
+            instructions.append(Instruction(int(found[1], 16), words[1] or "", words[2], words[3], ptx_line, where))
     if not instructions:
         raise ValueError("nvdisasm printed no instructions")
     return instructions, labels

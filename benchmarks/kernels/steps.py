@@ -50,7 +50,7 @@ class Step:
 def record(steps: list[Step]) -> list[list[Launch]]:
     """Launches of each step, from one process that interprets."""
     question = json.dumps([dataclasses.asdict(step) for step in steps])
-    env = os.environ | {"TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-m", __name__], input=question, env=env, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"the interpreter's process failed:\n{ended.stderr[-4000:]}")
@@ -65,9 +65,9 @@ def launches_of(step: Step) -> list[Launch]:
     call: Callable[[], object] = lambda: implementation.call(0)  # noqa: E731
     if step.case.temperature == 0:
         call = implementation.greedy
-    with _as_on_a_gpu() if step.who == STOCK else contextlib.nullcontext():
-        with watch(step.case.batch, len(inputs.batch.logits), step.requests) as launches:
-            call()
+    on_a_gpu = _as_on_a_gpu() if step.who == STOCK else contextlib.nullcontext()
+    with on_a_gpu, watch(step.case.batch, len(inputs.batch.logits), step.requests) as launches:
+        call()
     return launches
 
 

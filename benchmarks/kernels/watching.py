@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
@@ -250,19 +251,34 @@ def _log1p(value):
 class _TorchOperations(TorchDispatchMode):
     """Records operations that launch a kernel on a GPU: those that compute or copy, not views or allocations."""
 
-    WITHOUT_LAUNCH = ("view", "empty", "as_strided", "slice", "select", "expand", "detach", "alias", "unsqueeze", "set_")
-    WITHOUT_LAUNCH += ("squeeze", "permute", "transpose", "t", "reshape", "split", "unbind", "lift_fresh", "resize_")
+    WITHOUT_LAUNCH = (
+        *(
+            "view",
+            "empty",
+            "empty_like",
+            "empty_strided",
+            "as_strided",
+            "slice",
+            "select",
+            "expand",
+            "detach",
+            "alias",
+            "unsqueeze",
+            "set_",
+        ),
+        *("squeeze", "permute", "transpose", "t", "reshape", "split", "unbind", "lift_fresh", "resize_"),
+    )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         plain = name.removeprefix("_").removeprefix("new_")
-        if _recorder.current is None and not plain.startswith(self.WITHOUT_LAUNCH):
-            flat = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-            read = flat[1:] if name.endswith("_") else flat
-            outputs = [value for value in torch.utils._pytree.tree_leaves(result) if isinstance(value, torch.Tensor)]
-            launch = Launch("", name)
-            launch.loaded = float(sum(value.numel() * value.element_size() for value in read))
-            launch.stored = float(sum(value.numel() * value.element_size() for value in outputs))
-            _recorder.launches.append(launch)
+        if _recorder.current is None and plain not in self.WITHOUT_LAUNCH:
+            read = _tensors((args, kwargs))[name.endswith("_") :]
+            loaded, stored = (float(sum(each.nbytes for each in tensors)) for tensors in (read, _tensors(result)))
+            _recorder.launches.append(Launch("", name, loaded=loaded, stored=stored))
         return result
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
