@@ -55,7 +55,7 @@ def record(steps: list[Step]) -> list[list[Launch]]:
     if ended.returncode:
         raise RuntimeError(f"the interpreter's process failed:\n{ended.stderr[-4000:]}")
     answer = json.loads(ended.stdout.splitlines()[-1])
-    return [[_from_json(launch) for launch in launches] for launches in answer]
+    return [[Launch.from_json(launch) for launch in launches] for launches in answer]
 
 
 def launches_of(step: Step) -> list[Launch]:
@@ -119,23 +119,12 @@ def _as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def _to_json(launch: Launch) -> dict:
-    fields = {field.name: getattr(launch, field.name) for field in dataclasses.fields(launch)}
-    return fields | {"counts": list(launch.counts.items())}
-
-
-def _from_json(fields: dict) -> Launch:
-    counts = {(tuple(calls), line, kind): number for (calls, line, kind), number in fields["counts"]}
-    arguments = {name: tuple(value) for name, value in fields["arguments"].items()}
-    return Launch(**fields | {"counts": counts, "arguments": arguments, "grid": tuple(fields["grid"])})
-
-
 def main() -> None:
     install()
     asked = [Step(**fields | {"case": Case(**fields["case"])}) for fields in json.load(sys.stdin)]
     if any(step.who != OURS for step in asked):
         peers.prepare(torch.device("cpu"))
-    print(json.dumps([[_to_json(launch) for launch in launches_of(step)] for step in asked]))
+    print(json.dumps([[launch.as_json() for launch in launches_of(step)] for step in asked]))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ class Launch:
     def programs(self) -> int:
         return int(np.prod(self.grid))
 
+    def as_json(self) -> dict:
+        """As an object that JSON holds; ``from_json`` turns it back."""
+        return {**vars(self), "counts": list(self.counts.items())}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Launch:
+        counts = {(tuple(calls), line, kind): number for (calls, line, kind), number in fields["counts"]}
+        arguments = {name: tuple(value) for name, value in fields["arguments"].items()}
+        return cls(**fields | {"counts": counts, "arguments": arguments, "grid": tuple(fields["grid"])})
+
 
 class _Recorder:
     """Where the patches below report; one at a time."""

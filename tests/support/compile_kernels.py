@@ -5,18 +5,13 @@ Without `all`, the sigmoid method's variants are compiled on 90 only, for bf16, 
 of the time.
 """
 
-import contextlib
-import io
 import itertools
 import json
-import re
 import sys
 
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
 from vllm_specopt.kernels import arguments, calibrated, emission, exact, filters, row_statistics, token_output
 
 VOCAB_SIZE = 151936
@@ -97,36 +92,8 @@ def variants(with_all_sigmoid: bool, architecture: int):
         yield name, types, launches
 
 
-def compile_kernel(kernel, types: dict, constants: dict, num_warps: int, architecture: int) -> dict:
-    """Compile one kernel; arguments without a type are None. Returns registers, spilled bytes and shared memory."""
-    signature, constexprs, attrs = {}, dict(constants), {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = types[name]
-            if name in ALIGNED or (name.endswith("_ptr") and name not in arguments.UNALIGNED):
-                attrs[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name], constexprs[name] = "constexpr", None
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
-    registers = re.search(r"Used (\d+) registers", log.getvalue())
-    spills = re.findall(r"(\d+) bytes spill", log.getvalue())
-    return {
-        "registers": int(registers[1]),
-        "spilled_bytes": sum(map(int, spills)),
-        "shared_bytes": binary.metadata.shared,
-        "cubin_bytes": len(binary.asm["cubin"]),
-    }
-
-
 def main() -> None:
     architecture = int(sys.argv[1])
-    knobs.compilation.always_compile = True
-    knobs.nvidia.dump_ptxas_log = True
     seen = set()
     for variant, types, launches in variants(sys.argv[2:] == ["all"], architecture):
         for kernel, constants, num_warps in launches:
@@ -135,8 +102,16 @@ def main() -> None:
             if key in seen:
                 continue
             seen.add(key)
-            result = compile_kernel(kernel, types, constants, num_warps, architecture)
-            print(json.dumps({"kernel": kernel.__name__, "variant": variant, **result}), flush=True)
+            aligned = {name for name in used if name in ALIGNED or name.endswith("_ptr")} - set(arguments.UNALIGNED)
+            compiled = compile_kernel(kernel, types, constants, num_warps, architecture, aligned)
+            result = {
+                "kernel": compiled.name,
+                "variant": variant,
+                "registers": compiled.registers,
+                "spilled_bytes": compiled.spilled,
+                "cubin_bytes": len(compiled.cubin),
+            }
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
