@@ -86,4 +86,4 @@ def spent(step: Counted, counts: Iterable[Count], unit: str) -> float:
 
 def _where(step: Counted) -> str:
     case = step.step.case
-    return f"{step.setting}, {case.dtype}, B = {case.batch}, K = {case.num_drafts}, sm_{step.architecture}"
+    return f"{step.setting}, B = {case.batch}, K = {case.num_drafts}, sm_{step.architecture}"

@@ -34,7 +34,7 @@ SETTINGS = {
     "min-p 0.05": {"temperature": 0.7, "min_p": 0.05},
     "greedy": {"temperature": 0.0},
 }
-# Shapes in which other dtypes and flat rows are counted too.
+# Shape in which other dtypes and flat rows are counted too, and kernels are listed.
 MORE = (64, 7)
 SAMPLED = 2
 LOGIT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -76,14 +76,19 @@ class Counted:
         return model(self.counts, card, self.floor_bytes)
 
 
-def plan(shapes: Iterable[tuple[int, int]] = SHAPES, settings: Iterable[str] = tuple(SETTINGS)) -> list[tuple]:
-    """(setting, step) of everything that is counted: ours beside stock, then ours in other dtypes and on flat rows."""
+def plan(
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    settings: Iterable[str] = tuple(SETTINGS),
+    more: tuple[int, int] = MORE,
+) -> list[tuple[str, Step]]:
+    """(setting, step) of everything that is counted: ours beside stock; in shape ``more`` also ours in other dtypes and
+    on flat rows."""
     steps = []
     for name in settings:
         for batch, num_drafts in shapes:
             case = Case(batch, num_drafts, **SETTINGS[name])
             steps += [(name, Step(who, case, sampled=SAMPLED)) for who in (OURS, STOCK)]
-            if (batch, num_drafts) != MORE:
+            if (batch, num_drafts) != more:
                 continue
             steps += [
                 (f"{name}, {dtype}", Step(OURS, replace(case, dtype=dtype), sampled=SAMPLED))
@@ -95,7 +100,9 @@ def plan(shapes: Iterable[tuple[int, int]] = SHAPES, settings: Iterable[str] = t
 
 
 def count_steps(
-    planned: list[tuple], architectures: Iterable[int] = ARCHITECTURES, tell: Callable[[str], None] = lambda text: None
+    planned: list[tuple[str, Step]],
+    architectures: Iterable[int] = ARCHITECTURES,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Counted]:
     """Count steps on every architecture.
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 
 BLOCK = 1024
+SHAPE = (2, 3)
 ROUNDS = (0, 5, 8, 2)
 
 
@@ -64,7 +65,7 @@ def recorded() -> list:
 def ours(settings: list[str]) -> None:
     from vllm_specopt.benchmarks.kernels import budgets, cost
 
-    planned = [item for item in cost.plan([cost.MORE], settings) if item[1].who == cost.OURS]
+    planned = [item for item in cost.plan([SHAPE], settings, SHAPE) if item[1].who == cost.OURS]
     for line in budgets.violations(cost.count_steps(planned, [90])):
         print(line)
 
