@@ -284,7 +284,7 @@ class _TorchOperations(TorchDispatchMode):
         name = function.overloadpacket.__name__
         plain = name.removeprefix("_").removeprefix("new_")
         if _recorder.current is None and plain not in self.WITHOUT_LAUNCH:
-            read = _tensors((args, kwargs))[name.endswith("_") :]
+            read = _tensors((args, kwargs))[name in ("copy_", "fill_", "zero_") :]
             loaded, stored = (float(sum(each.nbytes for each in tensors)) for tensors in (read, _tensors(result)))
             _recorder.launches.append(Launch("", name, loaded=loaded, stored=stored))
         return result
