@@ -71,38 +71,6 @@ def _ratio_test(
 
 
 @triton.jit
-def _draw(
-    rows,
-    tiles,
-    noise,
-    request,
-    pos,
-    threshold,
-    excluded,
-    purpose,
-    TILE: tl.constexpr,
-    PADDED_TILES: tl.constexpr,
-    EXCLUDES: tl.constexpr,
-):
-    """A row's token, by the random number for ``purpose``."""
-    row = request.start_row + pos
-    uniform = draw_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos), purpose)
-    return draw_token(
-        rows.ptr + row * rows.stride,
-        tiles,
-        row,
-        LOG2_E / request.temperature,
-        threshold,
-        excluded,
-        uniform,
-        rows.vocab_size,
-        TILE,
-        PADDED_TILES,
-        EXCLUDES,
-    )
-
-
-@triton.jit
 def _sampled_outcome(
     rows,
     tiles,
@@ -121,36 +89,48 @@ def _sampled_outcome(
 ):
     """What a row of a sampled request found: its token, or that the draft token survives or needs a residual."""
     outcome = tl.full((), BAD_ROW, tl.int32)
-    no_token = tl.full((), -1, tl.int32)
+    excluded = tl.full((), -1, tl.int32)
+    purpose = tl.full((), DRAW, tl.int32)
     IS_ONE_HOT: tl.constexpr = drafts.probs_ptr is None and drafts.logits_ptr is None
     is_drawn = token < 0
     if IS_ONE_HOT:
         is_drawn = is_drawn | (by_scores == 0)
+    if is_drawn == 0:
+        if by_scores:
+            if sigmoid_ptr is not None:
+                logit = load_logits(rows.ptr, (request.start_row + pos) * rows.stride + token, token >= 0)
+                survives = (logit >= threshold) & sigmoid.passes(rows, drafts, noise, sigmoid_ptr, request, pos, token)
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+                if IS_ONE_HOT:
+                    is_drawn = survives == 0
+                    excluded = token
+                    purpose = tl.full((), RESIDUAL, tl.int32)
+                else:
+                    tl.store(row_ptr + (request.start_row + pos) * ROW_COLUMNS + THRESHOLD, threshold)
+        else:
+            if not IS_ONE_HOT:
+                survives = _ratio_test(
+                    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES
+                )
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
     if is_drawn:
-        outcome = _draw(rows, tiles, noise, request, pos, threshold, no_token, DRAW, TILE, PADDED_TILES, False)
-    elif by_scores:
-        if sigmoid_ptr is not None:
-            logit = load_logits(rows.ptr, (request.start_row + pos) * rows.stride + token, token >= 0)
-            survives = (logit >= threshold) & sigmoid.passes(rows, drafts, noise, sigmoid_ptr, request, pos, token)
-            if survives:
-                outcome = token
-            elif IS_ONE_HOT:
-                outcome = _draw(rows, tiles, noise, request, pos, threshold, token, RESIDUAL, TILE, PADDED_TILES, True)
-                if outcome == BAD_ROW:
-                    # Nothing is left without the draft token.
-                    outcome = _draw(
-                        rows, tiles, noise, request, pos, threshold, no_token, RESIDUAL, TILE, PADDED_TILES, False
-                    )
-                    outcome = tl.where(outcome == token, REJECTED - token, outcome)
-            else:
-                outcome = tl.full((), NEEDS_RESIDUAL, tl.int32)
-                tl.store(row_ptr + (request.start_row + pos) * ROW_COLUMNS + THRESHOLD, threshold)
-    else:
-        if not IS_ONE_HOT:
-            survives = _ratio_test(
-                rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES
-            )
-            outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+        row = request.start_row + pos
+        uniform = draw_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos), purpose)
+        outcome = draw_token(
+            rows.ptr + row * rows.stride,
+            tiles,
+            row,
+            LOG2_E / request.temperature,
+            threshold,
+            excluded,
+            uniform,
+            rows.vocab_size,
+            TILE,
+            PADDED_TILES,
+            IS_ONE_HOT and sigmoid_ptr is not None,
+        )
+        # Nothing was left without the draft token.
+        outcome = tl.where((outcome == excluded) & (excluded >= 0), REJECTED - excluded, outcome)
     return outcome
 
 

@@ -17,7 +17,7 @@ TILE, STEPS = 1024, 8
 """Tokens of a tile, and tiles that one program sweeps; fewer where the vocabulary is small."""
 
 KEY_STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
-ROW_WARPS, FILTER_WARPS = 1, 4
+ROW_WARPS, FILTER_WARPS, RESIDUAL_WARPS = 1, 4, 4
 
 
 def tiling(vocab_size: int) -> tuple[int, int, int, int, int]:
@@ -186,5 +186,5 @@ def verify_batch(
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,
-        num_warps=1,
+        num_warps=RESIDUAL_WARPS,
     )

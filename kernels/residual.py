@@ -135,7 +135,7 @@ def residual_kernel(
 
     steps = tl.arange(0, STEPS)
     sums = tl.zeros([STEPS], tl.float32)
-    for step in tl.static_range(STEPS):
+    for step in range(STEPS):
         w, _token_ids = _tile_residual(
             group * STEPS + step,
             logits_row_ptr,

@@ -68,7 +68,7 @@ def variants(with_all: bool):
             (decide.decide_kernel, launch.FILTER_WARPS if filtered else launch.ROW_WARPS),
         ]
         if draft != "one-hot":
-            launches.append((residual.residual_kernel, 1))
+            launches.append((residual.residual_kernel, launch.RESIDUAL_WARPS))
         if draft == "one-hot" and method == "exact" and not filtered:
             launches.append((one_launch.one_launch_kernel, launch.ROW_WARPS))
         known = {
