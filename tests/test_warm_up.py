@@ -31,7 +31,7 @@ from vllm_specopt import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.config import PAPER, SpecoptConfig
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel"}
+KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel"}
 VOCAB = 60
 SEED_COUNTS = [3, 0, 2, 4]
 
