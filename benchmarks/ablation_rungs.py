@@ -12,14 +12,12 @@ On our CPU backend:
 
 - fused: each row is read once and nothing is stored, but every row is;
 - fused lazy: rows behind the first rejection are not read: the exact method;
-- fused lazy sigmoid: two numbers per draft token and the emitting row, with the paper's constants;
-- fused lazy calibrated: a tenth of the exact method's bytes per judged row, and the emitting row.
+- fused lazy sigmoid: two numbers per draft token and the emitting row, with the paper's constants.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,11 +25,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_specopt.calibration import Calibration, Model
 from vllm_specopt.config import PAPER
 from vllm_specopt.verify import verify
 
-BLOCK, SHARE = 64, 0.1 / 3
 # Target logits and what the draft adds to them: about 0.8 acceptance per token.
 SPREAD, NOISE = 4.0, 0.45
 SEGMENT = 16_384
@@ -105,16 +101,6 @@ def batch_of(vocab_size: int, num_drafts: int, num_reqs: int, seed: int = 0) -> 
         "seeds": torch.arange(num_reqs),
         "temperature": torch.ones(num_reqs),
     }
-
-
-def made_up_calibration(vocab_size: int) -> Calibration:
-    """Evenly spread blocks: of logits without structure the unread part is what the read part says."""
-    total = math.ceil(vocab_size / BLOCK)
-    count = max(1, int(SHARE * total))
-    blocks = tuple(int(block) for block in np.linspace(0, total - 1, count))
-    model = Model("random", vocab_size, "", None)
-    estimators = (((math.log(1 / SHARE - 1), 0.0, 0.0, 0.0),), ((0.0, 0.0, 0.0, 1.0),), ((0.0,) * 4, (0.0,) * 4))
-    return Calibration(vocab_size, BLOCK, blocks, (count,) * 3, estimators, 12.0, model, model)
 
 
 def requests_of(batch: dict, num_drafts: int):
@@ -211,28 +197,31 @@ def _row_reader():
     """Return a compiled loop that reads rows of a bf16 matrix as our backend does, and nothing else."""
     import numba
 
-    from vllm_specopt.cpu_kernels import BF16, TILE, _sweep
+    from vllm_specopt.cpu.memory import BF16
+    from vllm_specopt.cpu.plan import scratch_at, scratch_size
+    from vllm_specopt.cpu.rows import Row
+    from vllm_specopt.cpu.sweeps import sweep
 
     @numba.njit
-    def read(address, stride, rows, vocab, tile, tops):
-        seen = 0.0
-        for row in rows:
-            _, total = _sweep(address + 2 * row * stride, BF16, vocab, np.float32(1.0), True, tile, tops)
-            seen += total
-        return seen
+    def read(address, stride, rows, vocab):
+        memory = np.empty(scratch_size(vocab), np.uint8)
+        own, seen = scratch_at(memory.ctypes.data, vocab), 0.0
+        for i in rows:
+            row = Row(address + 2 * i * stride, np.int64(BF16), vocab, np.float32(0.0), np.int64(0))
+            _, _, mass = sweep(row, np.float32(1.0), own.sums, own.tops, np.int64(64), own.tile)
+            seen += mass
+        return seen + memory[0]
 
-    return read, TILE
+    return read
 
 
 def fused(batch: dict, num_drafts: int) -> torch.Tensor:
     """Our backend without laziness: it verifies, and then reads the rows behind the first rejections as well."""
     emitted = _ours(batch, num_drafts, None)
-    read, tile = _row_reader()
     logits = batch["logits"]
     rows = np.arange(logits.shape[0]).reshape(len(emitted), num_drafts + 1)
     skipped = rows[np.arange(num_drafts + 1) >= emitted.numpy()[:, None]]
-    scratch = np.empty(tile, np.float32), np.empty(-(-logits.shape[1] // tile), np.float32)
-    read(logits.data_ptr(), logits.stride(0), skipped, logits.shape[1], *scratch)
+    _row_reader()(logits.data_ptr(), logits.stride(0), skipped, logits.shape[1])
     return emitted
 
 
@@ -245,9 +234,8 @@ def _ours(batch: dict, num_drafts: int, method) -> torch.Tensor:
 def rungs(batch: dict, num_drafts: int) -> dict[str, Rung]:
     """Return the rungs of a batch, the baseline first."""
     vocab_size = batch["logits"].shape[1]
-    calibration = made_up_calibration(vocab_size)
 
-    def native(eager: bool = False, exact: bool = True, share: float = 0.0):
+    def native(eager: bool = False, exact: bool = True):
         def count(emitted: torch.Tensor) -> float:
             """Bytes of bf16 logits and fp32 probabilities; the emitting row is read twice."""
             judged = emitted.clamp(max=num_drafts).double().sum().item()
@@ -257,7 +245,7 @@ def rungs(batch: dict, num_drafts: int) -> dict[str, Rung]:
                 # A rejected row's first reading is its judging.
                 rows = requests * (num_drafts + 1) - emitted.double().sum().item() if eager else 0
                 return vocab_size * 2 * (judged - rejected + rows) + emitting
-            return emitting + judged * share * 6 * vocab_size
+            return emitting
 
         return count
 
@@ -269,5 +257,4 @@ def rungs(batch: dict, num_drafts: int) -> dict[str, Rung]:
         "fused": Rung(lambda: fused(batch, num_drafts), native(eager=True)),
         "fused lazy": Rung(lambda: _ours(batch, num_drafts, None), native()),
         "fused lazy sigmoid": Rung(lambda: _ours(batch, num_drafts, PAPER), native(exact=False)),
-        "fused lazy calibrated": Rung(lambda: _ours(batch, num_drafts, calibration), native(exact=False, share=SHARE)),
     }

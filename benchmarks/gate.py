@@ -9,7 +9,7 @@ import torch
 from vllm_specopt.benchmarks.inputs import Inputs
 from vllm_specopt.benchmarks.peers import Implementation
 from vllm_specopt.config import PAPER
-from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.testing import MARGIN
 from vllm_specopt.verify import Verified
 
@@ -34,7 +34,7 @@ def check_reference(inputs: Inputs, implementation: Implementation) -> None:
     step = max(1, inputs.case.batch // NUM_REFERENCED)
     for request in range(0, inputs.case.batch, step):
         arguments, keywords = _request(inputs, request)
-        reference = exact_verify_ref(*arguments, **keywords, sigmoid=PAPER if implementation.is_lossy else None)
+        reference = verify_ref(*arguments, **keywords, sigmoid=PAPER if implementation.is_lossy else None)
         emitted = _tokens(found, request)
         expected = reference.token_ids[0, : reference.num_sampled[0]].tolist()
         if reference.margin[0] >= MARGIN and emitted != expected:

@@ -15,7 +15,7 @@ from pathlib import Path
 from vllm_specopt.benchmarks import quality_scores
 from vllm_specopt.benchmarks.engine_ab import ENV
 
-TARGET, DRAFT, EXACT, CALIBRATED = "target", "draft", "exact", "calibrated"
+TARGET, DRAFT, EXACT = "target", "draft", "exact"
 SCALES = (1e1, 1e3, 1e4, 1e5)
 TEXTS_SHOWN = 3
 BATCHED_TOKENS = 4096
@@ -35,18 +35,15 @@ class Arm:
         return self.option is not None
 
 
-def arms(calibration: Path | None) -> tuple[Arm, ...]:
-    """All arms, the calibrated one where there is a calibration."""
-    found = [Arm(TARGET), Arm(DRAFT), Arm(EXACT, {"method": "exact"})]
-    found += [
-        Arm(
-            f"sigmoid-{scale:.0e}".replace("+0", ""), {"method": "sigmoid", "sigmoid": {"alpha": -scale, "beta": scale}}
-        )
-        for scale in SCALES
-    ]
-    if calibration:
-        found.append(Arm(CALIBRATED, {"method": "sigmoid", "sigmoid": {"calibration": str(calibration)}}))
-    return tuple(found)
+def arms() -> tuple[Arm, ...]:
+    """All arms."""
+    scaled = {f"sigmoid-{scale:.0e}".replace("+0", ""): scale for scale in SCALES}
+    return (
+        Arm(TARGET),
+        Arm(DRAFT),
+        Arm(EXACT, {"method": "exact"}),
+        *(Arm(name, {"method": "sigmoid", "sigmoid": {"alpha": -x, "beta": x}}) for name, x in scaled.items()),
+    )
 
 
 @dataclass(frozen=True)

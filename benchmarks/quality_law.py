@@ -1,47 +1,45 @@
 """How far the law of the first emitted token leaves the target's, in an engine that serves: whole rows, in float64.
 
-The rows are those that the engine itself judges, taken where the model runner hands them to
-:func:`vllm_specopt.verify.verify`; nothing is sampled (see ``cli/calibrate_law.py``).
+Nothing is sampled: a token is emitted by being drafted and accepted, or by being drawn from the residual after a
+rejection. The rows are those that the engine itself verifies (``quality_rows.py``).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.special import expit, logsumexp
 
-from vllm_specopt.calibration import Calibration
-from vllm_specopt.cli.calibrate_curve import Checked, constants, estimated
-from vllm_specopt.cli.calibrate_fit import Features, Rows, block_tokens
-from vllm_specopt.cli.calibrate_gather import DraftNormalisers, Reservoir, tap
-from vllm_specopt.cli.calibrate_law import plain_rule, total_variation
+from vllm_specopt.benchmarks.quality_rows import Reservoir, Row
 from vllm_specopt.config import SpecoptConfig
 
 FORMS = {"vllm_specopt.v1": "probs", "vllm_specopt.v2": "logits"}
-MAX_ROWS, MAX_ELEMENTS = 400, 10_000_000
 LOWEST = -1e4
 """Stands for a logit that is ruled out, so that no difference is undefined."""
 
 
-@contextmanager
-def judged_rows(sampler: type, vocab_size: int, seed: int) -> Iterator[Reservoir]:
-    """Sample judged rows of the engine in this process while in this context; it is slower meanwhile.
+class Rows:
+    """Verified rows with their laws.
 
-    ``sampler`` is the class of the engine's rejection sampler, one of ours.
+    Args:
+        target, draft: Logits over temperature, float64 ``[rows, vocab]``; the draft's up to a constant per row.
     """
-    from vllm.v1.spec_decode import llm_base_proposer as proposer
 
-    adapter, normalisers = sys.modules[sampler.__module__], DraftNormalisers()
-    verify, draw = adapter.verify, proposer.compute_probs_and_sample_next_token
-    reservoir = Reservoir(max(20, min(MAX_ROWS, MAX_ELEMENTS // vocab_size)), seed)
-    normalisers.watch()
-    tap(adapter, normalisers, lambda: reservoir)
-    try:
-        yield reservoir
-    finally:
-        adapter.verify, proposer.compute_probs_and_sample_next_token = verify, draw
+    def __init__(self, target: np.ndarray, draft: np.ndarray) -> None:
+        self.target, self.draft = target, draft
+        self._normalisers = logsumexp(target, axis=1), logsumexp(draft, axis=1)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def draft_log_probs(self, i: int) -> np.ndarray:
+        """Logarithms of the draft's probabilities of row i."""
+        return self.draft[i] - self._normalisers[1][i]
+
+    def laws(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The target's and the draft's probabilities of row i."""
+        return np.exp(self.target[i] - self._normalisers[0][i]), np.exp(self.draft_log_probs(i))
 
 
 def law(reservoir: Reservoir, sampler: type, config: SpecoptConfig) -> dict | None:
@@ -50,14 +48,13 @@ def law(reservoir: Reservoir, sampler: type, config: SpecoptConfig) -> dict | No
     ``tv``: total variation distance of the emitted law from the target's; ``draft_tv``: the draft's own;
     ``acceptance``: the chance that the first draft token is accepted; ``exact_acceptance``: by the exact method.
     """
-    form = FORMS[sampler.__module__]
-    kept = [row for row in reservoir.rows if row[1] is not None]
+    kept = [row for row in reservoir.rows if row is not None]
     if not kept:
         return None
-    checked = Checked(_rows(kept))
-    outcome = rule(config, form, checked)
-    found = np.array([outcome(i) for i in range(len(kept))])
-    own = np.array([total_variation(checked.draft(i), checked.target(i)) for i in range(len(kept))])
+    rows = _scaled(kept)
+    of_row = rule(config, FORMS[sampler.__module__], rows)
+    found = np.array([of_row(i) for i in range(len(kept))])
+    own = np.array([total_variation(*rows.laws(i)) for i in range(len(kept))])
     return {
         "tv": float(found[:, 0].mean()),
         "draft_tv": float(own.mean()),
@@ -67,25 +64,49 @@ def law(reservoir: Reservoir, sampler: type, config: SpecoptConfig) -> dict | No
     }
 
 
-def rule(config: SpecoptConfig, form: str, checked: Checked) -> Callable[[int], tuple[float, float]]:
-    """The (TV, acceptance) of a row under a method and its constants."""
+def rule(config: SpecoptConfig, form: str, rows: Rows) -> Callable[[int], tuple[float, float]]:
+    """The (TV, acceptance) of a row under a method and its constants; form: what the drafter hands over."""
     if config.method == "exact":
-        return lambda i: plain_rule(checked.target(i), checked.draft(i), checked.target(i), checked.draft(i))
+        return lambda i: outcome(rows.laws(i), rows.laws(i))
     chosen = config.sigmoid
-    if isinstance(chosen, Calibration):
-        tokens = block_tokens(chosen.read_blocks(form), chosen.block_size, chosen.vocab_size)
-        features = Features(form, checked.rows, tokens)
-        return estimated(form, checked, features, chosen.estimators(form), chosen.tail)
-    alphas = (chosen.target_alpha, chosen.draft_alpha)
-    return constants(form, checked, lambda i: alphas, chosen.target_beta - chosen.target_alpha, chosen.clip)
+
+    def by_scores(i: int) -> tuple[float, float]:
+        target = _score(rows.target[i], chosen.target_alpha, chosen.target_beta, chosen.clip)
+        scaled = rows.draft_log_probs(i) if form == "probs" else rows.draft[i]
+        draft = _score(scaled, chosen.draft_alpha, chosen.draft_beta, chosen.clip)
+        return outcome(rows.laws(i), (target, draft))
+
+    return by_scores
 
 
-def _rows(kept: list[tuple]) -> Rows:
-    target, draft, tokens, positions, temperatures = zip(*kept, strict=True)
+def outcome(laws: tuple[np.ndarray, np.ndarray], scores: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    """(TV, acceptance) of accepting a draft token by its scores' ratio, else drawing from max(target - draft score, 0).
+
+    laws: Probabilities of target and draft ``[vocab]``; scores: what takes their place.
+    """
+    (target, draft), (target_score, draft_score) = laws, scores
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(draft_score > 0, target_score / draft_score, 0.0)
+    accepted = draft * np.minimum(1.0, ratio)
+    residual = np.maximum(target_score - draft_score, 0.0)
+    residual = residual / residual.sum() if residual.sum() > 0 else target
+    return total_variation(accepted + (1 - accepted.sum()) * residual, target), float(accepted.sum())
+
+
+def total_variation(left: np.ndarray, right: np.ndarray) -> float:
+    """Half the sum of absolute differences of two laws ``[vocab]``."""
+    return float(0.5 * np.abs(left - right).sum())
+
+
+def _score(scaled: np.ndarray, alpha: float, beta: float, clip: bool) -> np.ndarray:
+    values = expit((scaled - alpha) / (beta - alpha))
+    return np.where(scaled < alpha, 0.0, np.where(scaled > beta, 1.0, values)) if clip else values
+
+
+def _scaled(kept: Sequence[Row]) -> Rows:
     # The two models' vocabularies may be padded to different sizes.
-    width = min(len(row) for row in draft)
-    temperatures = np.array(temperatures)
-    scaled = np.stack([row[:width] for row in target]).astype(np.float64) / temperatures[:, None]
-    sides = (scaled, np.stack([row[:width] for row in draft]).astype(np.float64))
-    sides = [np.clip(np.nan_to_num(side, nan=LOWEST), LOWEST, -LOWEST) for side in sides]
-    return Rows(*sides, np.array(tokens), np.array(positions), temperatures)
+    width = min(len(row.draft) for row in kept)
+    temperatures = np.array([row.temperature for row in kept])
+    target = np.stack([row.target[:width] for row in kept]).astype(np.float64) / temperatures[:, None]
+    sides = (target, np.stack([row.draft[:width] for row in kept]).astype(np.float64))
+    return Rows(*(np.clip(np.nan_to_num(side, nan=LOWEST), LOWEST, -LOWEST) for side in sides))

@@ -54,12 +54,13 @@ def measure(llm, request: dict, temperature: float, seed: int) -> dict:
 
 def measure_law(llm, request: dict, sampler: type, temperature: float, seed: int) -> dict | None:
     """Write some of the items again, not timed, and compute the law that they were drawn from."""
-    from vllm_specopt.benchmarks.quality_law import judged_rows, law
+    from vllm_specopt.benchmarks.quality_law import law
+    from vllm_specopt.benchmarks.quality_rows import verified_rows
     from vllm_specopt.config import parse
 
     vocab_size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
     number = request["law_items"]
-    with judged_rows(sampler, vocab_size, seed) as reservoir:
+    with verified_rows(sampler, vocab_size, seed) as reservoir:
         llm.generate(request["prompts"][:number], params(request, temperature, seed)[:number], use_tqdm=False)
     return law(reservoir, sampler, parse(request["llm"]["additional_config"]))
 

@@ -32,7 +32,7 @@ from vllm_specopt.benchmarks.wide_shape import widen
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Standard deviation of the noise in the new tokens' logits, about that of the logits among rare tokens.
 NOISE = 1.0
-NUM_CALIBRATED, NUM_MEASURED, CHUNK = 256, 512, 64
+NUM_FITTED, NUM_MEASURED, CHUNK = 256, 512, 64
 INFO = "wide_pair.json"
 COPIED = ("generation_config.json", "tokenizer_config.json")
 
@@ -45,7 +45,7 @@ def make_pair(
 
     Args:
         target, draft: Folders of two Llama models that share one vocabulary.
-        prompts: Text to calibrate on (the first half) and to measure on (the second half); at least two.
+        prompts: Text to fit on (the first half) and to measure on (the second half); at least two.
         out: Folder to write to; made if it does not exist.
         vocab_size: Size to extend to; at least the original one.
         tail_mass: Probability the new tokens together hold at temperature 1, on average.
@@ -117,7 +117,7 @@ def wide_head(
     scale = NOISE / hidden.norm(dim=1).mean()
     rows = head.float()[torch.arange(original, vocab_size) % original]
     rows += scale * torch.randn(rows.shape, generator=generator)
-    sample = spread(hidden, NUM_CALIBRATED)
+    sample = spread(hidden, NUM_FITTED)
     if len(rows):
         tail = torch.cat([(part @ rows.T).logsumexp(dim=1) for part in sample.split(CHUNK)])
         odds = tail - (sample @ head.float().T).logsumexp(dim=1)

@@ -1,169 +1,326 @@
 """min-p, top-k and top-p as one threshold per row, without sorting and without writing a row.
 
-All three keep a set of largest logits, so a row's filter is a threshold: min-p keeps probabilities of at least min_p
-times the largest, top-k keeps values of at least the k-th largest, top-p keeps a value while the mass of strictly
-larger ones is below top_p of the mass kept so far. Tokens equal to the threshold are kept. The k-th largest value and
-the value where the mass crosses are found digit by digit (radix 16) over keys whose integer order is the order of the
-floats: 4 passes for bf16, 5 for fp16, 8 for fp32, each over a row that stays in the L2 cache.
+All three keep a set of largest logits: min-p keeps probabilities of at least min_p times the largest, top-k keeps
+values of at least the k-th largest, top-p keeps a value while the mass of strictly larger ones is below top_p of the
+mass kept so far. Tokens equal to the threshold are kept.
+
+Rows are long and what is kept is short: the tiles' maxima and sums bound a threshold from below, and only tiles that
+reach the bound are read. What lies between the bounds is gathered, and the threshold found among it in registers.
+Where too much lies there, passes over those tiles narrow the bounds first, three pivots at a time.
 """
 
 import triton
 import triton.language as tl
 
-from .arguments import UNALIGNED
+from .draw import load_tiles, tile_masses
+from .load import load_logits, weights
 
-RADIX_DIGITS = {"bfloat16": 4, "float16": 5, "float32": 8}
+CAPACITY = tl.constexpr(1024)
+"""Values of a row that are resolved in registers."""
 
+GROUP = tl.constexpr(4)
+"""Tiles read at once."""
 
-@triton.jit
-def load_logits(ptr, offsets, mask):
-    """Logits as fp32, NaN as -inf and -0 as 0; -inf where masked."""
-    logits = tl.load(ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.where(logits != logits, float("-inf"), logits)
-    return tl.where(logits == 0.0, 0.0, logits)
+BISECTIONS = tl.constexpr(12)
 
-
-@triton.jit
-def _order_key(logits):
-    """uint32 keys in the order of the floats."""
-    bits = logits.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) == 0, bits | 0x80000000, ~bits)
+MAX_PASSES = tl.constexpr(40)
+"""More than the order of floats needs: 6 by value, then 16 by key."""
 
 
 @triton.jit
-def _key_value(key, DIGITS: tl.constexpr):
-    """The float of a key of which the leading DIGITS radix-16 digits are known and the rest of the float is zero."""
-    REST: tl.constexpr = (1 << (32 - 4 * DIGITS)) - 1
-    bits = tl.where((key >> 31) == 1, key ^ 0x80000000, ~(key | REST))
-    return bits.to(tl.float32, bitcast=True)
+def order_key(x):
+    """int32 keys in the order of the floats; -0 and 0 are one."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    return tl.where(bits < 0, -magnitude, magnitude)
 
 
 @triton.jit
-def _crossing_value(
-    row_ptr, vocab_size, temp, row_max, floor, goal, BY_MASS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Smallest logit >= floor such that the count (or mass) of strictly larger ones >= floor is below goal.
-
-    Mass is relative to the row's maximum: exp((logit - row_max) / temp).
-    """
-    bins = tl.arange(0, 16)
-    key = tl.zeros((), tl.uint32)
-    known = tl.zeros((), tl.uint32)
-    above = tl.zeros((), tl.float32)
-    shift = tl.full((), 28, tl.uint32)
-    for _ in range(DIGITS):
-        histogram = tl.zeros([16], tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            token_ids = start + tl.arange(0, BLOCK)
-            logits = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-            keys = _order_key(logits)
-            mask = (token_ids < vocab_size) & (logits >= floor) & ((keys & known) == key)
-            weights = tl.exp((logits - row_max) / temp) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
-            weights = tl.where(mask, weights, 0.0)
-            digits = ((keys >> shift) & 15).to(tl.int32)
-            histogram += tl.sum(tl.where(digits[None, :] == bins[:, None], weights[None, :], 0.0), axis=1)
-        larger = above + tl.sum(tl.where(bins[None, :] > bins[:, None], histogram[None, :], 0.0), axis=1)
-        digit = tl.min(tl.where((larger < goal) & (histogram > 0.0), bins, 15), axis=0)
-        above = tl.sum(tl.where(bins == digit, larger, 0.0), axis=0)
-        key = key | (digit.to(tl.uint32) << shift)
-        known = known | (tl.full((), 15, tl.uint32) << shift)
-        shift = shift - 4
-    return _key_value(key, DIGITS)
+def key_value(key):
+    """The float of a key."""
+    return tl.where(key < 0, -key | -2147483648, key).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "rows_per_req"], do_not_specialize_on_alignment=UNALIGNED)
-def filter_threshold_kernel(
-    logits_ptr,  # [num_rows, vocab]
-    logits_stride,
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    state_indices_ptr,  # [num_reqs] or None
-    temperature_ptr,  # [max_reqs]
-    top_k_ptr,  # [max_reqs] or None
-    top_p_ptr,  # [max_reqs] or None
-    min_p_ptr,  # [max_reqs] or None
-    threshold_ptr,  # [num_rows] out: smallest logit kept, -inf where the request filters nothing
-    tile_max_ptr,  # [num_rows, num_tiles] out, see exact.py
-    tile_sum_ptr,  # [num_rows, num_tiles] out
-    sigmoid_ptr,  # [10] or None
-    row_shift_ptr,  # [num_rows, 2] or None, see calibrated.py: the target's becomes exact
+@triton.jit
+def _list_tiles(list_ptr, maxima, floor, PADDED_TILES: tl.constexpr):
+    """Write down which tiles hold a value above ``floor``; their number."""
+    tile_ids = tl.arange(0, PADDED_TILES)
+    listed = maxima > floor
+    places = tl.cumsum(listed.to(tl.int32), axis=0)
+    # The previous list may still be read by other warps.
+    tl.debug_barrier()
+    tl.store(list_ptr + places - 1, tile_ids, mask=listed)
+    tl.debug_barrier()
+    return tl.max(places, axis=0)
+
+
+@triton.jit
+def _load_group(row_ptr, list_ptr, start, count, vocab_size, TILE: tl.constexpr):
+    """GROUP tiles of a list, ``[GROUP, TILE]``; -inf beyond its end."""
+    places = start + tl.arange(0, GROUP)
+    tile_ids = tl.load(list_ptr + places, mask=places < count, other=0)
+    token_ids = tile_ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    return load_logits(row_ptr, token_ids, (token_ids < vocab_size) & (places < count)[:, None]), tile_ids, places
+
+
+@triton.jit
+def _gather(row_ptr, list_ptr, count, out_ptr, low, high, vocab_size, TILE: tl.constexpr):
+    """Collect the values in (low, high] of the listed tiles; their number, or some number above CAPACITY."""
+    found = tl.full((), 0, tl.int32)
+    start = tl.full((), 0, tl.int32)
+    tl.debug_barrier()
+    while (start < count) & (found <= CAPACITY):
+        x, _, _ = _load_group(row_ptr, list_ptr, start, count, vocab_size, TILE)
+        x = tl.reshape(x, [GROUP * TILE])
+        wanted = (x > low) & (x <= high)
+        places = found + tl.cumsum(wanted.to(tl.int32), axis=0)
+        tl.store(out_ptr + places - 1, x, mask=wanted & (places <= CAPACITY))
+        found = tl.max(places, axis=0)
+        start += GROUP
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size, TILE: tl.constexpr):
+    """What a row has above each of three ascending pivots, in one pass over all of it."""
+    above1 = tl.zeros([TILE], tl.float32)
+    above2 = tl.zeros([TILE], tl.float32)
+    above3 = tl.zeros([TILE], tl.float32)
+    for start in range(0, vocab_size, GROUP * TILE):
+        token_ids = start + tl.arange(0, GROUP)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
+        w = weights(x, scale, shift)
+        above1 += tl.sum((x > pivot1).to(tl.float32) * w, axis=0)
+        above2 += tl.sum((x > pivot2).to(tl.float32) * w, axis=0)
+        above3 += tl.sum((x > pivot3).to(tl.float32) * w, axis=0)
+    return tl.sum(above1, axis=0), tl.sum(above2, axis=0), tl.sum(above3, axis=0)
+
+
+@triton.jit
+def _narrow(low, high, low_measure, high_measure, pivot, above, goal):
+    """Bounds after one pivot: the threshold lies in (low, high], what lies above them measures >= goal and < goal."""
+    inside = (pivot > low) & (pivot < high)
+    raises = inside & (above >= goal)
+    lowers = inside & (above < goal)
+    low, low_measure = tl.where(raises, pivot, low), tl.where(raises, above, low_measure)
+    high, high_measure = tl.where(lowers, pivot, high), tl.where(lowers, above, high_measure)
+    return low, high, low_measure, high_measure
+
+
+@triton.jit
+def _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift):
+    """The threshold among gathered values: bisection over the order of floats."""
+    places = tl.arange(0, CAPACITY)
+    x = tl.load(values_ptr + places, mask=places < found, other=float("-inf"))
+    w = weights(x, scale, shift)
+    keys = order_key(x)
+    below = tl.max(tl.full([1], 0, tl.int64) + order_key(low), axis=0)
+    reached = tl.max(tl.full([1], 0, tl.int64) + order_key(high), axis=0)
+    while reached - below > 1:
+        middle = (below + reached) >> 1
+        above = high_measure + tl.sum(tl.where(keys > middle, w, 0.0), axis=0)
+        reached = tl.where(above < goal, middle, reached)
+        below = tl.where(above < goal, below, middle)
+    return key_value(reached.to(tl.int32))
+
+
+@triton.jit
+def _crossing(
+    row_ptr,
+    list_ptr,
+    values_ptr,
+    maxima,
+    scale,
+    top,
+    low,
+    low_measure,
+    goal,
+    reach,
     vocab_size,
-    num_tiles,
-    rows_per_req,
-    GREEDY_BELOW: tl.constexpr,
-    DIGITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KEY_STEP: tl.constexpr,
+    TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ):
-    """One program per (request, row). Writes the row's threshold and, for requests that filter, the statistics of what
-    is kept, as those of a single tile."""
-    req_idx = tl.program_id(0) // rows_per_req
-    pos = tl.program_id(0) % rows_per_req
-    start_row = tl.load(cu_num_logits_ptr + req_idx).to(tl.int64)
-    row = start_row + pos
-    if row >= tl.load(cu_num_logits_ptr + req_idx + 1):
-        return
-    state = req_idx.to(tl.int64) if state_indices_ptr is None else tl.load(state_indices_ptr + req_idx).to(tl.int64)
-    temp = tl.load(temperature_ptr + state)
-    top_k = tl.full((), 0, tl.int32) if top_k_ptr is None else tl.load(top_k_ptr + state).to(tl.int32)
-    top_p = tl.full((), 1.0, tl.float32) if top_p_ptr is None else tl.load(top_p_ptr + state)
-    min_p = tl.full((), 0.0, tl.float32) if min_p_ptr is None else tl.load(min_p_ptr + state)
-    has_top_k = (top_k >= 1) & (top_k < vocab_size)
-    has_filter = (has_top_k | (top_p < 1.0) | (min_p > 0.0)) & (temp >= GREEDY_BELOW)
-    if not has_filter:
-        tl.store(threshold_ptr + row, float("-inf"))
-        return
+    """Smallest logit above ``low`` such that what is strictly larger measures less than ``goal``.
 
-    row_ptr = logits_ptr + row * logits_stride
-    maxima = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        token_ids = start + tl.arange(0, BLOCK)
-        maxima = tl.maximum(maxima, load_logits(row_ptr, token_ids, token_ids < vocab_size))
-    row_max = tl.max(maxima, axis=0)
+    A logit measures 2^((logit - top) scale): its mass, or 1 where ``scale`` is 0. low_measure: an upper bound of what
+    lies above ``low``. reach: where ``low`` is -inf, how far below the top to look first.
+    """
+    shift = top * scale
+    high, high_measure = top, tl.zeros((), tl.float32)
+    count = _list_tiles(list_ptr, maxima, low, PADDED_TILES)
+    found = _gather(row_ptr, list_ptr, count, values_ptr, low, high, vocab_size, TILE)
+    passes = tl.full((), 0, tl.int32)
+    gap = order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
+    while (found > CAPACITY) & (gap > KEY_STEP) & (passes < MAX_PASSES):
+        pivot1, pivot2, pivot3 = low + 0.25 * (high - low), low + 0.5 * (high - low), low + 0.75 * (high - low)
+        if low == float("-inf"):
+            # Nothing is known of how far down the values go.
+            pivot1, pivot2, pivot3 = high - 16.0 * reach, high - 4.0 * reach, high - reach
+            reach = reach * 64.0
+        elif passes >= 6:
+            low_key, high_key = order_key(low).to(tl.int64), order_key(high).to(tl.int64)
+            pivot1 = key_value((low_key + (high_key - low_key) // 4).to(tl.int32))
+            pivot2 = key_value((low_key + (high_key - low_key) // 2).to(tl.int32))
+            pivot3 = key_value((low_key + (high_key - low_key) * 3 // 4).to(tl.int32))
+        above1, above2, above3 = _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size, TILE)
+        low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot1, above1, goal)
+        low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot2, above2, goal)
+        low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot3, above3, goal)
+        passes += 1
+        gap = order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
+        # No logit above the lower bound measures less than it.
+        if low_measure - high_measure <= CAPACITY * weights(low, scale, shift):
+            found = _gather(row_ptr, list_ptr, count, values_ptr, low, high, vocab_size, TILE)
+    # One value of the logits' dtype is left.
+    threshold = key_value(order_key(high) & -KEY_STEP)
+    if found <= CAPACITY:
+        threshold = _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift)
+    return threshold
 
+
+@triton.jit
+def _top_k_bound(maxima, top_k):
+    """A value below the k-th largest logit: at least k tiles, so at least k tokens, lie above it; -inf if too few."""
+    usable = maxima > float("-inf")
+    low = tl.full((), float("-inf"), tl.float32)
+    if tl.sum(usable.to(tl.int32), axis=0) >= top_k:
+        below = tl.min(tl.where(usable, maxima, float("inf")), axis=0)
+        below = key_value(order_key(below) - 1)
+        above = tl.max(maxima, axis=0)
+        for _ in range(BISECTIONS):
+            middle = below + 0.5 * (above - below)
+            enough = tl.sum((maxima > middle).to(tl.int32), axis=0) >= top_k
+            below = tl.where(enough, middle, below)
+            above = tl.where(enough, above, middle)
+        low = below
+    return low
+
+
+@triton.jit
+def _top_p_bound(maxima, masses, scale, top, goal, total, top_p, vocab_size, TILE: tl.constexpr):
+    """A value such that what lies above it weighs at least ``goal``, from the tiles' maxima and masses alone.
+
+    A tile whose maximum lies above a value c has there at least the weight of its maximum, and at least its mass less
+    TILE tokens as heavy as c.
+    """
+    shift = top * scale
+    rest = tl.maximum((total - goal) / vocab_size, 1e-30)
+    below = tl.minimum(top, (tl.log2(rest) + shift) / scale) - 1e-3 / scale
+    below = key_value(order_key(below) - 1)
+    above = top
+    peaks = weights(maxima, scale, shift)
+    masses = masses.to(tl.float32)
+    for _ in range(BISECTIONS):
+        middle = below + 0.5 * (above - below)
+        least = tl.maximum(peaks, masses - TILE * weights(middle, scale, shift))
+        enough = tl.sum(tl.where(maxima > middle, least, 0.0), axis=0) >= goal * 1.00001
+        below = tl.where(enough, middle, below)
+        above = tl.where(enough, above, middle)
+    return below
+
+
+@triton.jit
+def keep_above(
+    row_ptr,
+    tiles,
+    row,
+    list_ptr,
+    scale,
+    threshold,
+    vocab_size,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """Replace the sums of tiles that reach the threshold by those of what they keep."""
+    maxima, _ = load_tiles(tiles, row, PADDED_TILES)
+    count = _list_tiles(list_ptr, maxima, key_value(order_key(threshold) - 1), PADDED_TILES)
+    start = tl.full((), 0, tl.int32)
+    while start < count:
+        x, tile_ids, places = _load_group(row_ptr, list_ptr, start, count, vocab_size, TILE)
+        offsets = row * tiles.count + tile_ids
+        largest = tl.load(tiles.max_ptr + offsets, mask=places < count, other=0.0)
+        w = weights(x, scale, (largest * scale)[:, None])
+        sums = tl.sum(tl.where(x >= threshold, w, 0.0), axis=1)
+        tl.store(tiles.sum_ptr + offsets, sums, mask=places < count)
+        start += GROUP
+    tl.debug_barrier()
+
+
+@triton.jit
+def filter_row(
+    row_ptr,
+    tiles,
+    row,
+    filters,
+    scale,
+    list_ptr,
+    values_ptr,
+    vocab_size,
+    KEY_STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """A row's threshold; the sums of its tiles become those of what it keeps.
+
+    KEY_STEP: distance of neighbouring values of the logits' dtype in ``order_key``.
+    """
+    maxima, sums = load_tiles(tiles, row, PADDED_TILES)
+    top = tl.max(maxima, axis=0)
     threshold = tl.full((), float("-inf"), tl.float32)
-    if row_max == float("inf"):
-        threshold = row_max
-    elif row_max > float("-inf"):
-        if min_p > 0.0:
-            log_min_p = tl.log(min_p)
-            minima = tl.full([BLOCK], float("inf"), tl.float32)
-            for start in range(0, vocab_size, BLOCK):
-                token_ids = start + tl.arange(0, BLOCK)
-                logits = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-                minima = tl.minimum(minima, tl.where((logits - row_max) / temp >= log_min_p, logits, float("inf")))
-            threshold = tl.min(minima, axis=0)
-        if has_top_k:
-            kth = _crossing_value(
-                row_ptr, vocab_size, temp, row_max, float("-inf"), top_k.to(tl.float32), False, DIGITS, BLOCK
+    if top == float("inf"):
+        threshold = top
+    elif top > float("-inf"):
+        if filters.min_p > 0.0:
+            threshold = tl.minimum(top, top + tl.log2(filters.min_p) / scale)
+        if (filters.top_k >= 1) & (filters.top_k < vocab_size):
+            low = _top_k_bound(maxima, filters.top_k)
+            most = tl.full((), 0.0, tl.float32) + vocab_size
+            goal = filters.top_k.to(tl.float32)
+            kth = _crossing(
+                row_ptr,
+                list_ptr,
+                values_ptr,
+                maxima,
+                tl.zeros((), tl.float32),
+                top,
+                low,
+                most,
+                goal,
+                4.0 / scale,
+                vocab_size,
+                KEY_STEP,
+                TILE,
+                PADDED_TILES,
             )
             threshold = tl.maximum(threshold, kth)
-        if top_p < 1.0:
-            sums = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, vocab_size, BLOCK):
-                token_ids = start + tl.arange(0, BLOCK)
-                logits = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-                sums += tl.where(logits >= threshold, tl.exp((logits - row_max) / temp), 0.0)
+        if threshold > float("-inf"):
+            keep_above(row_ptr, tiles, row, list_ptr, scale, threshold, vocab_size, TILE, PADDED_TILES)
+        if filters.top_p < 1.0:
+            maxima, sums = load_tiles(tiles, row, PADDED_TILES)
+            _, masses = tile_masses(maxima, sums, scale, threshold)
+            total = tl.sum(masses, axis=0).to(tl.float32)
             # The largest value stays whatever top_p is.
-            goal = tl.maximum(top_p * tl.sum(sums, axis=0), 1e-30)
-            crossing = _crossing_value(row_ptr, vocab_size, temp, row_max, threshold, goal, True, DIGITS, BLOCK)
-            threshold = tl.maximum(threshold, crossing)
-    tl.store(threshold_ptr + row, threshold)
-
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        token_ids = start + tl.arange(0, BLOCK)
-        logits = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-        kept = (logits >= threshold) & (logits > float("-inf"))
-        sums += tl.where(kept, tl.where(logits == row_max, 1.0, tl.exp((logits - row_max) / temp)), 0.0)
-    total = tl.sum(sums, axis=0)
-    if row_shift_ptr is not None:
-        log_sum_exp = tl.where(tl.abs(row_max) < float("inf"), row_max / temp, 0.0)
-        log_sum_exp += tl.log(tl.where(total > 0.0, total, 1.0))
-        tl.store(row_shift_ptr + 2 * row, -(log_sum_exp + tl.load(sigmoid_ptr)))
-    tiles = tl.arange(0, PADDED_TILES)
-    tl.store(
-        tile_max_ptr + row * num_tiles + tiles,
-        tl.where(tiles == 0, row_max / temp, float("-inf")),
-        mask=tiles < num_tiles,
-    )
-    tl.store(tile_sum_ptr + row * num_tiles + tiles, tl.where(tiles == 0, total, 0.0), mask=tiles < num_tiles)
+            goal = tl.maximum(filters.top_p * total, 1e-30)
+            low = _top_p_bound(maxima, masses, scale, top, goal, total, filters.top_p, vocab_size, TILE)
+            if threshold > float("-inf"):
+                low = tl.maximum(low, key_value(order_key(threshold) - 1))
+            threshold = _crossing(
+                row_ptr,
+                list_ptr,
+                values_ptr,
+                maxima,
+                scale,
+                top,
+                low,
+                total,
+                goal,
+                4.0 / scale,
+                vocab_size,
+                KEY_STEP,
+                TILE,
+                PADDED_TILES,
+            )
+            keep_above(row_ptr, tiles, row, list_ptr, scale, threshold, vocab_size, TILE, PADDED_TILES)
+    return threshold

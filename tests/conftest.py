@@ -3,11 +3,15 @@
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(str(Path(__file__).parent / "engine" / "interpreter"))
+    import one_patch  # noqa: F401
 
 # A shell's background job and a worker of pytest-xdist ignore it, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, assert_matches_reference, random_batch
 from vllm_specopt.verify import verify
 
@@ -141,7 +141,7 @@ def test_rows_that_go_bad(temperature, filtered, draft):
             "min_p": torch.full((20,), 0.01),
         }
     batch.kwargs["bad_row_counter"] = torch.zeros(1, dtype=torch.int64)
-    expected = exact_verify_ref(*batch.args(), **{k: v for k, v in batch.kwargs.items() if k != "bad_row_counter"})
+    expected = verify_ref(*batch.args(), **{k: v for k, v in batch.kwargs.items() if k != "bad_row_counter"})
     on_device = batch.to(DEVICE)
     verified = verify(*on_device.args(), **on_device.kwargs, backend="triton")
     assert verified.token_ids.tolist() == expected.token_ids.tolist()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_specopt.config import SigmoidConstants
-from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.metrics import COLUMNS, COUNTERS, SECONDS, Account, Recorder, new_counters
 from vllm_specopt.testing import LOGITS, NO_DRAFT, random_batch
 from vllm_specopt.verify import verify
@@ -30,7 +30,7 @@ def test_counts_are_those_of_the_tokens_emitted(backend, draft):
     for seed in range(3):
         num_drafts = [3, 0, 5, 1, 2, 0, 4]
         batch = random_batch(seed=seed, num_drafts=num_drafts, vocab_size=50, draft=draft, temperatures=(0.0, 1.0))
-        num_sampled = exact_verify_ref(*batch.args(), **batch.kwargs).num_sampled.tolist()
+        num_sampled = verify_ref(*batch.args(), **batch.kwargs).num_sampled.tolist()
         on_device = batch.to(device)
         verified = verify(*on_device.args(), **on_device.kwargs, counters=total, backend=backend)
         assert verified.num_sampled.tolist() == num_sampled

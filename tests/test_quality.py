@@ -11,17 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_specopt.benchmarks import quality, quality_scores
-from vllm_specopt.benchmarks.quality import Plan
-from vllm_specopt.calibration import Calibration, Model, content_of
+from vllm_specopt.benchmarks.quality import Arm, Plan
+from vllm_specopt.benchmarks.quality_law import Rows, rule, total_variation
 from vllm_specopt.cli import quality_report
-from vllm_specopt.cli.calibrate_curve import Checked
-from vllm_specopt.cli.calibrate_fit import Rows
-from vllm_specopt.cli.calibrate_law import total_variation
 from vllm_specopt.cli.main import app
 from vllm_specopt.cli.quality import is_done, key
 from vllm_specopt.cli.quality_input import Options, plans, read_items
 from vllm_specopt.config import SpecoptConfig, parse
-from vllm_specopt.testing import random_calibration
 
 ROOT = Path(__file__).parents[1]
 TASKS = ROOT / "models" / "tasks"
@@ -59,11 +55,9 @@ def test_intervals_are_students():
     assert quality_scores.interval([1, None]) is None
 
 
-def checked_rows(vocab=48, rows=12):
-    rng = np.random.default_rng(0)
-    target, draft = rng.normal(0, 2, (2, rows, vocab))
-    numbers = np.zeros(rows, dtype=np.int64)
-    return Checked(Rows(target, target + 0.5 * draft, numbers, numbers, np.ones(rows)))
+def some_rows(vocab=48, rows=12):
+    target, draft = np.random.default_rng(0).normal(0, 2, (2, rows, vocab))
+    return Rows(target, target + 0.5 * draft)
 
 
 def option_of(value) -> SpecoptConfig:
@@ -72,27 +66,20 @@ def option_of(value) -> SpecoptConfig:
 
 @pytest.mark.parametrize("form", ["probs", "logits"])
 def test_laws_of_the_rules(form):
-    from vllm_specopt.benchmarks.quality_law import rule
-
-    checked = checked_rows()
-    exact = rule(option_of({"method": "exact"}), form, checked)
-    paper = rule(option_of({"method": "sigmoid", "sigmoid": {"alpha": -1e5, "beta": 1e5}}), form, checked)
-    # Every token is read, so that nothing is left to estimate: the calibrated rule is then the exact one.
-    model = Model("m", 48, "d", None)
-    whole = ((-60.0, 0.0, 0.0, 0.0),)
-    made = Calibration(48, 4, tuple(range(12)), (12, 12, 12), (whole, whole, whole * 2), 20.0, model, model)
-    calibrated = rule(SpecoptConfig("sigmoid", sigmoid=made), form, checked)
-    for i in range(len(checked.rows)):
-        own = total_variation(checked.draft(i), checked.target(i))
+    rows = some_rows()
+    exact = rule(option_of({"method": "exact"}), form, rows)
+    paper = rule(option_of({"method": "sigmoid", "sigmoid": {"alpha": -1e5, "beta": 1e5}}), form, rows)
+    for i in range(len(rows)):
+        own = total_variation(*rows.laws(i))
+        assert 0.05 < own < 0.95
         assert exact(i) == pytest.approx((0, 1 - own), abs=1e-12)
         assert paper(i) == pytest.approx((own, 1), abs=1e-3)
-        assert calibrated(i) == pytest.approx((0, 1 - own), abs=1e-6)
 
 
 def plan(**changes) -> Plan:
     values = {
         "name": "n", "target": "a/t", "draft": "a/d", "items": (("p", "one two"), ("q", "three")), "metrics": ("wer",),
-        "arms": quality.arms(None), "temperatures": (0.0, 1.0), "seeds": 2, "max_tokens": 4, "stop": (),
+        "arms": quality.arms(), "temperatures": (0.0, 1.0), "seeds": 2, "max_tokens": 4, "stop": (),
         "dtype": "auto", "draft_tokens": 4, "max_model_len": 64, "max_num_seqs": 2, "law_items": 1, "ngram": 3,
         "threads": 1, "on_cpu": True,
     }  # fmt: skip
@@ -109,10 +96,8 @@ def result(texts, law=None):
 
 
 def test_arms_are_those_of_the_paper():
-    arms = {arm.name: arm for arm in quality.arms(Path("c.json"))}
-    assert list(arms) == [
-        "target", "draft", "exact", "sigmoid-1e1", "sigmoid-1e3", "sigmoid-1e4", "sigmoid-1e5", "calibrated"
-    ]  # fmt: skip
+    arms = {arm.name: arm for arm in quality.arms()}
+    assert list(arms) == ["target", "draft", "exact", "sigmoid-1e1", "sigmoid-1e3", "sigmoid-1e4", "sigmoid-1e5"]
     assert arms["sigmoid-1e3"].option == {"method": "sigmoid", "sigmoid": {"alpha": -1e3, "beta": 1e3}}
     requests = {name: plan().request(arm)["llm"] for name, arm in arms.items()}
     assert requests["draft"]["model"] == "a/d" and requests["target"]["model"] == requests["exact"]["model"] == "a/t"
@@ -158,12 +143,12 @@ def test_the_table_holds_means_over_seeds_and_what_failed():
     assert failed[:2] == ["sigmoid-1e1", "failed"]
     assert quality_report.rows(record, 0.0)[1][1] == "0.0"
     page = quality_report.markdown(record)
-    assert "boom" in page and "No calibrated arm" in page
+    assert "boom" in page
     assert is_done(record, exact) and not is_done(record, asked.arms[3]) and not is_done(record, asked.arms[4])
 
 
 def test_a_result_of_another_sampler_is_refused():
-    exact, target = quality.arms(None)[2], quality.arms(None)[0]
+    exact, target = quality.arms()[2], quality.arms()[0]
     assert "ran the sampler" in quality.problem(target, result([]))
     assert quality.problem(exact, result([])) is None
     assert "left batches" in quality.problem(exact, result([]) | {"fallbacks": {"top-k": 1}})
@@ -211,8 +196,7 @@ def test_data_is_read_line_by_line(tmp_path):
         (["--data", "DATA"], "--data goes with a pair of models"),
         (["--task", "poems"], "no task 'poems': take transcription or summary"),
         (["--task", "summary", "--arm", "stock"], "no arm 'stock': take target, draft, exact"),
-        ([*PAIR, "--data", "DATA", "--metric", "wer", "--arm", "calibrated"], "needs a file of `specopt calibrate`"),
-        (["--task", "summary", "--calibration", "missing.json"], "missing.json"),
+        (["--task", "summary", "--arm", "calibrated"], "no arm 'calibrated': take target, draft, exact"),
         (["--task", "summary", "--temperature", "warm"], "--temperature is 'warm'"),
         (["--task", "summary", "--temperature", "0.01"], "expected 0 or numbers from 0.05 to 5"),
     ],
@@ -295,17 +279,17 @@ def test_the_readme_states_what_was_measured(name):
 
 @pytest.mark.long
 @pytest.mark.engine
-def test_shipped_models_write_and_are_scored(tmp_path):
-    wrong = tmp_path / "calibration.json"
-    wrong.write_text(json.dumps(content_of(random_calibration(1, 512))))
+def test_shipped_models_write_and_are_scored(tmp_path, monkeypatch):
+    refused = Arm("refused", {"method": "sigmoid", "sigmoid": {"alpha": 1, "beta": 1}})
+    known = quality.arms()
+    monkeypatch.setattr(quality, "arms", lambda: (*known, refused))
     arguments = ["quality", "--task", "summary", "--limit", "4", "--seeds", "2", "--max-tokens", "10", "--law-prompts"]
-    arguments += ["3", "--calibration", str(wrong), "-o", str(tmp_path / "out")]
-    arguments += [part for arm in ("exact", "sigmoid-1e4", "calibrated") for part in ("--arm", arm)]
-    ran = CliRunner().invoke(app, arguments)
-    assert ran.exit_code == 1 and "the arm calibrated failed" in ran.output, ran.output
+    arguments += ["3", "-o", str(tmp_path / "out"), "--arm", "exact", "--arm", "sigmoid-1e4"]
+    ran = CliRunner().invoke(app, [*arguments, "--arm", "refused"])
+    assert ran.exit_code == 1 and "the arm refused failed" in ran.output, ran.output
     folder = tmp_path / "out" / "summary"
     arms = json.loads((folder / "quality.json").read_text())["arms"]
-    assert str(wrong) in arms.pop("calibrated")["error"]
+    assert "specopt.sigmoid.alpha is 1.0, expected less than" in arms.pop("refused")["error"]
     for name, arm in arms.items():
         assert [run["seed"] for run in arm["runs"]] == [0, 1]
         for run in arm["runs"]:
@@ -319,6 +303,5 @@ def test_shipped_models_write_and_are_scored(tmp_path):
                 assert run["acceptance_rate"] > 0.95 > arms["exact"]["runs"][0]["acceptance_rate"]
     assert (folder / "quality.svg").stat().st_size > 1000
     before = (folder / "quality.json").read_bytes()
-    arguments = [argument for argument in arguments if argument not in ("--calibration", str(wrong))]
-    again = CliRunner().invoke(app, arguments[: arguments.index("calibrated") - 1])
+    again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0 and (folder / "quality.json").read_bytes() == before

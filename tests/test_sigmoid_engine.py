@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[1]
 DRAFT_GREEDY = {"model": str(ROOT / "models" / "specopt-draft"), "num_speculative_tokens": 3}
 DRAFT_PROBABILISTIC = {**DRAFT_GREEDY, "draft_sample_method": "probabilistic"}
 SIGMOID = {"method": "sigmoid", "sigmoid": "paper"}
-FILE = ROOT / "benchmarks" / "results" / "sigmoid-calibration" / "shipped" / "calibration.json"
-CALIBRATED = {"method": "sigmoid", "sigmoid": {"calibration": str(FILE)}}
 CHOICE = {"method": "exact", "sigmoid": "paper", "allow_per_request": True}
 CHOOSE_SIGMOID = {"extra_args": {"specopt": {"method": "sigmoid"}}}
 WARNING = "does not follow the target model's distribution"
@@ -80,7 +78,6 @@ def ran(request, tmp_path_factory):
         engine("stock", DRAFT_GREEDY, None, greedy, count),
         engine("sigmoid", DRAFT_PROBABILISTIC, SIGMOID, greedy | {"all": sampling(count, tokens, 1.0)}, count),
         engine("choice", DRAFT_GREEDY, CHOICE, batches(count, tokens), count),
-        engine("calibrated", DRAFT_PROBABILISTIC, CALIBRATED, greedy | {"all": sampling(count, tokens, 1.0)}, count),
     ]
     return request.param, *START(engines, tmp_path_factory.mktemp("engines"), request.param)
 
@@ -94,14 +91,6 @@ def test_greedy_output_equals_stock(ran):
     stock = tokens_of(results, "stock", "greedy")
     assert tokens_of(results, "sigmoid", "greedy") == stock
     assert tokens_of(results, "choice", "greedy") == stock
-    assert tokens_of(results, "calibrated", "greedy") == stock
-
-
-def test_calibrated_text_is_not_the_one_of_the_papers_constants(ran):
-    """Same seeds and drafts' law; what survives differs."""
-    _, results, _ = ran
-    pairs = zip(tokens_of(results, "sigmoid", "all"), tokens_of(results, "calibrated", "all"), strict=True)
-    assert sum(left != right for left, right in pairs) > 2
 
 
 def test_a_request_gets_the_method_it_chose_beside_others(ran):
@@ -121,8 +110,7 @@ def test_the_log_says_what_is_on_and_what_it_costs(ran):
     assert logs["sigmoid"].count(active % "sigmoid") == logs["sigmoid"].count(WARNING) == 1
     assert logs["choice"].count(active % "exact" + " per_request=allowed") == logs["choice"].count(WARNING) == 1
     assert "0.62 for every token" in logs["choice"] and "0.62 for every token" not in logs["sigmoid"]
-    assert logs["calibrated"].count(active % "sigmoid") == logs["calibrated"].count("by estimated normalisers") == 1
-    for name in ("sigmoid", "choice", "calibrated"):
+    for name in ("sigmoid", "choice"):
         assert results[name]["stock_calls"] == {} and results[name]["fallbacks"] == {}
 
 

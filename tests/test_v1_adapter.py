@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vllm_specopt import testing
-from vllm_specopt.kernels.reference import exact_verify_ref, filter_row_ref
+from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.kernels.reference.rows import filter_row_ref
 
 pytest.importorskip("vllm")
 
@@ -107,7 +108,7 @@ def test_equals_reference_token_for_token(monkeypatch, seed, draft, filters):
         seed=seed, num_drafts=[3, 0, 5, 1, 4, 4, 2], vocab_size=211, dtype=dtype, draft=draft, filters=filters,
         shuffled_state=False,
     )  # fmt: skip
-    reference = exact_verify_ref(*batch.args(), **batch.kwargs)
+    reference = verify_ref(*batch.args(), **batch.kwargs)
     counts = (batch.cu_num_logits.diff() - 1).tolist()
     metadata = spec_metadata(counts, batch.draft_token_ids)
     settings = sampling(
@@ -135,7 +136,7 @@ def test_a_step_in_which_no_request_has_a_draft(mode):
         seed=1, num_drafts=[0, 0, 0], vocab_size=97, dtype=torch.float32, filters=("top_k",), shuffled_state=False
     )
     batch.kwargs["top_k"] = torch.tensor([5, 97, 40], dtype=torch.int32)
-    reference = exact_verify_ref(*batch.args(), **batch.kwargs)
+    reference = verify_ref(*batch.args(), **batch.kwargs)
     settings = sampling(
         batch.kwargs["temperature"],
         generators_of(batch.kwargs["seeds"]),

@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
 from vllm.v1.sample.sampler import Sampler as Stock
 
 from vllm_specopt import testing
-from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.v1_sampler import Draws, Sampler, is_stock
 
 VOCAB = 211
@@ -63,7 +63,7 @@ def settings_of(batch, **changes):
 @pytest.mark.parametrize("filters", [(), ("top_k", "top_p", "min_p")], ids=["plain", "filters"])
 def test_equals_reference_token_for_token(monkeypatch, seed, filters):
     batch = batch_of(seed, filters, [torch.float32, torch.bfloat16, torch.float16][seed % 3])
-    reference = exact_verify_ref(*batch.args(), **batch.kwargs)
+    reference = verify_ref(*batch.args(), **batch.kwargs)
     before = batch.logits.clone()
     monkeypatch.setattr(torch, "empty", testing.poisoned_empty)
     output = plain_sampler(batch.kwargs["positions"])(batch.logits, settings_of(batch))

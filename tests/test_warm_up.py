@@ -29,11 +29,9 @@ from test_v1_sampler import min_p_processor
 
 from vllm_specopt import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.config import PAPER, SpecoptConfig
-from vllm_specopt.testing import random_calibration
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel"}
-CALIBRATED_KERNELS = {"row_shift_kernel", "emitting_row_kernel"}
+KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel"}
 VOCAB = 60
 SEED_COUNTS = [3, 0, 2, 4]
 
@@ -62,18 +60,14 @@ def v1_steps(probabilistic, most_drafts):
         ("sigmoid", True, 7),
         ("per-request", True, 15),
         ("custom", False, 4),
-        ("calibrated", True, 4),
-        ("calibrated per-request", True, 4),
     ],
 )
 def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, most_drafts):
     """vLLM's V1 runner has no Triton on a CPU; of the kernels only their launches count here."""
     monkeypatch.setattr(v1, "verify", functools.partial(v1.verify, backend="triton"))
-    per_request = choice.endswith("per-request")
-    method = "sigmoid" if choice in ("sigmoid", "calibrated") else "exact"
-    calibrated = choice.startswith("calibrated")
-    constants = random_calibration(5, VOCAB, block_size=4) if calibrated else PAPER
-    config = SpecoptConfig(method, sigmoid=constants if per_request or method == "sigmoid" else None,
+    per_request = choice == "per-request"
+    method = "sigmoid" if choice == "sigmoid" else "exact"
+    config = SpecoptConfig(method, sigmoid=PAPER if per_request or method == "sigmoid" else None,
                            allow_per_request=per_request)  # fmt: skip
     runner = Runner(torch.arange(999))
     sampler = type("Own", (Sampler,), {})() if choice == "custom" else Sampler()
@@ -88,7 +82,7 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
             runner.input_batch = SimpleNamespace(req_ids=list("abcd"))
             for step in v1_steps(probabilistic, most_drafts):
                 ours(*step)
-    assert {name for name, *_ in warmed} == KERNELS | (CALIBRATED_KERNELS if calibrated else set())
+    assert {name for name, *_ in warmed} == KERNELS
     assert not unexpected(served, warmed), "compiles while serving"
     assert not unexpected(warmed, served), "compiled in vain"
 

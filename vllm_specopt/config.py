@@ -4,18 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_specopt import calibration
-
 METHODS = ("exact", "sigmoid")
 ON_UNKNOWN_VLLM = ("error", "stock")
 ALLOWED = {"method": METHODS, "on_unknown_vllm": ON_UNKNOWN_VLLM}
 REQUEST_KEY = "specopt"
 # Single precision must hold the constants, and tell alpha from beta.
 _LARGEST, _NARROWEST = 1e30, 1e-6
-_CONSTANTS = (
-    '"paper" (alpha -1e4, beta 1e4, those of the paper\'s released code), {"alpha": ..., "beta": ...} or '
-    '{"calibration": FILE}'
-)
+_CONSTANTS = '"paper" (alpha -1e4, beta 1e4, those of the paper\'s released code) or {"alpha": ..., "beta": ...}'
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,15 @@ class SpecoptConfig:
     method: How draft tokens are verified; one of ``METHODS``.
     on_unknown_vllm: What to do on a vLLM this version was not checked against: ``error`` stops at startup, ``stock``
         runs vLLM's own sampler with a warning.
-    sigmoid: Constants of the sigmoid method; None where nothing can use them. Given as ``"paper"`` (:data:`PAPER`),
-        as ``{"alpha": ..., "beta": ...}``, the same for both models, or as ``{"calibration": FILE}``, written by
-        ``specopt calibrate``. They have no default: they decide how far the output may leave the target's distribution.
+    sigmoid: Constants of the sigmoid method; None where nothing can use them. Given as ``"paper"`` (:data:`PAPER`)
+        or as ``{"alpha": ..., "beta": ...}``, the same for both models. They have no default: they decide how far the
+        output may leave the target's distribution.
     allow_per_request: Whether a request may choose another method than the engine's, see :func:`requested_method`.
     """
 
     method: str
     on_unknown_vllm: str = "error"
-    sigmoid: SigmoidConstants | calibration.Calibration | None = None
+    sigmoid: SigmoidConstants | None = None
     allow_per_request: bool = False
 
 
@@ -123,16 +118,11 @@ def requested_method(extra_args: Any) -> str | None:
     return choice
 
 
-def _sigmoid_constants(value: Any) -> SigmoidConstants | calibration.Calibration:
+def _sigmoid_constants(value: Any) -> SigmoidConstants:
     if value == "paper":
         return PAPER
     if not isinstance(value, Mapping):
         raise ValueError(f"specopt.sigmoid is {value!r}, expected {_CONSTANTS}")
-    if "calibration" in value:
-        _known_keys("specopt.sigmoid", value, ["calibration"])
-        if not isinstance(value["calibration"], str):
-            raise ValueError(f"specopt.sigmoid.calibration is {value['calibration']!r}, expected a file's name")
-        return calibration.load(value["calibration"])
     _known_keys("specopt.sigmoid", value, ["alpha", "beta"])
     for key in ("alpha", "beta"):
         if key not in value:

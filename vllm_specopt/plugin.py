@@ -25,7 +25,6 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_specopt import compat, metrics
-from vllm_specopt.calibration import Calibration, check_models
 from vllm_specopt.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
 from vllm_specopt.verify import MAX_DRAFT_TOKENS, backend_name
 
@@ -80,8 +79,6 @@ def validate(vllm_config) -> SpecoptConfig | None:
             f"specopt: {unknown}; install a vllm-specopt that knows this vLLM, or set "
             '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
         )
-    if isinstance(config.sigmoid, Calibration):
-        check_models(config.sigmoid, vllm_config)
     return config
 
 
@@ -348,9 +345,7 @@ def _log_active(runner: str, config: SpecoptConfig, device, backend: str, specul
     logger.warning(
         "specopt: the output of %s does not follow the target model's distribution at temperature > 0: %s",
         who,
-        f"draft tokens are judged by estimated normalisers; {config.sigmoid.path} says how far that leads"
-        if isinstance(config.sigmoid, Calibration)
-        else "drafts come without probabilities here, so a draft token survives with its target score as the "
+        "drafts come without probabilities here, so a draft token survives with its target score as the "
         "probability (0.62 for every token with the paper's constants)"
         if certain
         else "wherever scores of the two models are close, nearly every draft token survives, and the text becomes the "

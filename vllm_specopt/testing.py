@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_specopt.calibration import Calibration, Model
-from vllm_specopt.kernels.reference import exact_verify_ref
+from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.verify import Verified, verify
 
-MARGIN = 5e-5
+MARGIN = 1e-5
 """Two outcomes closer than this (relative) may come out either way in single precision: fp32 sums over a row of 2e5
 tokens and their logarithms carry relative errors of about 1e-6, and scores of up to 30 nats 2e-6."""
 
@@ -120,23 +119,6 @@ def random_batch(
     return Batch(logits, cu, drafts.to(torch.int32 if seed % 2 else torch.int64), width - 1, kwargs)
 
 
-def random_calibration(
-    seed: int, vocab_size: int, *, block_size: int = 8, share: float = 0.2, tail: float = 12.0, constant: float = 0.3
-) -> Calibration:
-    """A calibration with random blocks and made-up estimators; ``constant`` moves all of the target's."""
-    count = -(-vocab_size // block_size)
-    generator = torch.Generator().manual_seed(seed)
-    blocks = tuple(torch.randperm(count, generator=generator)[: int(share * count)].tolist())
-    counts = (len(blocks), (len(blocks) + 1) // 2, len(blocks))
-    coefficients = (
-        ((constant, 0.2, -0.05, 0.0),),
-        ((constant, -0.1, -0.02, 0.9),),
-        ((constant, 0.1, -0.05, 0.03), (0.1, 0.2, -0.03, 0.02)),
-    )
-    model = Model("model", vocab_size, "digest", None)
-    return Calibration(vocab_size, block_size, blocks, counts, coefficients, tail, model, model)
-
-
 def poisoned_empty(*args, **kwargs) -> torch.Tensor:
     """``torch.empty`` with contents that a reader would stumble over: NaN, or an impossible id."""
     tensor = _EMPTY(*args, **kwargs)
@@ -157,7 +139,7 @@ def assert_matches_reference(batch: Batch, backend: str, device: str = "cpu") ->
     Raises:
         AssertionError: A token id or count differs, or an id is out of range.
     """
-    reference = exact_verify_ref(
+    reference = verify_ref(
         *batch.args(), **{k: v for k, v in batch.kwargs.items() if k not in ("token_dtype", "bad_row_counter")}
     )
     on_device = batch.to(device)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_specopt.calibration import Calibration
 from vllm_specopt.config import SigmoidConstants
 
 MAX_DRAFT_TOKENS = 128
@@ -53,7 +52,7 @@ def verify(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
-    sigmoid: SigmoidConstants | Calibration | None = None,
+    sigmoid: SigmoidConstants | None = None,
     sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
     counters: torch.Tensor | None = None,  # [>= 2, 8]
     token_dtype: torch.dtype = torch.int64,
@@ -72,12 +71,6 @@ def verify(
     the place of both probabilities, so that judging a draft token reads two numbers and no row. The token that follows
     a rejection is drawn from the normalised ``max(target_score_i - draft_score_i, 0)``, or from the target's law where
     that is empty. The emitted tokens do NOT follow the target's law.
-
-    Calibrated sigmoid: beta - alpha = 1, and alpha is estimated for each row from a small part of the vocabulary, so
-    that a ratio of scores is nearly one of probabilities (``kernels/calibrated.py``). The token that follows a
-    rejection is drawn from the normalised ``max(target_prob - min(draft_prob, cap * target_prob), 0)``, with cap the
-    true ratio of the normalisers over the estimated one. The emitted tokens follow the target's law but for the mass
-    that estimates below the true normaliser accept in excess.
 
     Args:
         logits: Raw target logits, bf16, fp16 or fp32; unit stride along the vocabulary, any row stride. Not modified.
@@ -108,9 +101,6 @@ def verify(
             scores 0 on either side is rejected. With ``draft_probs`` their logarithm stands in for z / T. With
             one-hot drafts, a case the paper does not have, the draft token's own score is 1: it survives with
             probability ``target_score(x)``, and the token that follows a rejection has the target's law without x.
-            A :class:`~vllm_specopt.calibration.Calibration` in their place estimates alpha row by row: then a one-hot
-            draft's own score is that of probability 1, and a request with top-k, top-p or min-p, whose rows are read
-            anyway, is judged by the target's true normaliser.
         sigmoid_requests: bool, which entries follow the sigmoid method. None: all. Needs ``sigmoid``.
         counters: int64, row 0 (requests verified exactly, the greedy ones included) and row 1 (by sigmoid) increased
             by the number of draft tokens accepted, of recovered tokens, of bonus tokens (of requests with draft
@@ -126,15 +116,8 @@ def verify(
     num_reqs = _check(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend", "sigmoid")})
     if sigmoid is None and sigmoid_requests is not None:
         raise ValueError("sigmoid is None, expected SigmoidConstants (sigmoid_requests is given)")
-    constants, blocks, block_size = None, None, 0
-    if isinstance(sigmoid, Calibration):
-        form = "probs" if draft_probs is not None else "one_hot" if draft_logits is None else "logits"
-        if sigmoid.vocab_size > logits.shape[1]:
-            raise ValueError(f"sigmoid was calibrated for {sigmoid.vocab_size} tokens, logits has {logits.shape[1]}")
-        block_size = sigmoid.block_size
-        if temperature is not None:
-            constants, blocks = _calibration_tensors(sigmoid, form, logits.device)
-    elif sigmoid is not None:
+    constants = None
+    if sigmoid is not None:
         constants = _sigmoid_tensor(sigmoid, draft_probs is not None, logits.device)
     if token_dtype not in INDEX_DTYPES:
         raise ValueError(f"token_dtype is {token_dtype}, expected one of {_names(INDEX_DTYPES)}")
@@ -158,8 +141,6 @@ def verify(
             bad_row_counter=bad_row_counter,
             sigmoid=None if temperature is None else constants,
             sigmoid_requests=None if temperature is None else sigmoid_requests,
-            blocks=blocks,
-            block_size=block_size,
             counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
@@ -184,10 +165,10 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 def _backend(name: str):
     if name == "cpu":
-        from vllm_specopt.cpu import exact_verify
+        from vllm_specopt.cpu import verify_batch
     else:
-        from vllm_specopt.kernels.exact import exact_verify
-    return exact_verify
+        from vllm_specopt.kernels.launch import verify_batch
+    return verify_batch
 
 
 @functools.lru_cache(maxsize=32)
@@ -209,14 +190,6 @@ def _sigmoid_tensor(constants: SigmoidConstants, draft_is_probs: bool, device: t
     target, draft = sides
     values = [*target, *draft, draft[0] - target[0], draft[1] - target[1]]
     return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)
-
-
-@functools.lru_cache(maxsize=32)
-def _calibration_tensors(calibration: Calibration, form: str, device: torch.device):
-    """Coefficients fp32 ``[10]`` and first tokens of the blocks int32, kept like :func:`_sigmoid_tensor`'s."""
-    coefficients = torch.tensor(calibration.packed(form), dtype=torch.float32, device=device)
-    starts = [block * calibration.block_size for block in calibration.read_blocks(form)]
-    return coefficients, torch.tensor(starts, dtype=torch.int32, device=device)
 
 
 def _names(dtypes) -> str:

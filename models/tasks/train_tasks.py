@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import math
 import platform
@@ -28,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from train import save  # noqa: E402
 
-MAX_POSITIONS, VOCAB_MULTIPLE, IGNORED, NUM_PROMPTS = 256, 32, -100, 64
+MAX_POSITIONS, VOCAB_MULTIPLE, IGNORED = 256, 32, -100
 TASKS = ("transcription", "summary")
 SHAPES = {
     "target": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -171,7 +170,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--distillation-weight", type=float, default=0.5)
     parser.add_argument("--held-out", type=int, default=120, help="examples to write and measure on")
-    parser.add_argument("--data-only", action="store_true", help="write eval.jsonl and prompts.jsonl, train nothing")
+    parser.add_argument("--data-only", action="store_true", help="write eval.jsonl, train nothing")
     parser.add_argument("--draft-only", action="store_true", help="keep the target that is there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -188,12 +187,9 @@ def main() -> None:
         clean_up_tokenization_spaces=False,
     )
     held_out = task.held_out(args.held_out, random.Random(f"held-out {args.seed}"))
-    # A calibration must not see what it is measured on: its prompts are of the kind that was trained on.
-    shown = itertools.islice(task.training(random.Random(f"prompts {args.seed}")), NUM_PROMPTS)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, examples in (("eval", held_out), ("prompts", shown)):
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"prompt": p, "reference": r}) + "\n" for p, r in examples)
+    with (folder / "eval.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"prompt": p, "reference": r}) + "\n" for p, r in held_out)
     if args.data_only:
         return
 

@@ -99,7 +99,7 @@ def compared_with_reference(result: dict):
     ``close``: requests that the reference calls too close to tell. ``accepted`` and ``recovered`` tokens, ``bonus``.
     """
     from vllm_specopt import testing, v2
-    from vllm_specopt.kernels.reference import exact_verify_ref
+    from vllm_specopt.kernels.reference import verify_ref
 
     found = result.setdefault(
         "reference", dict.fromkeys(("requests", "sampled", "close", "differ", "accepted", "recovered", "bonus"), 0)
@@ -110,7 +110,7 @@ def compared_with_reference(result: dict):
         verified = verify(*args, **kwargs)
         for name in ("bad_row_counter", "counters", "backend"):
             kwargs.pop(name)
-        reference = exact_verify_ref(*args, **kwargs)
+        reference = verify_ref(*args, **kwargs)
         drafted = args[1].diff() - 1
         for request, margin in enumerate(reference.margin):
             accepted = int(verified.num_sampled[request]) - 1

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import vllm_specopt
-from vllm_specopt.cli import measuring, sigmoid
+from vllm_specopt.cli import measuring
 from vllm_specopt.cli.errors import told
 
 app = typer.Typer(
@@ -61,10 +61,10 @@ def demo(
 
 
 app.command()(measuring.bench)
+app.command()(measuring.cost)
 app.command()(measuring.bench_engine)
 app.command()(measuring.ab)
-app.command()(sigmoid.calibrate)
-app.command()(sigmoid.quality)
+app.command()(measuring.quality)
 
 
 @app.command()

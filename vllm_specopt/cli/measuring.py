@@ -1,4 +1,4 @@
-"""The commands `specopt bench`, `bench-engine` and `ab`: their options and help."""
+"""The commands `specopt bench`, `bench-engine`, `ab` and `quality`: their options and help."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def bench(
 
     with told("bench"):
         code = run(suite, case, out, device, repeats, threads, minutes, list_)
+    raise typer.Exit(code)
+
+
+def cost(
+    out: Annotated[Path, typer.Option(help="Folder for cost.csv and cost.json.")] = Path("reports/cost"),
+    case: Annotated[str | None, typer.Option(help="Only settings whose name contains this.")] = None,
+    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; repeat it. (default: all three)")] = None,
+) -> None:
+    """Count what verification costs on a GPU, ours beside vLLM's V2 kernels, from machine code; needs no GPU.
+
+    Compiles every kernel, counts the instructions it issues by pipe, and models a time per card, which is never a
+    measurement. Exit status: 0, 1 one of our kernels exceeds its budget, 2 bad input.
+    """
+    from vllm_specopt.cli.cost import run
+
+    with told("cost"):
+        code = run(out, case, arch or [80, 90, 100])
     raise typer.Exit(code)
 
 
@@ -203,4 +220,71 @@ def ab(
             gpus = (0 if settings.plan.on_cpu else 1) if ray_gpus is None else ray_gpus
             cluster = Cluster(ray_address, Slot(gpus, ray_cpus))
         code = run(settings, sys.argv[1:], cluster)
+    raise typer.Exit(code)
+
+
+def quality(
+    target: Annotated[
+        str | None, typer.Argument(help="Target model, a folder or owner/name. (default: those of the tasks)")
+    ] = None,
+    draft: Annotated[str | None, typer.Argument(help="Draft model, a folder or owner/name.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='JSON lines with "prompt" and "reference"; no chat template is applied.')
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="wer or rouge; repeat it.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A shipped task, transcription or summary; repeat it. (default: both)")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="target, draft, exact, sigmoid-1e1, sigmoid-1e3, sigmoid-1e4 or sigmoid-1e5; repeat it. (default: all)"
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Texts per item, arm and temperature above 0.")] = 5,
+    temperature: Annotated[str, typer.Option(help="Temperatures, with commas between.")] = "1",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per text at most. (default: 128, or by task)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first lines only.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a text; repeat it.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="vLLM's --dtype. (default: auto; float32 for the shipped tasks)")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(min=1, max=128, help="Draft tokens per step.")] = 4,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=8, help="vLLM's --max-model-len. (default: the models' own, at most 4096)")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
+    law_prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts per seed that are run again for the TV column; 0 leaves it out.")
+    ] = 16,
+    ngram: Annotated[int, typer.Option(min=1, help="Words per n-gram of the repetition rate.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Torch threads on a CPU. (default: cores less one, as vLLM)")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the record, its page and plot.")] = Path(
+        "reports/quality"
+    ),
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Drop the record in the folder, or go on with it.")
+    ] = False,
+) -> None:
+    """Score what a pair of models writes: alone, verified exactly, and by sigmoid at every scale.
+
+    One vLLM engine per arm writes all texts of all seeds; jiwer or rouge-score scores them, and the target alone tells
+    their perplexity. Without models the shipped tasks are run. Leaves quality.json, quality.md and quality.svg. Run the
+    same line again to go on after an interruption. Exit status: 0 all measured, 1 an arm failed, 2 bad input.
+    """
+    from vllm_specopt.cli.quality import run
+    from vllm_specopt.cli.quality_input import Options
+
+    with told("quality"):
+        options = Options(
+            target=target, draft=draft, data=data, metrics=metric or [], tasks=task or [], arms=arm or [],
+            seeds=seeds, temperature=temperature, max_tokens=max_tokens, limit=limit, stop=stop or [], dtype=dtype,
+            draft_tokens=draft_tokens, max_model_len=max_model_len, concurrency=concurrency, law_prompts=law_prompts,
+            ngram=ngram, threads=threads,
+        )  # fmt: skip
+        code = run(options, out, fresh, sys.argv[1:])
     raise typer.Exit(code)

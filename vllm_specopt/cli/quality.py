@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -81,13 +80,8 @@ def _record(plan: Plan, folder: Path, fresh: bool, argv: list[str]) -> dict:
 
 
 def key(arm: Arm) -> str:
-    """What an arm is known by in a record: its option, and the bytes of its calibration file."""
-    option = json.loads(json.dumps(arm.option))
-    chosen = (option or {}).get("sigmoid", {})
-    if "calibration" in chosen:
-        path = Path(chosen["calibration"])
-        chosen["calibration"] = f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    return json.dumps(option)
+    """What an arm is known by in a record: its option."""
+    return json.dumps(arm.option)
 
 
 def is_done(record: dict, arm: Arm) -> bool:
@@ -160,7 +154,7 @@ def _call(plan: Plan, request: dict, scratch: Path, progress: Stages) -> dict:
 
 def _write(record: dict, folder: Path) -> None:
     """Replace the record as a whole, so that an interruption leaves the old one."""
-    path, names = folder / RECORD, [arm.name for arm in quality.arms(Path(quality.CALIBRATED))]
+    path, names = folder / RECORD, [arm.name for arm in quality.arms()]
     record["arms"] = {name: record["arms"][name] for name in names if name in record["arms"]}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")

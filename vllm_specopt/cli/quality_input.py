@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_specopt import calibration as calibrations
 from vllm_specopt.benchmarks import quality, quality_scores
 from vllm_specopt.benchmarks.engine_ab import CHECKOUT, installed
 from vllm_specopt.benchmarks.quality import Arm, Plan
-from vllm_specopt.cli.calibrate import _model as model_of
 from vllm_specopt.cli.errors import CliError
 
 TASKS_FOLDER = CHECKOUT / "models" / "tasks"
@@ -36,7 +35,6 @@ class Options:
     data: Path | None = None
     metrics: Sequence[str] = ()
     tasks: Sequence[str] = ()
-    calibration: Path | None = None
     arms: Sequence[str] = ()
     seeds: int = 5
     temperature: str = "1"
@@ -64,34 +62,26 @@ def plans(options: Options) -> list[Plan]:
         for name in names:
             if name not in TASKS:
                 raise CliError(f"there is no task {name!r}: take {' or '.join(TASKS)}.", 2)
-        if options.calibration and len(names) > 1:
-            raise CliError("--calibration belongs to one pair of models: name its --task.", 2)
         return [_task_plan(options, name) for name in names]
     if options.tasks:
         raise CliError("--task is for the shipped models: leave TARGET and DRAFT out, or name --data.", 2)
     if options.data is None or not options.metrics:
         raise CliError("a pair of models needs a task: name --data FILE.jsonl and --metric wer or rouge.", 2)
-    pair = [model_of(name, role) for name, role in ((options.target, "target"), (options.draft, "draft"))]
+    pair = [_model(name, role) for name, role in ((options.target, "target"), (options.draft, "draft"))]
     chosen = tuple(dict.fromkeys(options.metrics))
-    return [_plan(options, options.data.stem, pair, options.data, chosen, options.calibration, MAX_TOKENS, "auto")]
+    return [_plan(options, options.data.stem, pair, options.data, chosen, MAX_TOKENS, "auto")]
 
 
 def _task_plan(options: Options, name: str) -> Plan:
     folder, task = TASKS_FOLDER / name, TASKS[name]
-    pair = [model_of(str(folder / role), role) for role in ("target", "draft")]
-    calibration = options.calibration or folder / "calibration.json"
-    if not options.calibration and not calibration.is_file():
-        calibration = None
+    pair = [_model(str(folder / role), role) for role in ("target", "draft")]
     # The shipped models are tiny, and not every CPU multiplies bf16 matrices at speed.
-    return _plan(
-        options, name, pair, folder / "eval.jsonl", task["metrics"], calibration, task["max_tokens"], "float32"
-    )
+    return _plan(options, name, pair, folder / "eval.jsonl", task["metrics"], task["max_tokens"], "float32")
 
 
 def _plan(
-    options: Options, name: str, pair: list[str], data: Path, metrics: tuple[str, ...], calibration: Path | None,
-    max_tokens: int, dtype: str,
-) -> Plan:  # fmt: skip
+    options: Options, name: str, pair: list[str], data: Path, metrics: tuple[str, ...], max_tokens: int, dtype: str
+) -> Plan:
     for metric in metrics:
         if metric not in quality_scores.METRICS:
             raise CliError(f"there is no metric {metric!r}: take {' or '.join(quality_scores.METRICS)}.", 2)
@@ -108,7 +98,7 @@ def _plan(
         draft=pair[1],
         items=tuple(read_items(data)[: options.limit]),
         metrics=metrics,
-        arms=_arms(options.arms, calibration),
+        arms=_arms(options.arms),
         temperatures=_temperatures(options.temperature),
         seeds=options.seeds,
         max_tokens=options.max_tokens or max_tokens,
@@ -122,6 +112,16 @@ def _plan(
         threads=options.threads or (max(1, len(os.sched_getaffinity(0)) - 1) if on_cpu else None),
         on_cpu=on_cpu,
     )
+
+
+def _model(name: str, role: str) -> str:
+    """A model's resolved folder, or its name on a hub."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder.resolve())
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CliError(f"{folder} is no model folder (it has no config.json): name the {role} model.", 2)
+    return name
 
 
 def read_items(path: Path) -> list[tuple[str, str]]:
@@ -152,16 +152,9 @@ def read_items(path: Path) -> list[tuple[str, str]]:
     return items
 
 
-def _arms(names: Sequence[str], calibration: Path | None) -> tuple[Arm, ...]:
-    if calibration:
-        try:
-            calibrations.load(str(calibration))
-        except ValueError as error:
-            raise CliError(f"{error}.", 2) from error
-    known = {arm.name: arm for arm in quality.arms(calibration and calibration.resolve())}
+def _arms(names: Sequence[str]) -> tuple[Arm, ...]:
+    known = {arm.name: arm for arm in quality.arms()}
     for name in names:
-        if name == quality.CALIBRATED and name not in known:
-            raise CliError(f"the arm {name} needs a file of `specopt calibrate`: name it with --calibration.", 2)
         if name not in known:
             raise CliError(f"there is no arm {name!r}: take {', '.join(known)}.", 2)
     return tuple(arm for arm in known.values() if not names or arm.name in names)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from vllm_specopt.benchmarks.quality import CALIBRATED, DRAFT, EXACT, TARGET
+from vllm_specopt.benchmarks.quality import DRAFT, EXACT, TARGET
 from vllm_specopt.benchmarks.quality_scores import LOWER_IS_BETTER, METRICS, interval
 
 NONE = "–"
@@ -82,8 +82,6 @@ def notes(record: dict) -> list[str]:
         "Perplexity: of the texts under the target alone at T = 1, end of text included. Repetition: share of word "
         f"{config['ngram']}-grams that occurred before in the same text.",
     ]
-    if CALIBRATED not in record["arms"]:
-        found.append("No calibrated arm: it needs a file of `specopt calibrate` (--calibration).")
     for arm, measured in record["arms"].items():
         cut = sum(run["cut"] for run in measured.get("runs", []))
         total = len(measured.get("runs", [])) * config["items"]

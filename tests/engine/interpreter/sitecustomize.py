@@ -5,6 +5,7 @@ Python imports this file in every process, so that engine and workers agree.
 
 import types
 
+import one_patch  # noqa: F401
 from triton import backends
 from triton.runtime.interpreter import InterpreterBuilder
 

@@ -1,0 +1,329 @@
+"""From statistics to tokens: one program per row finds its token, the last one of a request writes the output.
+
+The token of a row is a function of (seed, absolute position, logits, sampling parameters) alone. A draft token that
+was chosen, not sampled, survives where it is that token. One that was sampled is tested by the ratio of its
+probabilities; where it fails, the token that replaces it comes from the residual (``residual.py``).
+"""
+
+import triton
+import triton.language as tl
+
+from .constants import (
+    BAD_ROW,
+    DRAFT_SCALE,
+    DRAFT_TOP,
+    DRAW,
+    GREEDY_BELOW,
+    LOG2_E,
+    NEEDS_RESIDUAL,
+    REJECTED,
+    RESIDUAL,
+    ROW_COLUMNS,
+    TARGET_SCALE,
+    TARGET_TOP,
+    THRESHOLD,
+    UNALIGNED,
+)
+from .draw import argmax_token, draw_token, row_mass, token_prob
+from .filters import CAPACITY, filter_row
+from .load import (
+    Drafts,
+    Noise,
+    Rows,
+    Tiles,
+    draft_offset,
+    is_filtered,
+    load_draft_token,
+    load_filters,
+    load_logits,
+    load_position,
+    load_request,
+)
+from .noise import acceptance_uniform, draw_uniform
+from .output import write_request
+from .rules import exact, sigmoid
+
+
+@triton.jit
+def _ratio_test(
+    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES: tl.constexpr
+):
+    """Whether a sampled draft token survives; leaves what its residual would need."""
+    row = request.start_row + pos
+    scale = LOG2_E / request.temperature
+    row_ptr += row * ROW_COLUMNS
+    top, mass = row_mass(tiles, row, scale, threshold, PADDED_TILES)
+    logit = load_logits(rows.ptr, row * rows.stride + token, token >= 0)
+    target_prob, target_scale = token_prob(logit, scale, top, mass, threshold)
+    if drafts.probs_ptr is not None:
+        draft_prob = tl.load(drafts.probs_ptr + (row - request.index) * drafts.probs_stride + token).to(tl.float32)
+    else:
+        draft_top, draft_mass = row_mass(draft_tiles, row, scale, float("-inf"), PADDED_TILES)
+        draft_logit = load_logits(drafts.logits_ptr, draft_offset(drafts, request, pos) + token, token >= 0)
+        draft_prob, draft_scale = token_prob(draft_logit, scale, draft_top, draft_mass, float("-inf"))
+        tl.store(row_ptr + DRAFT_TOP, draft_top)
+        tl.store(row_ptr + DRAFT_SCALE, draft_scale)
+    tl.store(row_ptr + THRESHOLD, threshold)
+    tl.store(row_ptr + TARGET_TOP, top)
+    tl.store(row_ptr + TARGET_SCALE, target_scale)
+    uniform = acceptance_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos))
+    return exact.passes(uniform, target_prob, draft_prob)
+
+
+@triton.jit
+def _sampled_outcome(
+    rows,
+    tiles,
+    draft_tiles,
+    drafts,
+    noise,
+    request,
+    pos,
+    token,
+    threshold,
+    sigmoid_ptr,
+    by_scores,
+    row_ptr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """What a row of a sampled request found: its token, or that the draft token survives or needs a residual."""
+    outcome = tl.full((), BAD_ROW, tl.int32)
+    excluded = tl.full((), -1, tl.int32)
+    purpose = tl.full((), DRAW, tl.int32)
+    IS_ONE_HOT: tl.constexpr = drafts.probs_ptr is None and drafts.logits_ptr is None
+    is_drawn = token < 0
+    if IS_ONE_HOT:
+        is_drawn = is_drawn | (by_scores == 0)
+    if is_drawn == 0:
+        if by_scores:
+            if sigmoid_ptr is not None:
+                logit = load_logits(rows.ptr, (request.start_row + pos) * rows.stride + token, token >= 0)
+                survives = (logit >= threshold) & sigmoid.passes(rows, drafts, noise, sigmoid_ptr, request, pos, token)
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+                if IS_ONE_HOT:
+                    is_drawn = survives == 0
+                    excluded = token
+                    purpose = tl.full((), RESIDUAL, tl.int32)
+                else:
+                    tl.store(row_ptr + (request.start_row + pos) * ROW_COLUMNS + THRESHOLD, threshold)
+        else:
+            if not IS_ONE_HOT:
+                survives = _ratio_test(
+                    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES
+                )
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+    if is_drawn:
+        row = request.start_row + pos
+        uniform = draw_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos), purpose)
+        outcome = draw_token(
+            rows.ptr + row * rows.stride,
+            tiles,
+            row,
+            LOG2_E / request.temperature,
+            threshold,
+            excluded,
+            uniform,
+            rows.vocab_size,
+            TILE,
+            PADDED_TILES,
+            IS_ONE_HOT and sigmoid_ptr is not None,
+        )
+        # Nothing was left without the draft token.
+        outcome = tl.where((outcome == excluded) & (excluded >= 0), REJECTED - excluded, outcome)
+    return outcome
+
+
+@triton.jit
+def find_outcome(
+    rows,
+    tiles,
+    draft_tiles,
+    drafts,
+    noise,
+    filters,
+    request,
+    pos,
+    token,
+    is_needed,
+    by_scores,
+    sigmoid_ptr,
+    tile_list_ptr,
+    candidates_ptr,
+    row_ptr,
+    KEY_STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """What a swept row found; BAD_ROW where it is not needed.
+
+    tile_list_ptr, candidates_ptr: scratch of the batch's rows, None where no request filters.
+    """
+    row = request.start_row + pos
+    logits_ptr = rows.ptr + row * rows.stride
+    greedy = request.temperature < GREEDY_BELOW
+    outcome = tl.full((), BAD_ROW, tl.int32)
+    if is_needed & greedy:
+        outcome = argmax_token(logits_ptr, tiles, row, rows.vocab_size, TILE, PADDED_TILES)
+        # A row without a usable logit has its first token as argmax.
+        outcome = tl.where((outcome == BAD_ROW) & (token == 0), 0, outcome)
+    elif is_needed:
+        if noise.seeds_ptr is not None:
+            threshold = tl.full((), float("-inf"), tl.float32)
+            if tile_list_ptr is not None:
+                if is_filtered(filters, rows.vocab_size):
+                    threshold = filter_row(
+                        logits_ptr,
+                        tiles,
+                        row,
+                        filters,
+                        LOG2_E / request.temperature,
+                        tile_list_ptr + row * tiles.count,
+                        candidates_ptr + row * CAPACITY,
+                        rows.vocab_size,
+                        KEY_STEP,
+                        TILE,
+                        PADDED_TILES,
+                    )
+            outcome = _sampled_outcome(
+                rows,
+                tiles,
+                draft_tiles,
+                drafts,
+                noise,
+                request,
+                pos,
+                token,
+                threshold,
+                sigmoid_ptr,
+                by_scores,
+                row_ptr,
+                TILE,
+                PADDED_TILES,
+            )
+    return outcome
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "rows_per_req", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED
+)
+def decide_kernel(
+    logits_ptr,  # [num_rows, vocab]
+    logits_stride,
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
+    state_indices_ptr,  # [num_reqs] or None
+    temperature_ptr,  # [max_reqs] or None
+    seeds_ptr,  # [max_reqs] or None
+    positions_ptr,  # [num_rows] or None
+    draft_probs_ptr,  # [num_rows - num_reqs, draft_vocab] or None
+    draft_probs_stride,
+    draft_logits_ptr,  # [max_reqs, max_drafts, draft_vocab] or None
+    draft_logits_stride_0,
+    draft_logits_stride_1,
+    top_k_ptr,  # [max_reqs] or None
+    top_p_ptr,  # [max_reqs] or None
+    min_p_ptr,  # [max_reqs] or None
+    bonus_token_ids_ptr,  # [num_reqs] or None
+    sigmoid_ptr,  # [10] or None
+    sigmoid_requests_ptr,  # [max_reqs] or None
+    tile_max_ptr,  # [num_rows, num_tiles], see statistics.py
+    tile_sum_ptr,  # [num_rows, num_tiles]; of rows with a filter it becomes that of what is kept
+    draft_tile_max_ptr,  # [num_rows, num_tiles] or None
+    draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
+    tile_list_ptr,  # [num_rows, num_tiles] scratch, or None where no request filters
+    candidates_ptr,  # [num_rows, CAPACITY] scratch, or None
+    outcome_ptr,  # [num_rows] scratch: what each row found
+    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, or None
+    arrived_ptr,  # [num_reqs, 2] zeros
+    pending_ptr,  # [num_reqs] out: position of the row to draw a residual from, -1 if none; or None
+    token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out
+    token_ids_stride,
+    num_sampled_ptr,  # [num_reqs] out
+    bad_row_counter_ptr,  # [1] or None
+    counters_ptr,  # [num_methods, 8] or None
+    vocab_size,
+    num_tiles,
+    rows_per_req,
+    COMPACT_DRAFTS: tl.constexpr,
+    KEY_STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per (request, row)."""
+    index = (tl.program_id(0) // rows_per_req).to(tl.int64)
+    pos = tl.program_id(0) % rows_per_req
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    num_drafts = request.num_drafts
+    if pos > num_drafts:
+        return
+    rows = Rows(logits_ptr, logits_stride, vocab_size)
+    tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_tiles)
+    draft_tiles = Tiles(draft_tile_max_ptr, draft_tile_sum_ptr, num_tiles)
+    drafts = Drafts(
+        draft_token_ids_ptr,
+        draft_probs_ptr,
+        draft_probs_stride,
+        draft_logits_ptr,
+        draft_logits_stride_0,
+        draft_logits_stride_1,
+    )
+    noise = Noise(seeds_ptr, positions_ptr)
+    row = request.start_row + pos
+    token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
+    greedy = request.temperature < GREEDY_BELOW
+    by_scores = sigmoid.uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
+    filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
+    swept = tl.full((), 0, tl.int32)
+    is_needed = tl.full((), True, tl.int1)
+    if bonus_token_ids_ptr is not None:
+        is_needed = pos < num_drafts
+    if sigmoid_ptr is not None:
+        if by_scores & (is_filtered(filters, vocab_size) == 0):
+            # One row was swept; those behind it are not needed.
+            swept = tl.full((), 1, tl.int32)
+            emitting = sigmoid.first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K)
+            is_needed = is_needed & (pos <= emitting)
+    outcome = find_outcome(
+        rows,
+        tiles,
+        draft_tiles,
+        drafts,
+        noise,
+        filters,
+        request,
+        pos,
+        token,
+        is_needed,
+        by_scores,
+        sigmoid_ptr,
+        tile_list_ptr,
+        candidates_ptr,
+        row_ptr,
+        KEY_STEP,
+        TILE,
+        PADDED_TILES,
+    )
+    tl.store(outcome_ptr + row, outcome)
+
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + 2 * index, 1, sem="acq_rel") == num_drafts:
+        tl.debug_barrier()
+        write_request(
+            request,
+            draft_token_ids_ptr,
+            outcome_ptr,
+            bonus_token_ids_ptr,
+            pending_ptr,
+            token_ids_ptr,
+            token_ids_stride,
+            num_sampled_ptr,
+            bad_row_counter_ptr,
+            counters_ptr,
+            by_scores.to(tl.int32),
+            swept,
+            rows_per_req,
+            COMPACT_DRAFTS,
+            BLOCK_K,
+        )

@@ -1,0 +1,190 @@
+"""Host side of the Triton backend: allocate, pick shapes, launch.
+
+Two launches where drafts are one-hot, three where they are sampled, the same with filters. Programs never wait for one
+another; the last one of a request to arrive goes on.
+"""
+
+import torch
+import triton
+
+from .constants import ROW_COLUMNS
+from .decide import decide_kernel
+from .filters import CAPACITY
+from .residual import residual_kernel
+from .statistics import statistics_kernel
+
+TILE, STEPS = 1024, 8
+"""Tokens of a tile, and tiles that one program sweeps; fewer where the vocabulary is small."""
+
+KEY_STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
+ROW_WARPS, FILTER_WARPS, RESIDUAL_WARPS = 1, 4, 4
+
+
+def tiling(vocab_size: int) -> tuple[int, int, int, int, int]:
+    """Tokens of a tile, tiles of a program, tiles of a row, programs of a row, and its tiles as a power of two."""
+    tile = min(TILE, max(16, triton.next_power_of_2(vocab_size)))
+    num_tiles = triton.cdiv(vocab_size, tile)
+    padded_tiles = triton.next_power_of_2(num_tiles)
+    steps = min(STEPS, padded_tiles)
+    return tile, steps, num_tiles, triton.cdiv(num_tiles, steps), padded_tiles
+
+
+def verify_batch(
+    logits: torch.Tensor,  # [num_rows, vocab]
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+    draft_token_ids: torch.Tensor,  # [num_rows] or [num_rows - num_reqs]
+    *,
+    token_ids: torch.Tensor,  # [num_reqs, max_num_draft_tokens + 1]
+    num_sampled: torch.Tensor,  # [num_reqs]
+    temperature: torch.Tensor | None = None,  # [max_reqs]
+    seeds: torch.Tensor | None = None,  # [max_reqs]
+    positions: torch.Tensor | None = None,  # [num_rows]
+    state_indices: torch.Tensor | None = None,  # [num_reqs]
+    draft_probs: torch.Tensor | None = None,  # [num_rows - num_reqs, draft_vocab]
+    draft_logits: torch.Tensor | None = None,  # [max_reqs, max_drafts, draft_vocab]
+    top_k: torch.Tensor | None = None,  # [max_reqs]
+    top_p: torch.Tensor | None = None,  # [max_reqs]
+    min_p: torch.Tensor | None = None,  # [max_reqs]
+    bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
+    bad_row_counter: torch.Tensor | None = None,  # [1]
+    sigmoid: torch.Tensor | None = None,  # [10]
+    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [>= 2, 8]
+) -> None:
+    """Verify on the device of ``logits``; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
+
+    ``sigmoid`` holds the constants as that function packs them. Writes every element of ``token_ids`` (int32 or int64)
+    and ``num_sampled`` (int32); no synchronisation, nothing of the size of a row is allocated.
+    """
+    num_rows, vocab_size = logits.shape
+    num_reqs, width = token_ids.shape
+    if temperature is None:
+        draft_probs = draft_logits = top_k = top_p = min_p = None
+    draft = draft_probs if draft_probs is not None else draft_logits
+    if draft is not None:
+        vocab_size = min(vocab_size, draft.shape[-1])
+    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size)
+    block_k = max(8, triton.next_power_of_2(width))
+    is_filtered = top_k is not None or top_p is not None or min_p is not None
+    compact = draft_token_ids.shape[0] != num_rows
+
+    def floats(*size):
+        return torch.empty(size, dtype=torch.float32, device=logits.device)
+
+    def ints(*size):
+        return torch.empty(size, dtype=torch.int32, device=logits.device)
+
+    tile_max, tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
+    draft_tile_max = draft_tile_sum = row_data = pending = tile_list = candidates = None
+    if draft_logits is not None:
+        draft_tile_max, draft_tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
+    if draft is not None:
+        row_data, pending = floats(num_rows, ROW_COLUMNS.value), ints(num_reqs)
+    if is_filtered:
+        tile_list, candidates = ints(num_rows, num_tiles), floats(num_rows, CAPACITY.value)
+    outcome, arrived = ints(num_rows), ints(num_reqs, 2)
+    draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
+    draft_forms = (draft_probs, 0 if draft_probs is None else draft_probs.stride(0), draft_logits, *draft_strides)
+
+    rows_per_slot = 1 if draft_logits is None else 2
+    statistics_kernel[(num_reqs * width * rows_per_slot * num_groups,)](
+        logits,
+        logits.stride(0),
+        cu_num_logits,
+        draft_token_ids,
+        state_indices,
+        temperature,
+        seeds,
+        positions,
+        *draft_forms,
+        top_k,
+        top_p,
+        min_p,
+        sigmoid,
+        sigmoid_requests,
+        tile_max,
+        tile_sum,
+        draft_tile_max,
+        draft_tile_sum,
+        arrived,
+        vocab_size,
+        num_tiles,
+        width,
+        num_groups,
+        COMPACT_DRAFTS=compact,
+        TILE=tile,
+        STEPS=steps,
+        BLOCK_K=block_k,
+        num_warps=1,
+    )
+    decide_kernel[(num_reqs * width,)](
+        logits,
+        logits.stride(0),
+        cu_num_logits,
+        draft_token_ids,
+        state_indices,
+        temperature,
+        seeds,
+        positions,
+        *draft_forms,
+        top_k,
+        top_p,
+        min_p,
+        bonus_token_ids,
+        sigmoid,
+        sigmoid_requests,
+        tile_max,
+        tile_sum,
+        draft_tile_max,
+        draft_tile_sum,
+        tile_list,
+        candidates,
+        outcome,
+        row_data,
+        arrived,
+        pending,
+        token_ids,
+        token_ids.stride(0),
+        num_sampled,
+        bad_row_counter,
+        counters,
+        vocab_size,
+        num_tiles,
+        width,
+        COMPACT_DRAFTS=compact,
+        KEY_STEP=KEY_STEPS[logits.dtype],
+        TILE=tile,
+        PADDED_TILES=padded_tiles,
+        BLOCK_K=block_k,
+        num_warps=FILTER_WARPS if is_filtered else ROW_WARPS,
+    )
+    if draft is None:
+        return
+    residual_kernel[(num_reqs * num_groups,)](
+        logits,
+        logits.stride(0),
+        cu_num_logits,
+        state_indices,
+        temperature,
+        seeds,
+        positions,
+        *draft_forms,
+        sigmoid,
+        sigmoid_requests,
+        tile_max,
+        tile_sum,
+        floats(num_reqs, num_tiles),
+        row_data,
+        arrived,
+        pending,
+        token_ids,
+        token_ids.stride(0),
+        bad_row_counter,
+        vocab_size,
+        num_tiles,
+        num_groups,
+        TILE=tile,
+        STEPS=steps,
+        PADDED_TILES=padded_tiles,
+        num_warps=RESIDUAL_WARPS,
+    )

@@ -1,0 +1,201 @@
+"""The token that replaces a rejected sampled draft: inversion of the residual of one pair of rows per request.
+
+Every program adds up its tiles' residual; the last one of a request picks a tile, and then a token within it.
+"""
+
+import triton
+import triton.language as tl
+
+from .constants import (
+    BAD_ROW,
+    DRAFT_SCALE,
+    DRAFT_TOP,
+    LOG2_E,
+    NO_TOKEN,
+    RESIDUAL,
+    ROW_COLUMNS,
+    TARGET_SCALE,
+    TARGET_TOP,
+    THRESHOLD,
+    UNALIGNED,
+)
+from .draw import draw_token, pick, row_maximum
+from .load import Noise, Tiles, load_logits, load_position, load_request, weights
+from .noise import draw_uniform
+from .rules import exact, sigmoid
+
+
+@triton.jit
+def _probs(x, scale, top, factor):
+    """Probabilities of logits, given their row's largest one and the inverse of its mass."""
+    shift = tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
+    w = weights(x, scale, shift) * factor
+    if top == float("inf"):
+        w = (x == float("inf")).to(tl.float32) * factor
+    return tl.where(top > float("-inf"), w, 0.0)
+
+
+@triton.jit
+def _tile_residual(
+    tile,
+    logits_row_ptr,
+    draft_probs_row_ptr,
+    draft_logits_row_ptr,
+    row_ptr,
+    sigmoid_ptr,
+    temp,
+    scale,
+    row_top,
+    by_scores,
+    vocab_size,
+    TILE: tl.constexpr,
+):
+    """Residual weights of a tile, ``[TILE]``."""
+    token_ids = tile * TILE + tl.arange(0, TILE)
+    mask = token_ids < vocab_size
+    x = load_logits(logits_row_ptr, token_ids, mask)
+    if draft_probs_row_ptr is not None:
+        y = tl.load(draft_probs_row_ptr + token_ids, mask=mask, other=0.0).to(tl.float32)
+    else:
+        y = load_logits(draft_logits_row_ptr, token_ids, mask)
+    threshold = tl.load(row_ptr + THRESHOLD)
+    kept = mask & (x >= threshold)
+    result = tl.zeros([TILE], tl.float32)
+    if by_scores:
+        if sigmoid_ptr is not None:
+            result = sigmoid.residual(x, y, temp, row_top, sigmoid_ptr, draft_probs_row_ptr is not None)
+    else:
+        target = _probs(x, scale, tl.load(row_ptr + TARGET_TOP), tl.load(row_ptr + TARGET_SCALE))
+        if draft_probs_row_ptr is not None:
+            draft = tl.where(y > 0.0, y, 0.0)
+        else:
+            draft = _probs(y, scale, tl.load(row_ptr + DRAFT_TOP), tl.load(row_ptr + DRAFT_SCALE))
+        result = exact.residual(target, draft)
+    return tl.where(kept, result, 0.0), token_ids
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_groups", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED)
+def residual_kernel(
+    logits_ptr,  # [num_rows, vocab]
+    logits_stride,
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    state_indices_ptr,  # [num_reqs] or None
+    temperature_ptr,  # [max_reqs]
+    seeds_ptr,  # [max_reqs]
+    positions_ptr,  # [num_rows] or None
+    draft_probs_ptr,  # [num_rows - num_reqs, draft_vocab] or None
+    draft_probs_stride,
+    draft_logits_ptr,  # [max_reqs, max_drafts, draft_vocab] or None
+    draft_logits_stride_0,
+    draft_logits_stride_1,
+    sigmoid_ptr,  # [10] or None
+    sigmoid_requests_ptr,  # [max_reqs] or None
+    tile_max_ptr,  # [num_rows, num_tiles]
+    tile_sum_ptr,  # [num_rows, num_tiles]
+    residual_ptr,  # [num_reqs, num_tiles] scratch
+    row_ptr,  # [num_rows, ROW_COLUMNS], see decide.py
+    arrived_ptr,  # [num_reqs, 2]
+    pending_ptr,  # [num_reqs]
+    token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out
+    token_ids_stride,
+    bad_row_counter_ptr,  # [1] or None
+    vocab_size,
+    num_tiles,
+    num_groups,
+    TILE: tl.constexpr,
+    STEPS: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """One program per (request, group of STEPS tiles)."""
+    req_idx = (tl.program_id(0) // num_groups).to(tl.int64)
+    group = tl.program_id(0) % num_groups
+    pos = tl.load(pending_ptr + req_idx)
+    if pos < 0:
+        return
+    request = load_request(req_idx, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    state = request.state
+    temp = request.temperature
+    scale = LOG2_E / temp
+    row = request.start_row + pos
+    by_scores = sigmoid.uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state)
+    logits_row_ptr = logits_ptr + row * logits_stride
+    draft_probs_row_ptr = None
+    draft_logits_row_ptr = None
+    if draft_probs_ptr is not None:
+        draft_probs_row_ptr = draft_probs_ptr + (row - req_idx) * draft_probs_stride
+    else:
+        draft_logits_row_ptr = (
+            draft_logits_ptr + state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
+        )
+    row_ptr += row * ROW_COLUMNS
+    tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_tiles)
+    row_top = tl.full((), 0.0, tl.float32)
+    if sigmoid_ptr is not None:
+        row_top = row_maximum(tiles, row, PADDED_TILES)
+
+    steps = tl.arange(0, STEPS)
+    sums = tl.zeros([STEPS], tl.float32)
+    for step in range(STEPS):
+        w, _token_ids = _tile_residual(
+            group * STEPS + step,
+            logits_row_ptr,
+            draft_probs_row_ptr,
+            draft_logits_row_ptr,
+            row_ptr,
+            sigmoid_ptr,
+            temp,
+            scale,
+            row_top,
+            by_scores,
+            vocab_size,
+            TILE,
+        )
+        sums = tl.where(steps == step, tl.sum(w, axis=0), sums)
+    places = group * STEPS + steps
+    tl.store(residual_ptr + req_idx * num_tiles + places, sums, mask=places < num_tiles)
+
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr + 2 * req_idx + 1, 1, sem="acq_rel")
+    if arrived == num_groups - 1:
+        tl.debug_barrier()
+        position = load_position(Noise(seeds_ptr, positions_ptr), request, pos)
+        uniform = draw_uniform(tl.load(seeds_ptr + state), position, RESIDUAL)
+        tile_ids = tl.arange(0, PADDED_TILES)
+        masses = tl.load(residual_ptr + req_idx * num_tiles + tile_ids, mask=tile_ids < num_tiles, other=0.0)
+        masses = masses.to(tl.float64)
+        tile, share = pick(masses, tile_ids, uniform * tl.sum(masses, axis=0))
+        if tile != NO_TOKEN:
+            w, token_ids = _tile_residual(
+                tile,
+                logits_row_ptr,
+                draft_probs_row_ptr,
+                draft_logits_row_ptr,
+                row_ptr,
+                sigmoid_ptr,
+                temp,
+                scale,
+                row_top,
+                by_scores,
+                vocab_size,
+                TILE,
+            )
+            fine = w.to(tl.float64)
+            token, _share = pick(fine, token_ids, share * tl.sum(fine, axis=0))
+        else:
+            # An empty residual: the full target row takes its place.
+            token = draw_token(
+                logits_row_ptr,
+                tiles,
+                row,
+                scale,
+                tl.load(row_ptr + THRESHOLD),
+                tl.full((), -1, tl.int32),
+                uniform,
+                vocab_size,
+                TILE,
+                PADDED_TILES,
+                False,
+            )
+        if bad_row_counter_ptr is not None:
+            tl.atomic_add(bad_row_counter_ptr, 1, mask=token == BAD_ROW, sem="relaxed")
+        tl.store(token_ids_ptr + req_idx * token_ids_stride + pos, tl.maximum(token, 0).to(tl.int64))

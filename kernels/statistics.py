@@ -1,0 +1,140 @@
+"""One sweep over the rows: what acceptance and the draw need to know of each, per tile of the vocabulary.
+
+A row's statistics are the largest logit of each tile and the sum of exponentials relative to it. Tiles are small, so
+that a later step finds the token it looks for by reading one of them; a program of one warp sweeps several, so that no
+reduction crosses a warp.
+"""
+
+import triton
+import triton.language as tl
+
+from .constants import GREEDY_BELOW, LOG2_E, UNALIGNED
+from .load import Drafts, Noise, Rows, is_filtered, load_filters, load_logits, load_request, tile_statistics
+from .rules.sigmoid import first_rejection, uses_sigmoid
+
+
+@triton.jit
+def sweep(
+    row_ptr, scale, max_ptr, sum_ptr, first_tile, num_tiles, vocab_size, greedy, TILE: tl.constexpr, STEPS: tl.constexpr
+):
+    """Statistics of STEPS tiles of a row; a greedy request needs maxima only."""
+    steps = tl.arange(0, STEPS)
+    maxima = tl.full([STEPS], float("-inf"), tl.float32)
+    sums = tl.zeros([STEPS], tl.float32)
+    for step in range(STEPS):
+        token_ids = (first_tile + step) * TILE + tl.arange(0, TILE)
+        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
+        if greedy:
+            largest = tl.max(x, axis=0)
+            largest = tl.where(largest > float("-inf"), largest, float("-inf"))
+            total = tl.zeros((), tl.float32)
+        else:
+            largest, total = tile_statistics(x, scale)
+        maxima = tl.where(steps == step, largest, maxima)
+        sums = tl.where(steps == step, total, sums)
+    in_range = first_tile + steps < num_tiles
+    tl.store(max_ptr + first_tile + steps, maxima, mask=in_range)
+    tl.store(sum_ptr + first_tile + steps, sums, mask=in_range)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "rows_per_req", "num_groups"], do_not_specialize_on_alignment=UNALIGNED)
+def statistics_kernel(
+    logits_ptr,  # [num_rows, vocab]
+    logits_stride,
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
+    state_indices_ptr,  # [num_reqs] or None
+    temperature_ptr,  # [max_reqs] or None
+    seeds_ptr,  # [max_reqs] or None
+    positions_ptr,  # [num_rows] or None
+    draft_probs_ptr,  # [num_rows - num_reqs, draft_vocab] or None
+    draft_probs_stride,
+    draft_logits_ptr,  # [max_reqs, max_drafts, draft_vocab] or None
+    draft_logits_stride_0,
+    draft_logits_stride_1,
+    top_k_ptr,  # [max_reqs] or None
+    top_p_ptr,  # [max_reqs] or None
+    min_p_ptr,  # [max_reqs] or None
+    sigmoid_ptr,  # [10] or None
+    sigmoid_requests_ptr,  # [max_reqs] or None
+    tile_max_ptr,  # [num_rows, num_tiles] out
+    tile_sum_ptr,  # [num_rows, num_tiles] out
+    draft_tile_max_ptr,  # [num_rows, num_tiles] out, or None
+    draft_tile_sum_ptr,  # [num_rows, num_tiles] out, or None
+    arrived_ptr,  # [num_reqs, 2] out: zeros
+    vocab_size,
+    num_tiles,
+    rows_per_req,
+    num_groups,
+    COMPACT_DRAFTS: tl.constexpr,
+    TILE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per (request, row, group of STEPS tiles), and with ``draft_logits_ptr`` one more for the draft's row.
+
+    A request verified by scores needs the statistics of one row only, the one that emits, unless it filters.
+    """
+    slot = tl.program_id(0) // num_groups
+    group = tl.program_id(0) % num_groups
+    is_draft_row = tl.full((), 0, tl.int32) != 0
+    if draft_logits_ptr is not None:
+        is_draft_row = slot % 2 == 1
+        slot = slot // 2
+    index = (slot // rows_per_req).to(tl.int64)
+    pos = slot % rows_per_req
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    if pos > request.num_drafts:
+        return
+    if (pos == 0) & (group == 0) & (is_draft_row == 0):
+        tl.store(arrived_ptr + 2 * index + tl.arange(0, 2), tl.zeros([2], tl.int32))
+    temp = request.temperature
+    greedy = temp < GREEDY_BELOW
+    by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
+    if sigmoid_ptr is not None:
+        filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
+        if by_scores & (is_filtered(filters, vocab_size) == 0):
+            rows = Rows(logits_ptr, logits_stride, vocab_size)
+            drafts = Drafts(
+                draft_token_ids_ptr,
+                draft_probs_ptr,
+                draft_probs_stride,
+                draft_logits_ptr,
+                draft_logits_stride_0,
+                draft_logits_stride_1,
+            )
+            noise = Noise(seeds_ptr, positions_ptr)
+            if pos != first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K):
+                return
+    row = request.start_row + pos
+    scale = LOG2_E / temp
+    out = row * num_tiles
+    if is_draft_row:
+        if draft_logits_ptr is not None:
+            if (pos < request.num_drafts) & ((greedy | by_scores) == 0):
+                offset = request.state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
+                sweep(
+                    draft_logits_ptr + offset,
+                    scale,
+                    draft_tile_max_ptr + out,
+                    draft_tile_sum_ptr + out,
+                    group * STEPS,
+                    num_tiles,
+                    vocab_size,
+                    greedy,
+                    TILE,
+                    STEPS,
+                )
+    else:
+        sweep(
+            logits_ptr + row * logits_stride,
+            scale,
+            tile_max_ptr + out,
+            tile_sum_ptr + out,
+            group * STEPS,
+            num_tiles,
+            vocab_size,
+            greedy,
+            TILE,
+            STEPS,
+        )
