@@ -104,7 +104,7 @@ def tokens(ran, name, batch):
 
 def test_the_drop_in_verified_everything(ran):
     for name, result in ran.items():
-        assert result["sampler"] == ("builtins" if name == "plain" else "vllm_specopt.v1")
+        assert result["sampler"] == ("builtins" if name == "plain" else "vllm_specopt.integration.v1")
         assert result["fallbacks"] == {}
 
 

@@ -27,8 +27,8 @@ from launch_keys import recorded, unexpected
 from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, sampling, spec_metadata
 from test_v1_sampler import min_p_processor
 
-from vllm_specopt import plugin, v1, v1_sampler, warm_up
-from vllm_specopt.config import PAPER, SpecoptConfig
+from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
+from vllm_specopt.integration.config import PAPER, SpecoptConfig
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel"}
@@ -116,7 +116,9 @@ def test_a_gpu_worker_warms_up_before_vllm_watches_for_compilation(monkeypatch):
     """vLLM starts its monitor, which may be set to raise, at the end of its own warm-up."""
     order = []
     monkeypatch.setattr(plugin, "_active_config", lambda vllm_config: SpecoptConfig("exact"))
-    monkeypatch.setattr("vllm_specopt.warm_up.warm_up", lambda runner: order.append(runner.rejection_sampler))
+    monkeypatch.setattr(
+        "vllm_specopt.integration.warm_up.warm_up", lambda runner: order.append(runner.rejection_sampler)
+    )
     runner = SimpleNamespace(rejection_sampler=RejectionSampler(Sampler(), None, CPU), sampler=Sampler())
     worker = SimpleNamespace(vllm_config=None, model_runner=runner)
     start = plugin._warm_up(lambda worker: order.append("vLLM's own"))
@@ -214,7 +216,7 @@ def test_v2_engines_launch_only_what_they_warmed_up(tmp_path):
     start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
     results, _ = start(engines, tmp_path, "V2")
     for result in results.values():
-        assert result["sampler"] == "vllm_specopt.v2.RejectionSampler" and result["fallbacks"] == {}
+        assert result["sampler"] == "vllm_specopt.integration.v2.RejectionSampler" and result["fallbacks"] == {}
         assert result["launches"]["unexpected"] == []
         assert result["launches"]["served"] >= 12
         assert result["launches"]["warmed"] <= 40

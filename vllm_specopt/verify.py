@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_specopt.config import SigmoidConstants
+from vllm_specopt.integration.config import SigmoidConstants
 
 MAX_DRAFT_TOKENS = 128
 BACKENDS = ("triton", "cpu")

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 
-from vllm_specopt import v1
+from vllm_specopt.integration import v1
 
 
 class Recorder:

@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
-from vllm_specopt.config import SpecoptConfig, requested_method
-from vllm_specopt.metrics import Account, new_counters
+from vllm_specopt.integration.config import SpecoptConfig, requested_method
+from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
 
 # V2 runs on Triton only; on a CPU that is Triton's interpreter.

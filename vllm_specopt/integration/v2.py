@@ -11,9 +11,17 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
-from vllm_specopt.config import SpecoptConfig
-from vllm_specopt.metrics import Account, new_counters
-from vllm_specopt.v2_sampler import BACKEND, KINDS, RequestedMethods, Sampler, parameters_of, prepare, processed
+from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.v2_sampler import (
+    BACKEND,
+    KINDS,
+    RequestedMethods,
+    Sampler,
+    parameters_of,
+    prepare,
+    processed,
+)
 from vllm_specopt.verify import verify
 
 EXACT = SpecoptConfig("exact")
