@@ -40,7 +40,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_cpu_backend_has_the_target_law(case):
+def test_cpu_backend_has_the_target_distribution(case):
     counts = draw_case(case, backend_verifier("cpu"), DRAWS, seed=11)
     for statistic, judgement in judge_case(case, counts, ALPHA).items():
         assert judgement.draws >= DRAWS
@@ -50,7 +50,7 @@ def test_cpu_backend_has_the_target_law(case):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_triton_backend_has_the_target_law(case):
+def test_triton_backend_has_the_target_distribution(case):
     counts = draw_case(case, backend_verifier("triton", "cuda"), DRAWS, seed=11)
     for statistic, judgement in judge_case(case, counts, ALPHA).items():
         assert judgement.passed, f"{statistic}: {judgement}"
@@ -68,7 +68,7 @@ def test_biased_rules_are_caught(case, rule):
 
 @pytest.mark.parametrize("case", [CASES[place] for place in jobs.DRAWN_CASES.values()], ids=lambda case: case.name)
 def test_a_drafter_that_shares_the_recovery_noise_is_caught(case):
-    """The verifier is the real one and the drafts have the right law; only their independence is missing."""
+    """The verifier is the real one and the drafts have the right distribution; only their independence is missing."""
     counts = draw_case(case, backend_verifier("cpu"), DRAWS, 5, biased.shared_noise_drafter)
     assert not all(judgement.passed for judgement in judge_case(case, counts, ALPHA).values())
     rng, seeds, positions = np.random.default_rng(0), np.arange(DRAWS), np.full(DRAWS, 5)
@@ -89,7 +89,7 @@ def test_noise_on_arrays_is_that_of_the_reference():
 @pytest.mark.parametrize("kind", enumeration.KINDS)
 @pytest.mark.parametrize(("vocab_size", "num_drafts"), enumeration.SHAPES)
 def test_enumerated_law_is_the_targets(kind, vocab_size, num_drafts):
-    """Sum over all drafts and outcomes; what is emitted, continued by the target, must be the target's joint law."""
+    """Sum over all drafts and outcomes; what is emitted, continued by the target, must be the target's joint distribution."""
     assert enumeration.total_variation(kind, vocab_size, num_drafts) <= enumeration.BOUND
 
 
@@ -99,35 +99,35 @@ def test_enumeration_catches_a_biased_rule():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_laws_are_laws(case):
-    for law in (case.first_law(), case.pair_law(), case.length_law()):
-        assert law.min() >= 0
-        assert law.sum() == pytest.approx(1, abs=1e-9)
+def test_known_distributions_add_up(case):
+    for distribution in (case.first_distribution(), case.pair_distribution(), case.length_distribution()):
+        assert distribution.min() >= 0
+        assert distribution.sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_judge_rejects_and_accepts():
-    rng, law = np.random.default_rng(0), np.array([0.5, 0.25, 0.125, 0.125, 0.0])
-    assert judge(rng.multinomial(100_000, law), law, 1e-4).passed
-    shifted = judge(rng.multinomial(100_000, np.array([0.51, 0.24, 0.125, 0.125, 0.0])), law, 1e-4)
+    rng, distribution = np.random.default_rng(0), np.array([0.5, 0.25, 0.125, 0.125, 0.0])
+    assert judge(rng.multinomial(100_000, distribution), distribution, 1e-4).passed
+    shifted = judge(rng.multinomial(100_000, np.array([0.51, 0.24, 0.125, 0.125, 0.0])), distribution, 1e-4)
     assert shifted.p_value < 1e-4 and not shifted.passed
-    outside = judge(np.array([5000, 2500, 1250, 1249, 1]), law, 1e-4)
+    outside = judge(np.array([5000, 2500, 1250, 1249, 1]), distribution, 1e-4)
     assert outside.impossible == 1 and not outside.passed
 
 
 def test_judge_has_its_error_rate():
     """Of 1000 correct samples at 1 %, about ten fail the chi-square test, and hardly any the distance."""
-    rng, law = np.random.default_rng(1), np.random.default_rng(2).dirichlet(np.ones(40))
-    judged = [judge(rng.multinomial(20_000, law), law, 0.01) for _ in range(1000)]
+    rng, distribution = np.random.default_rng(1), np.random.default_rng(2).dirichlet(np.ones(40))
+    judged = [judge(rng.multinomial(20_000, distribution), distribution, 0.01) for _ in range(1000)]
     assert 2 <= sum(j.p_value < 0.01 for j in judged) <= 24
     assert sum(j.total_variation > j.bound for j in judged) <= 10
 
 
 def test_pooled_bins_have_enough():
-    law = np.concatenate([np.full(4, 0.2), np.full(2000, 0.1 / 2000), np.full(5, 0.02), np.zeros(10)])
-    bins = pool(law, 10_000)
-    expected = np.bincount(bins, law * 10_000)
+    distribution = np.concatenate([np.full(4, 0.2), np.full(2000, 0.1 / 2000), np.full(5, 0.02), np.zeros(10)])
+    bins = pool(distribution, 10_000)
+    expected = np.bincount(bins, distribution * 10_000)
     assert expected.min() >= 25 and len(expected) > 10
-    assert variation_bound(law, 10_000, 1e-3) < variation_bound(law, 1_000, 1e-3)
+    assert variation_bound(distribution, 10_000, 1e-3) < variation_bound(distribution, 1_000, 1e-3)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])

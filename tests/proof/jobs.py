@@ -10,7 +10,7 @@ from proof import biased, determinism, engine, enumeration, equality, fuzz
 from proof.cases import make_cases
 from proof.draws import STATISTICS, WrongGreedy, backend_verifier, draw_case, judge_case
 from proof.judgement import FAMILY_ALPHA
-from vllm_specopt.kernels.reference import acceptance_probability_ref, residual_ref
+from vllm_specopt.kernels.reference.exact import acceptance_probability_ref, residual_ref
 
 LOSSLESS = {"exact": {"acceptance": acceptance_probability_ref, "residual": residual_ref}}
 """The methods that claim to be lossless, each with its rule in the reference."""
@@ -82,7 +82,7 @@ class Row:
     extra: dict = field(default_factory=dict)
 
 
-def law_backends() -> tuple[str, ...]:
+def drawn_backends() -> tuple[str, ...]:
     """Backends fast enough to be drawn from: Triton on a GPU only."""
     return ("cpu", "triton") if torch.cuda.is_available() else ("cpu",)
 
@@ -98,7 +98,7 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
         jobs += [Job("engine", "cpu", "V1 with a probabilistic drafter", method)]
         jobs += [Job("fuzz", b, "random batches", method, i) for b in ("triton", "cpu") for i in range(size.chunks)]
         jobs += [Job("equality", "triton", case.name, method) for case in cases]
-        jobs += [Job("law", b, case.name, method) for b in law_backends() for case in reversed(cases)]
+        jobs += [Job("law", b, case.name, method) for b in drawn_backends() for case in reversed(cases)]
         jobs += [Job("determinism", b, change, method) for b in ("triton", "cpu") for change in determinism.CHANGES]
         jobs += [Job("determinism", "cpu", "number of threads", method)]
         jobs += [Job("equality", "cpu", case.name, method) for case in cases]
@@ -112,7 +112,7 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
 def alpha_per_test(num_cases: int) -> float:
     """Bonferroni: the run's error chance over every case, statistic, method, backend and engine, two tests each."""
     engines = len(engine.SETTINGS) * len(engine.SEEDS) * len(engine.STATISTICS)
-    return FAMILY_ALPHA / (2 * len(LOSSLESS) * (len(STATISTICS) * num_cases * len(law_backends()) + engines))
+    return FAMILY_ALPHA / (2 * len(LOSSLESS) * (len(STATISTICS) * num_cases * len(drawn_backends()) + engines))
 
 
 def run_job(job: Job, size: Size, seed: int) -> list[Row]:
