@@ -197,28 +197,31 @@ def _row_reader():
     """Return a compiled loop that reads rows of a bf16 matrix as our backend does, and nothing else."""
     import numba
 
-    from vllm_specopt.cpu_kernels import BF16, TILE, _sweep
+    from vllm_specopt.cpu.memory import BF16
+    from vllm_specopt.cpu.plan import scratch_at, scratch_size
+    from vllm_specopt.cpu.rows import Row
+    from vllm_specopt.cpu.sweeps import sweep
 
     @numba.njit
-    def read(address, stride, rows, vocab, tile, tops):
-        seen = 0.0
-        for row in rows:
-            _, total = _sweep(address + 2 * row * stride, BF16, vocab, np.float32(1.0), True, tile, tops)
-            seen += total
-        return seen
+    def read(address, stride, rows, vocab):
+        memory = np.empty(scratch_size(vocab), np.uint8)
+        own, seen = scratch_at(memory.ctypes.data, vocab), 0.0
+        for i in rows:
+            row = Row(address + 2 * i * stride, np.int64(BF16), vocab, np.float32(0.0), np.int64(0))
+            _, _, mass = sweep(row, np.float32(1.0), own.sums, own.tops, np.int64(64), own.tile)
+            seen += mass
+        return seen + memory[0]
 
-    return read, TILE
+    return read
 
 
 def fused(batch: dict, num_drafts: int) -> torch.Tensor:
     """Our backend without laziness: it verifies, and then reads the rows behind the first rejections as well."""
     emitted = _ours(batch, num_drafts, None)
-    read, tile = _row_reader()
     logits = batch["logits"]
     rows = np.arange(logits.shape[0]).reshape(len(emitted), num_drafts + 1)
     skipped = rows[np.arange(num_drafts + 1) >= emitted.numpy()[:, None]]
-    scratch = np.empty(tile, np.float32), np.empty(-(-logits.shape[1] // tile), np.float32)
-    read(logits.data_ptr(), logits.stride(0), skipped, logits.shape[1], *scratch)
+    _row_reader()(logits.data_ptr(), logits.stride(0), skipped, logits.shape[1])
     return emitted
 
 

@@ -35,6 +35,13 @@ def tile_masses(maxima, sums, scale, threshold):
 
 
 @triton.jit
+def row_maximum(tiles, row, PADDED_TILES: tl.constexpr):
+    """A row's largest logit; -inf if none is usable."""
+    maxima, _ = load_tiles(tiles, row, PADDED_TILES)
+    return tl.max(maxima, axis=0)
+
+
+@triton.jit
 def row_mass(tiles, row, scale, threshold, PADDED_TILES: tl.constexpr):
     """The row's largest logit, and its mass relative to it, fp64."""
     maxima, sums = load_tiles(tiles, row, PADDED_TILES)
@@ -43,11 +50,16 @@ def row_mass(tiles, row, scale, threshold, PADDED_TILES: tl.constexpr):
 
 
 @triton.jit
-def token_weight(logit, scale, top, threshold):
-    """Weight of a token relative to the row's largest logit; 0 below the threshold, and beside +inf."""
+def token_prob(logit, scale, top, mass, threshold):
+    """Probability of a token in a row of the given largest logit and mass, and the inverse of that mass.
+
+    0 below the threshold, beside +inf, and in a row without mass.
+    """
+    inverse = (1.0 / tl.where(mass > 0.0, mass, 1.0)).to(tl.float32)
     shift = tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
     weight = tl.where(logit == top, 1.0, weights(logit, scale, shift))
-    return tl.where((logit >= threshold) & ((top < float("inf")) | (logit == float("inf"))), weight, 0.0)
+    kept = (mass > 0.0) & (logit >= threshold) & ((top < float("inf")) | (logit == top))
+    return tl.where(kept, weight * inverse, 0.0), inverse
 
 
 @triton.jit

@@ -165,7 +165,7 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 def _backend(name: str):
     if name == "cpu":
-        from vllm_specopt.cpu import exact_verify as verify_batch
+        from vllm_specopt.cpu import verify_batch
     else:
         from vllm_specopt.kernels.launch import verify_batch
     return verify_batch

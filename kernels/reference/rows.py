@@ -33,8 +33,8 @@ def filter_row_ref(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float)
     if 1 <= top_k < vocab_size:
         scaled = scaled.masked_fill(scaled < scaled.sort(descending=True).values[top_k - 1], -math.inf)
     if top_p < 1:
-        probs, order = scaled.softmax(0).sort(descending=True, stable=True)
-        values = scaled[order]
+        values, order = scaled.sort(descending=True, stable=True)
+        probs = scaled.softmax(0)[order]
         first_equal = torch.searchsorted(-values, -values)
         mass_above = (probs.cumsum(0) - probs)[first_equal]
         margin = min(margin, (mass_above[probs > 0] - top_p).abs().min().item())

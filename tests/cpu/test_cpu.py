@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from vllm_specopt import cpu
-from vllm_specopt.cpu_kernels import POOL, TILE
+from vllm_specopt.cpu.plan import POOL
+from vllm_specopt.cpu.rows import TILE
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.kernels.reference.rows import target_row_ref
 from vllm_specopt.verify import verify
@@ -117,7 +118,7 @@ def run(arguments, counter=None, token_dtype=torch.int64):
     num_reqs = len(arguments["cu_num_logits"]) - 1
     token_ids = torch.full((num_reqs, arguments["max_num_draft_tokens"] + 1), POISON, dtype=token_dtype)
     num_sampled = torch.full((num_reqs,), POISON, dtype=torch.int32)
-    cpu.exact_verify(**keywords, token_ids=token_ids, num_sampled=num_sampled, bad_row_counter=counter)
+    cpu.verify_batch(**keywords, token_ids=token_ids, num_sampled=num_sampled, bad_row_counter=counter)
     return token_ids, num_sampled
 
 

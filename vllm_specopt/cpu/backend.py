@@ -1,0 +1,159 @@
+"""The Python side of the CPU backend: from tensors to addresses, and onto torch's threads."""
+
+import ctypes
+import functools
+from array import array
+
+import torch
+
+from vllm_specopt.cpu.memory import BF16, FP16, FP32
+from vllm_specopt.cpu.plan import LOGITS, ONE_HOT, PROBS
+from vllm_specopt.cpu.requests import verify_requests
+
+_KIND = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+_run_alone = verify_requests.ctypes
+# Below this many logits a second thread costs more than it saves.
+_MIN_LOGITS_TO_SPLIT = 1 << 17
+_ANY_STATE = 1 << 62
+
+
+def verify_batch(
+    logits: torch.Tensor,  # [num_rows, vocab]
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+    draft_token_ids: torch.Tensor,  # [num_rows] or [num_rows - num_reqs]
+    *,
+    token_ids: torch.Tensor,  # [num_reqs, max_num_draft_tokens + 1]
+    num_sampled: torch.Tensor,  # [num_reqs]
+    temperature: torch.Tensor | None = None,  # [max_reqs]
+    seeds: torch.Tensor | None = None,  # [max_reqs]
+    positions: torch.Tensor | None = None,  # [num_rows]
+    state_indices: torch.Tensor | None = None,  # [num_reqs]
+    draft_probs: torch.Tensor | None = None,  # [num_rows - num_reqs, draft_vocab]
+    draft_logits: torch.Tensor | None = None,  # [max_reqs, max_drafts, draft_vocab]
+    top_k: torch.Tensor | None = None,  # [max_reqs]
+    top_p: torch.Tensor | None = None,  # [max_reqs]
+    min_p: torch.Tensor | None = None,  # [max_reqs]
+    bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
+    bad_row_counter: torch.Tensor | None = None,  # [1]
+    sigmoid: torch.Tensor | None = None,  # [10]
+    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [>= 2, 8]
+) -> None:
+    """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
+
+    ``sigmoid`` holds the constants as that function packs them.
+
+    Writes every element of ``token_ids`` (int32 or int64) and ``num_sampled`` (int32). Uses up to
+    ``torch.get_num_threads()`` threads; the result does not depend on their number.
+
+    Raises:
+        ValueError: ``cu_num_logits`` or ``state_indices`` of some request points outside the other arguments.
+    """
+    num_reqs = cu_num_logits.shape[0] - 1
+    num_rows, vocab_size = logits.shape
+    per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p, sigmoid_requests)
+    num_states = min([t.shape[0] for t in per_state if t is not None], default=_ANY_STATE)
+    mode, draft = ONE_HOT, None
+    draft_stride = draft_position_stride = draft_kind = 0
+    if draft_probs is not None:
+        mode, draft, draft_stride = PROBS, draft_probs, draft_probs.stride(0)
+    elif draft_logits is not None:
+        mode, draft = LOGITS, draft_logits
+        draft_stride, draft_position_stride, _ = draft_logits.stride()
+    if draft is not None:
+        vocab_size = min(vocab_size, draft.shape[-1])
+        draft_kind = _KIND[draft.dtype]
+    job = array("q", (
+        0, 0, 0,  # next request, rows without a usable logit, 1 + a request that does not fit
+        num_reqs,
+        num_rows,
+        vocab_size,
+        logits.data_ptr(),
+        logits.stride(0),
+        _KIND[logits.dtype],
+        *_ints(cu_num_logits),
+        *_ints(draft_token_ids),
+        draft_token_ids.shape[0] != num_rows,
+        _address(temperature),
+        _address(seeds),
+        *_ints(positions),
+        *_ints(state_indices),
+        num_states,
+        mode,
+        _address(draft),
+        draft_stride,
+        draft_position_stride,
+        draft_kind,
+        *_ints(top_k),
+        _address(top_p),
+        _address(min_p),
+        *_ints(bonus_token_ids),
+        _address(sigmoid),
+        _address(sigmoid_requests),
+        _address(counters),
+        token_ids.data_ptr(),
+        token_ids.stride(0),
+        token_ids.shape[1],
+        token_ids.dtype == torch.int64,
+        num_sampled.data_ptr(),
+    ))  # fmt: skip
+    _run(job.buffer_info()[0], num_reqs, num_rows * vocab_size)
+    _, bad_rows, misfit = job[:3]
+    if misfit:
+        raise ValueError(
+            f"request {misfit - 1}: cu_num_logits or state_indices points outside the other arguments "
+            "(expected 1 to max_num_draft_tokens + 1 rows per request, and indices below max_reqs)"
+        )
+    if bad_rows and bad_row_counter is not None:
+        bad_row_counter += bad_rows
+
+
+def warm_up(dtype: torch.dtype = torch.bfloat16) -> None:
+    """Compile the loops, or load them from the cache, so that the first request does not wait.
+
+    Args:
+        dtype: Logits dtype that will be served. All share one compiled version.
+    """
+    verify_batch(
+        torch.zeros(1, 1, dtype=dtype),
+        torch.tensor([0, 1]),
+        torch.zeros(0, dtype=torch.int64),
+        token_ids=torch.empty(1, 1, dtype=torch.int64),
+        num_sampled=torch.empty(1, dtype=torch.int32),
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ints(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """Address of a tensor of indices, and whether they are 64 bits wide."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.int64)
+
+
+def _run(job: int, num_reqs: int, num_logits: int) -> None:
+    """Run a job, by its address, on torch's own threads."""
+    if num_reqs > 1 and num_logits >= _MIN_LOGITS_TO_SPLIT:
+        num_threads = min(torch.get_num_threads(), num_reqs)
+        parallel = _openmp() if num_threads > 1 else None
+        if parallel is not None:
+            parallel(verify_requests.address, job, num_threads, 0)
+            return
+    _run_alone(job)
+
+
+@functools.cache
+def _openmp():
+    """The call that opens a parallel region in the OpenMP runtime torch has loaded; None if it has none.
+
+    GNU's and LLVM's runtimes both export it. A pool of our own would compete with torch's workers, which spin for
+    milliseconds after each operation, and would not inherit the cores vLLM binds them to.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel

@@ -1,0 +1,200 @@
+"""Verification request by request, row by row, up to the first rejection. Entry point of the compiled code.
+
+Every request is computed by one call in a fixed order, so results depend neither on the batch nor on the threads.
+"""
+
+import numpy as np
+from numba import carray, types
+from numba.np.unsafe.ndarray import to_fixed_tuple
+
+from vllm_specopt.cpu.cache import compile_entry
+from vllm_specopt.cpu.filters import apply_filters
+from vllm_specopt.cpu.memory import (
+    INF,
+    ZERO,
+    fetch_add,
+    jit,
+    pointer,
+    read_bool,
+    read_float,
+    read_int,
+    size_of,
+    write_int,
+)
+from vllm_specopt.cpu.noise import DRAW, acceptance_uniform, draw_uniform
+from vllm_specopt.cpu.plan import (
+    GREEDY_BELOW,
+    JOB_PLAN,
+    LOGITS,
+    ONE_HOT,
+    PROBS,
+    Plan,
+    scratch_at,
+    scratch_size,
+)
+from vllm_specopt.cpu.rows import Row
+from vllm_specopt.cpu.rules.exact import Draft, exact_rule
+from vllm_specopt.cpu.rules.sigmoid import Scores, recover_by_scores, sigmoid_test
+from vllm_specopt.cpu.sweeps import largest_logit, sweep
+from vllm_specopt.cpu.target import Target, draw_target, is_kept
+
+LOG2_E = 1.4426950408889634
+WARMEST = 1e30
+"""Temperatures above count as this one: single precision would run out of range."""
+SURVIVES = np.int64(-1)
+BAD_ROW = np.int64(-2)
+
+
+@jit
+def _draft_of(plan, request, row, state, place):
+    """The draft's row that belongs to a row of logits."""
+    if plan.mode == PROBS:
+        offset = (row - request) * plan.draft_stride
+    else:
+        offset = state * plan.draft_stride + place * plan.draft_position_stride
+    address = plan.draft + offset * size_of(plan.draft_kind)
+    return Row(address, plan.draft_kind, plan.vocab, ZERO, np.int64(0))
+
+
+@jit
+def _verify_row(row, draft_row, mode, token, scale, temperature, filters, constants, seed, position, scratch):
+    """Verify a draft token of a request that samples.
+
+    Args:
+        draft_row: The draft's row; not looked at where ``mode`` is ONE_HOT.
+        token: -1 for none: a placeholder, or a bonus row.
+        filters: Whether the request filters; top-k, 0 for none; top-p, 1 for none; min-p, 0 for none.
+        constants: Address of the constants of the sigmoid rule; 0 for the exact one.
+
+    Returns:
+        SURVIVES, BAD_ROW, or the token that is emitted.
+    """
+    is_filtered, top_k, top_p, min_p = filters
+    by_scores = constants != 0 and token >= 0
+    scores = Scores(row, mode, draft_row, constants, temperature)
+    passes = by_scores and sigmoid_test(scores, token, acceptance_uniform(seed, position))
+    if passes and not is_filtered:
+        return SURVIVES
+    row, frame, mass = sweep(row, scale, scratch.sums, scratch.tops, np.int64(64), scratch.tile)
+    if not mass > 0.0:
+        return BAD_ROW
+    target = Target(row, frame, mass, -INF, row, -INF, np.int64(-1))
+    if is_filtered:
+        target = apply_filters(row, frame, mass, top_k, top_p, min_p, scratch)
+    if by_scores:
+        if passes and is_kept(target, token):
+            return SURVIVES
+        return recover_by_scores(target, scores, token, seed, position, scratch)
+    if mode == ONE_HOT or token < 0:
+        drawn = draw_target(target, draw_uniform(seed, position, DRAW), scratch)
+        return SURVIVES if drawn == token else drawn
+    draft = Draft(mode, draft_row, frame, 1.0)
+    if mode == LOGITS:
+        draft_row, draft_frame, draft_mass = sweep(
+            draft_row, scale, scratch.other_sums, scratch.other_tops, np.int64(0), scratch.draft_tile
+        )
+        draft = Draft(mode, draft_row, draft_frame, draft_mass)
+    return exact_rule(target, draft, token, seed, position, scratch)
+
+
+@jit
+def _verify_request(request, plan, scratch):
+    """Verify one request; 1 if the row that emitted had no usable logit, -1 if the arguments do not fit together."""
+    start = read_int(plan.starts, request, plan.wide_starts)
+    num_drafts = read_int(plan.starts, request + 1, plan.wide_starts) - start - 1
+    state = read_int(plan.states, request, plan.wide_states) if plan.states else request
+    if start < 0 or num_drafts < 0 or num_drafts >= plan.token_ids_width or start + num_drafts >= plan.num_rows:
+        return -1
+    if state < 0 or state >= plan.num_states:
+        return -1
+    temperature = np.float64(read_float(plan.temperature, state)) if plan.temperature else 0.0
+    is_greedy = temperature < GREEDY_BELOW
+    temperature = min(temperature, WARMEST)
+    scale = np.float32(1.0 if is_greedy else LOG2_E / temperature)
+    seed = read_int(plan.seeds, state, True) if not is_greedy else np.int64(0)
+    top_k = read_int(plan.top_k, state, plan.wide_top_k) if plan.top_k else np.int64(0)
+    top_k = top_k if 1 <= top_k < plan.vocab else np.int64(0)
+    top_p = np.float64(read_float(plan.top_p, state)) if plan.top_p else 1.0
+    min_p = np.float64(read_float(plan.min_p, state)) if plan.min_p else 0.0
+    filters = (top_k > 0 or top_p < 1.0 or min_p > 0.0, top_k, top_p, min_p)
+    by_scores = plan.sigmoid != 0 and not is_greedy
+    by_scores = by_scores and (plan.sigmoid_requests == 0 or read_bool(plan.sigmoid_requests, state))
+    constants = plan.sigmoid if by_scores else np.int64(0)
+    out = plan.token_ids + request * plan.token_ids_stride * (8 if plan.wide_token_ids else 4)
+    emitted, place, is_bad = SURVIVES, np.int64(0), 0
+    while True:
+        row_index = start + place
+        row = Row(
+            plan.logits + row_index * plan.logits_stride * size_of(plan.kind), plan.kind, plan.vocab, ZERO, np.int64(0)
+        )
+        token = np.int64(-1)
+        if place == num_drafts:
+            if plan.bonus:
+                emitted = read_int(plan.bonus, request, plan.wide_bonus)
+                break
+        else:
+            token = read_int(plan.drafts, row_index - request if plan.is_compact else row_index + 1, plan.wide_drafts)
+            token = token if 0 <= token < plan.vocab else np.int64(-1)
+        if is_greedy:
+            top, emitted = largest_logit(row, scratch.tile)
+            is_bad = 1 if top == -INF else 0
+            emitted = SURVIVES if emitted == token else emitted
+        else:
+            position = read_int(plan.positions, row_index, plan.wide_positions) if plan.positions else place
+            draft_row = _draft_of(plan, request, row_index, state, place)
+            emitted = _verify_row(
+                row, draft_row, plan.mode, token, scale, temperature, filters, constants, seed, position, scratch
+            )
+            is_bad = 1 if emitted == BAD_ROW else 0
+        if emitted != SURVIVES:
+            break
+        write_int(out, place, plan.wide_token_ids, token)
+        place += 1
+    write_int(out, place, plan.wide_token_ids, max(emitted, np.int64(0)))
+    write_int(plan.num_sampled, request, False, place + 1)
+    for i in range(place + 1, plan.token_ids_width):
+        write_int(out, i, plan.wide_token_ids, np.int64(-1))
+    if plan.counters:
+        num_read = np.int64(1) if by_scores and not filters[0] else place + 1
+        num_read -= 1 if plan.bonus and place == num_drafts else 0
+        _count(plan.counters + (64 if by_scores else 0), place, num_drafts, num_read)
+    return is_bad
+
+
+@jit
+def _count(counters, num_accepted, num_drafts, num_read):
+    """Add a request to its method's counters: tokens accepted, recovered, bonus; rows read, rows not read."""
+    accepted_all = num_accepted == num_drafts
+    fetch_add(counters, num_accepted)
+    fetch_add(counters + 8, np.int64(0 if accepted_all else 1))
+    fetch_add(counters + 16, np.int64(1 if accepted_all and num_drafts > 0 else 0))
+    fetch_add(counters + 24, num_read)
+    fetch_add(counters + 32, num_drafts + 1 - num_read)
+
+
+@jit
+def _verify_requests(job):
+    next_request, bad_rows, misfit = job, job + 8, job + 16
+    words = carray(pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH)
+    plan = Plan(*to_fixed_tuple(words, PLAN_LENGTH))
+    memory = np.empty(scratch_size(plan.vocab), np.uint8)
+    scratch = scratch_at(np.int64(memory.ctypes.data), plan.vocab)
+    request = fetch_add(next_request, np.int64(1))
+    while request < plan.num_reqs:
+        bad = _verify_request(request, plan, scratch)
+        if bad < 0:
+            write_int(misfit, 0, True, 1 + request)
+        elif bad > 0:
+            fetch_add(bad_rows, np.int64(bad))
+        request = fetch_add(next_request, np.int64(1))
+    # Keeps the memory alive up to here.
+    memory[0] = 0
+
+
+PLAN_LENGTH = len(Plan._fields)
+
+
+@compile_entry
+def verify_requests(job):
+    """Verify requests of a job (its address) until none is left; threads may share a job."""
+    _verify_requests(job)
