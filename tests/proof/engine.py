@@ -36,7 +36,7 @@ STATISTICS = (
     "third token, after an accepted draft",
     "third token, after a recovered one",
 )
-SHARED_NOISE = "drafter shares the recovery noise"
+SHARED_NOISE = "drafter shares the residual's u"
 
 
 @dataclass(frozen=True)

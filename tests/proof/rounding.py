@@ -20,11 +20,12 @@ from vllm_specopt.kernels.filters import CAPACITY, filter_row
 from vllm_specopt.kernels.launch import KEY_STEPS, STEPS, TILE
 from vllm_specopt.kernels.load import Filters, Tiles, load_logits, weights
 from vllm_specopt.kernels.reference.rows import target_row_ref
-from vllm_specopt.kernels.statistics import _sweep
+from vllm_specopt.kernels.statistics import sweep
 
 BOUND = 1e-6
 VOCAB = 151_936
-TEMPERATURE = 0.7
+# As single precision holds them.
+TEMPERATURE, TOP_P = (float(np.float32(x)) for x in (0.7, 0.9))
 ROWS = {"flat": 0.01, "normal": 2.5, "peaked": 10.0, "normal, top-p 0.9": 2.5}
 """Rows by name, and the standard deviation of their logits."""
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,9 +34,11 @@ NARROW = 1e-9
 
 
 @triton.jit
-def _statistics_kernel(logits_ptr, temp_ptr, max_ptr, sum_ptr, vocab_size, count, TILE: tl.constexpr, STEPS: tl.constexpr):
+def _statistics_kernel(
+    logits_ptr, temp_ptr, max_ptr, sum_ptr, vocab_size, count, TILE: tl.constexpr, STEPS: tl.constexpr
+):
     scale = LOG2_E / tl.load(temp_ptr)
-    _sweep(logits_ptr, scale, max_ptr, sum_ptr, tl.program_id(0) * STEPS, count, vocab_size, False, TILE, STEPS)
+    sweep(logits_ptr, scale, max_ptr, sum_ptr, tl.program_id(0) * STEPS, count, vocab_size, False, TILE, STEPS)
 
 
 @triton.jit
@@ -88,11 +91,9 @@ def _draw_kernel(
 
 @dataclass(frozen=True)
 class Implied:
-    """One row. probs: what the kernels draw from. expected: the row's distribution in float64. distance: total
-    variation between them, with a bound on what fp64 sums and the grid of u add to it. wrong: probes that failed."""
+    """One row. distance: total variation between what the kernels draw from and the row's distribution in float64, and
+    a bound on what fp64 sums and the grid of u add to it. wrong: probes that drew another token."""
 
-    probs: np.ndarray
-    expected: np.ndarray
     distance: float
     probes: int
     wrong: int
@@ -117,17 +118,24 @@ def total_variation(probs: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(probs / probs.sum() - expected).sum() / 2)
 
 
+def distributions(name: str, dtype: torch.dtype, vocab_size: int = VOCAB) -> tuple[torch.Tensor, np.ndarray]:
+    """One of ROWS, and its distribution in float64."""
+    row = make_row(name, dtype, vocab_size)
+    options = {"top_p": TOP_P} if "top-p" in name else {}
+    return row, target_row_ref(row, TEMPERATURE, **options)[1].numpy()
+
+
 def implied(name: str, dtype: torch.dtype, device: str, probes: int = 100, vocab_size: int = VOCAB) -> Implied:
     """What the Triton kernels draw from for one row, and whether ``draw_token`` does at so many boundaries."""
-    row = make_row(name, dtype, vocab_size).to(device)
+    row, expected = distributions(name, dtype, vocab_size)
+    row = row.to(device)
     count = triton.cdiv(vocab_size, TILE)
     tile = {"TILE": TILE, "PADDED_TILES": triton.next_power_of_2(count)}
-    temp, top_p = (torch.tensor([x], dtype=torch.float32, device=device) for x in (TEMPERATURE, 0.9))
+    temp, top_p = (torch.tensor([x], dtype=torch.float32, device=device) for x in (TEMPERATURE, TOP_P))
     threshold = torch.full((1,), -math.inf, device=device)
     maxima, sums = torch.empty(count, device=device), torch.empty(count, device=device)
     _statistics_kernel[(triton.cdiv(count, STEPS),)](row, temp, maxima, sums, vocab_size, count, TILE=TILE, STEPS=STEPS)
-    filtered = "top-p" in name
-    if filtered:
+    if "top-p" in name:
         tile_list = torch.empty(count, dtype=torch.int32, device=device)
         values = torch.empty(CAPACITY.value, device=device)
         _filter_kernel[(1,)](
@@ -142,8 +150,6 @@ def implied(name: str, dtype: torch.dtype, device: str, probes: int = 100, vocab
     within = within / np.maximum(within.sum(1, keepdims=True), 1e-300)
     masses = masses.cpu().numpy()
     probs = ((masses / masses.sum())[:, None] * within).ravel()[:vocab_size]
-    options = {"top_p": float(top_p)} if filtered else {}
-    expected = target_row_ref(row.cpu(), float(temp), **options)[1].numpy()
 
     cells = np.flatnonzero(probs > NARROW)
     running, step = probs.cumsum(), NARROW / 10
@@ -156,7 +162,7 @@ def implied(name: str, dtype: torch.dtype, device: str, probes: int = 100, vocab
     )  # fmt: skip
     wrong = int((tokens.cpu().numpy() != np.concatenate([left, right])).sum())
     distance = total_variation(probs, expected) + sums_in_double(vocab_size, count)
-    return Implied(probs, expected, distance, len(uniforms), wrong)
+    return Implied(distance, len(uniforms), wrong)
 
 
 def in_single_precision(weights: np.ndarray) -> np.ndarray:
