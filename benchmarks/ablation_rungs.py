@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_specopt.integration.config import PAPER
+from vllm_specopt.rules import PAPER
 from vllm_specopt.verify import verify
 
 # Target logits and what the draft adds to them: about 0.8 acceptance per token.

@@ -8,8 +8,8 @@ import torch
 
 from vllm_specopt.benchmarks.inputs import Inputs
 from vllm_specopt.benchmarks.peers import Implementation
-from vllm_specopt.integration.config import PAPER
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.rules import PAPER
 from vllm_specopt.testing import MARGIN
 from vllm_specopt.verify import Verified
 

@@ -28,7 +28,7 @@ import torch
 
 from vllm_specopt.benchmarks.grid import LOGITS, PROBS
 from vllm_specopt.benchmarks.inputs import NUM_ROUNDS, Inputs
-from vllm_specopt.integration.config import PAPER
+from vllm_specopt.rules import PAPER
 from vllm_specopt.verify import Verified, verify
 
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from vllm_specopt.integration.config import PAPER, SigmoidConstants, SpecoptConfig, parse, requested_method
+from vllm_specopt.integration.config import SpecoptConfig, parse, requested_method
+from vllm_specopt.rules import PAPER, SigmoidConstants
 
 
 @pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"specopt": None}, object()])

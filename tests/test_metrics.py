@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_specopt.integration.config import SigmoidConstants
 from vllm_specopt.integration.metrics import COLUMNS, COUNTERS, SECONDS, Account, Recorder, new_counters
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.rules import SigmoidConstants
 from vllm_specopt.testing import LOGITS, NO_DRAFT, random_batch
 from vllm_specopt.verify import verify
 

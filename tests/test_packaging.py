@@ -66,7 +66,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
 def test_every_folder_with_modules_is_listed() -> None:
     folders = {str(path.parent.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     for folder, package in MAPPED.items():
-        assert not list(folder.rglob("__init__.py"))
+        # `import kernels` from a checkout must find whatever else is called so.
+        assert not (folder / "__init__.py").exists()
         folders |= {str(Path(package) / path.parent.relative_to(folder)) for path in folder.rglob("*.py")}
     assert {folder.replace("/", ".") for folder in folders} == set(SETUPTOOLS["packages"])
 
@@ -138,7 +139,7 @@ def test_kernels_is_never_ours_and_our_modules_are_found(
     script = """
 import importlib.util, kernels
 assert kernels.OWNER == "Hugging Face", kernels
-assert importlib.util.find_spec("vllm_specopt.kernels.reference").origin.endswith("kernels/reference.py")
+assert importlib.util.find_spec("vllm_specopt.kernels.reference").origin.endswith("kernels/reference/__init__.py")
 assert importlib.util.find_spec("kernels.reference") is None
 """
     folder = tree if folder_on_path == "root" else tmp_path

@@ -28,7 +28,8 @@ from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, sam
 from test_v1_sampler import min_p_processor
 
 from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
-from vllm_specopt.integration.config import PAPER, SpecoptConfig
+from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.rules import PAPER
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel"}

@@ -24,9 +24,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_specopt.checks import MAX_DRAFT_TOKENS
 from vllm_specopt.integration import compat, metrics
 from vllm_specopt.integration.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
-from vllm_specopt.verify import MAX_DRAFT_TOKENS, backend_name
+from vllm_specopt.verify import backend_name
 
 logger = init_logger("vllm.specopt")
 
