@@ -43,9 +43,9 @@ def write(folder: Path) -> Path:
         "",
         "Median (20th - 80th percentile) per call; the ratio is the median over rounds in which the implementations",
         "take turns. A verified row is one a request reached before its first rejection; its time is that of",
-        "`verify()` divided by all of the batch's. Bytes are counted as if every row were read, so a backend that stops",
-        "early can exceed a copy's bandwidth. Sigmoid is the lossy method with its paper's constants: without filters",
-        "it sweeps the emitting rows alone, and it emits another distribution.",
+        "`verify()` divided by all of the batch's. Bytes are counted as if every row were read, so a backend that",
+        "stops early can exceed a copy's bandwidth. Sigmoid is the lossy method with its paper's constants: without",
+        "filters it sweeps the emitting rows alone, and it emits another distribution.",
     ]
     sections = defaultdict(lambda: defaultdict(dict))
     for row in rows:

@@ -136,7 +136,7 @@ def test_kernels_is_never_ours_and_our_modules_are_found(
     script = """
 import importlib.util, kernels
 assert kernels.OWNER == "Hugging Face", kernels
-assert importlib.util.find_spec("vllm_specopt.kernels.reference").origin.endswith("kernels/reference.py")
+assert importlib.util.find_spec("vllm_specopt.kernels.reference").origin.endswith("reference/__init__.py")
 assert importlib.util.find_spec("kernels.reference") is None
 """
     folder = tree if folder_on_path == "root" else tmp_path

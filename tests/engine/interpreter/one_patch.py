@@ -1,21 +1,23 @@
 """Triton's interpreter without what it does anew at each operation though it never changes.
 
 It replaces the language's functions at every call of a device function, looks numpy's types up in a dictionary built
-for the purpose, and works out each block's shape and name from the start. Results stay bit for bit the same.
+for the purpose, works out each block's shape and name from the start, and copies CPU tensors onto themselves after a
+launch. Results stay bit for bit the same.
 """
 
 import math
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-_patch_lang, _get_np_dtype, _convert_float = (
-    interpreter._patch_lang,
-    interpreter._get_np_dtype,
-    interpreter._convert_float,
-)
+_patch_lang = interpreter._patch_lang
+_get_np_dtype = interpreter._get_np_dtype
+_convert_float = interpreter._convert_float
+_restore_args = interpreter.GridExecutor._restore_args_dev
 _init_block = tl.block_type.__init__
+_CPU = torch.device("cpu")
 _langs, _patched, _np_dtypes, _blocks, _shapes = {}, set(), {}, {}, {}
 
 
@@ -70,8 +72,14 @@ def _init_tensor(self, handle, type):
     self.handle, self.type, self.dtype = handle, type, type.scalar
 
 
+def _restore(self, args_dev, args_hst, kwargs, kwargs_hst):
+    if any(getattr(arg, "device", _CPU) != _CPU for arg in (*args_dev, *kwargs.values())):
+        _restore_args(self, args_dev, args_hst, kwargs, kwargs_hst)
+
+
 interpreter._patch_lang = _patch_once
 interpreter._get_np_dtype = _np_dtype
 interpreter._convert_float = _convert
+interpreter.GridExecutor._restore_args_dev = _restore
 tl.block_type.__init__ = _init_known_block
 tl.tensor.__init__ = _init_tensor
