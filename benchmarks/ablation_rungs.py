@@ -198,17 +198,18 @@ def _row_reader():
     import numba
 
     from vllm_specopt.cpu.memory import BF16
-    from vllm_specopt.cpu.plan import scratch_at, scratch_size
+    from vllm_specopt.cpu.plan import scratch_at
     from vllm_specopt.cpu.rows import Row
     from vllm_specopt.cpu.sweeps import sweep
 
     @numba.njit
     def read(address, stride, rows, vocab):
-        memory = np.empty(scratch_size(vocab), np.uint8)
-        own, seen = scratch_at(memory.ctypes.data, vocab), 0.0
+        _, size = scratch_at(np.int64(0), vocab)
+        memory, seen = np.empty(size, np.uint8), 0.0
+        scratch, _ = scratch_at(np.int64(memory.ctypes.data), vocab)
         for i in rows:
             row = Row(address + 2 * i * stride, np.int64(BF16), vocab, np.float32(0.0), np.int64(0))
-            _, _, mass = sweep(row, np.float32(1.0), own.sums, own.tops, np.int64(64), own.tile)
+            _, _, mass = sweep(row, np.float32(1.0), scratch.left, scratch.tile)
             seen += mass
         return seen + memory[0]
 
