@@ -14,20 +14,22 @@ from vllm_specopt.cpu.memory import FP32, INF, ZERO, jit, read_float, read_int, 
 from vllm_specopt.cpu.plan import POOL
 from vllm_specopt.cpu.rows import TILE, Row, weigh, weigh_tile, weight_of
 from vllm_specopt.cpu.target import Target, sum_of_weights
-from vllm_specopt.cpu.thresholds import collect, reach, reach_in_row, weigh_pool
+from vllm_specopt.cpu.thresholds import collect, counted, reach, reach_in_row, weigh_pool
 
 # Quarter powers of two below the largest weight that a bound for top-p is looked for in.
 BOUND_STEPS = 400
 # Steps of the representation, 2^-8 of a value, within which a bound for top-k is found.
 ROUGHLY = 1 << 15
+# From one tile in so many to read, a tighter bound pays for itself.
+MANY = 8
 
 
 @jit
-def _sum_tops(num_tiles, scratch):
-    """Reduce the lanes of the tiles' largest logits to one number per tile; returns the row's largest."""
+def _tops_of_tiles(num_tiles, scratch):
+    """Reduce the groups' largest logits to one number per tile; returns the row's largest."""
     top = -INF
     for tile in range(num_tiles):
-        tile_top = largest(load_fp32(scratch.tops + 4 * WIDTH * tile))
+        tile_top = largest(load_fp32(scratch.left.tops + 4 * WIDTH * tile))
         write_float(scratch.tile_tops, tile, tile_top)
         top = max(top, tile_top)
     store(scratch.tile_tops + 4 * num_tiles, splat(-INF))
@@ -36,39 +38,39 @@ def _sum_tops(num_tiles, scratch):
 
 @jit
 def _top_k_bound(num_tiles, top, k, lowest, scratch):
-    """A value at or below the k-th largest logit: at least k tiles, or sixteenths of tiles, reach it."""
+    """A logit at or below the k-th largest: at least k tiles, or groups, reach it."""
     if k <= num_tiles // 2:
-        return reach(scratch.tile_tops, 0, num_tiles, lowest, top, np.float64(k), ROUGHLY)
+        return reach(scratch.tile_tops, np.int64(0), num_tiles, lowest, top, np.float64(k), ROUGHLY)
     if k <= WIDTH * num_tiles:
-        return reach(scratch.tops, 0, WIDTH * num_tiles, lowest, top, np.float64(k), ROUGHLY)
+        return reach(scratch.left.tops, np.int64(0), WIDTH * num_tiles, lowest, top, np.float64(k), ROUGHLY)
     return lowest
 
 
 @jit
-def _mass_above(num_tiles, weight, scratch):
+def _mass_above(weights, sums, count, size, weight):
     """A lower bound of the mass of the tokens that weigh at least this much.
 
-    Of a tile that has such a token: its largest weight, or its sum less what all others could weigh.
+    Of a group that has such a token: its largest weight, or its sum less what all others could weigh.
+
+    Args:
+        weights, sums: The largest weight and the sum of each group. count: Of groups. size: Tokens of each.
     """
-    accumulator, limit, rest = splat(ZERO), splat(weight), splat(np.float32(-TILE) * weight)
-    for tile in range(0, num_tiles, WIDTH):
-        tops = load_fp32(scratch.tile_weights + 4 * tile)
-        sums = add(load_fp32(scratch.sums + 4 * tile), rest)
-        accumulator = add(accumulator, where_at_least(tops, limit, larger(sums, tops)))
+    accumulator, limit, rest = splat(ZERO), splat(weight), splat(np.float32(-size) * weight)
+    for i in range(0, count, WIDTH):
+        largest_weights = load_fp32(weights + 4 * i)
+        left = larger(add(load_fp32(sums + 4 * i), rest), largest_weights)
+        accumulator = add(accumulator, where_at_least(largest_weights, limit, left))
     return total64(accumulator)
 
 
 @jit
-def _top_p_bound(num_tiles, top, need, frame, scratch):
-    """A logit at or below the smallest that top-p keeps: those that are not below it weigh at least ``need``."""
-    for tile in range(0, num_tiles, WIDTH):
-        store(scratch.tile_weights + 4 * tile, weigh(load_fp32(scratch.tile_tops + 4 * tile), frame))
-    store(scratch.sums + 4 * num_tiles, splat(ZERO))
+def _bound(weights, sums, count, size, need, top, frame):
+    """A logit such that the groups show that those that are not below it weigh at least ``need``."""
     heaviest = np.float64(weight_of(top, frame))
     short, enough = -1, BOUND_STEPS
     while enough - short > 1:
         middle = (short + enough) >> 1
-        if _mass_above(num_tiles, np.float32(heaviest * 2.0 ** (-0.25 * middle)), scratch) >= need:
+        if _mass_above(weights, sums, count, size, np.float32(heaviest * 2.0 ** (-0.25 * middle))) >= need:
             enough = middle
         else:
             short = middle
@@ -79,6 +81,22 @@ def _top_p_bound(num_tiles, top, need, frame, scratch):
 
 
 @jit
+def _top_p_bound(num_tiles, top, need, frame, scratch):
+    """A logit at or below the smallest that top-p keeps: by tiles, or by groups where many tiles would be read."""
+    for i in range(0, num_tiles, WIDTH):
+        store(scratch.tile_weights + 4 * i, weigh(load_fp32(scratch.tile_tops + 4 * i), frame))
+    store(scratch.left.sums + 4 * num_tiles, splat(ZERO))
+    bound = _bound(scratch.tile_weights, scratch.left.sums, num_tiles, TILE, need, top, frame)
+    if counted(scratch.tile_tops, num_tiles, bound) * MANY < num_tiles:
+        return bound
+    num_groups = WIDTH * num_tiles
+    for i in range(0, num_groups, WIDTH):
+        store(scratch.group_weights + 4 * i, weigh(load_fp32(scratch.left.tops + 4 * i), frame))
+    by_group = _bound(scratch.group_weights, scratch.left.group_sums, num_groups, TILE // WIDTH, need, top, frame)
+    return max(bound, by_group)
+
+
+@jit
 def apply_filters(row, frame, mass, top_k, top_p, min_p, scratch):
     """The target of a swept row whose request filters.
 
@@ -86,7 +104,7 @@ def apply_filters(row, frame, mass, top_k, top_p, min_p, scratch):
         top_k: 0 to keep all. top_p: 1 to keep all. min_p: 0 to keep all.
     """
     num_tiles = (row.vocab + TILE - 1) // TILE
-    top = _sum_tops(num_tiles, scratch)
+    top = _tops_of_tiles(num_tiles, scratch)
     low = frame.lowest
     if min_p > 0:
         exact = np.float64(top) + math.log2(np.float64(min_p)) / np.float64(frame.scale)
@@ -102,7 +120,7 @@ def apply_filters(row, frame, mass, top_k, top_p, min_p, scratch):
         return _filter_row(row, frame, mass, top_k, top_p, low, top, only_top_p, scratch)
     threshold = low
     if 0 < top_k < count:
-        threshold = reach(scratch.pool_values, 0, count, low, top, np.float64(top_k), 1)
+        threshold = reach(scratch.pool_values, np.int64(0), count, low, top, np.float64(top_k), 1)
     if top_p < 1:
         weigh_pool(frame, count, scratch)
         kept = mass
@@ -139,7 +157,7 @@ def sum_of_tiles(row, frame, floor, scratch):
         if floor == -INF or read_float(scratch.tile_tops, start // TILE) >= floor:
             weigh_tile(row, frame, start, floor, scratch.tile, scratch.weights)
             tile_sum = sum_of_weights(scratch.weights)
-        write_float(scratch.sums, start // TILE, tile_sum)
+        write_float(scratch.left.sums, start // TILE, tile_sum)
         mass += np.float64(tile_sum)
     return mass
 

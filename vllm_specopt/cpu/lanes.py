@@ -1,8 +1,8 @@
-"""Sixteen single-precision numbers as one value of compiled code: a type for numba, and what can be done with it.
+"""Eight single-precision numbers as one value of compiled code: a type for numba, and what can be done with it.
 
-Loops written with it come out the same on every CPU: LLVM cuts the sixteen lanes into registers of the width it finds,
-and the order of additions is the one written here, so that two machines, or two versions of the compiler, agree bit
-for bit. Left to the compiler, a sum's order would depend on the width it chooses.
+Loops written with it come out the same on every CPU: LLVM puts the lanes into registers of the width it finds, and
+the order of additions is the one written here, so that two machines, or two versions of the compiler, agree bit for
+bit. Left to the compiler, a sum's order would depend on the width it chooses.
 """
 
 from llvmlite import ir
@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-WIDTH = 16
+WIDTH = 8
 
 
 class Lanes(types.Type):
@@ -85,7 +85,7 @@ def splat(typing_context, value):
 
 @intrinsic
 def load_fp32(typing_context, address):
-    """Sixteen numbers in a row from an address, which need not be aligned."""
+    """Eight numbers in a row from an address, which need not be aligned."""
     return lanes(types.int64), lambda context, builder, signature, args: _load(builder, args[0], _FLOATS)
 
 
@@ -111,7 +111,7 @@ def load_bf16(typing_context, address):
 
 @intrinsic
 def load_bf16_pairs(typing_context, address):
-    """Thirty-two bf16: those at even places, and those at odd ones. Cheaper than two loads in order."""
+    """Sixteen bf16: those at even places, and those at odd ones. Cheaper than two loads in order."""
 
     def generate(context, builder, signature, args):
         words = _load(builder, args[0], _INTS)
@@ -124,7 +124,7 @@ def load_bf16_pairs(typing_context, address):
 
 @intrinsic
 def store(typing_context, address, value):
-    """Write sixteen numbers in a row to an address, which need not be aligned."""
+    """Write eight numbers in a row to an address, which need not be aligned."""
 
     def generate(context, builder, signature, args):
         builder.store(args[1], builder.inttoptr(args[0], _FLOATS.as_pointer())).align = 1

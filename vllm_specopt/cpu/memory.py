@@ -113,7 +113,7 @@ def size_of(kind):
 
 @inline
 def load(address, kind):
-    """Sixteen logits in a row from an address, in single precision."""
+    """Eight logits in a row from an address, in single precision."""
     if kind == BF16:
         return load_bf16(address)
     if kind == FP16:

@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from vllm_specopt.cpu.lanes import WIDTH
 from vllm_specopt.cpu.memory import jit
 from vllm_specopt.cpu.rows import TILE
+from vllm_specopt.cpu.sweeps import Left
 
 ONE_HOT, PROBS, LOGITS = 0, 1, 2
 GREEDY_BELOW = 1e-5
@@ -58,21 +61,22 @@ class Plan(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Addresses of a thread's own memory, all fp32 but for the tokens (int64).
+    """A thread's own memory: addresses of fp32 numbers, but for the tokens (int64).
 
-    tile, draft_tile, weights: a tile each. sums, other_sums, tile_tops, tile_weights: a number per tile, filled up to
-    whole lanes. tops: ``WIDTH`` numbers per tile; other_tops: ``WIDTH`` in all. The rest: what a filter keeps of a row.
+    tile, draft_tile, weights: a tile each. left, draft_left: what sweeps leave of the target and of the draft; of the
+    draft no more than the tiles' sums are kept. other_sums: sums of the tiles of other weights. tile_tops,
+    tile_weights, group_weights: for filters, a number per tile, or per group of one. The pools: what a filter keeps.
     """
 
     tile: int
     draft_tile: int
     weights: int
-    sums: int
+    left: Left
+    draft_left: Left
     other_sums: int
     tile_tops: int
     tile_weights: int
-    tops: int
-    other_tops: int
+    group_weights: int
     pool_values: int
     pool_weights: int
     pool_tokens: int
@@ -81,36 +85,29 @@ class Scratch(NamedTuple):
 
 
 @jit
-def scratch_size(vocab):
-    """Bytes of a thread's memory for rows of a vocabulary."""
-    num_tiles = (vocab + TILE - 1) // TILE
-    per_tile = num_tiles + 2 * WIDTH
-    return 4 * (3 * TILE + 4 * per_tile + WIDTH * (num_tiles + 1) + 6 * (POOL + WIDTH)) + 64
-
-
-@jit
 def scratch_at(address, vocab):
-    """Divide a thread's memory."""
+    """Divide a thread's memory for rows of a vocabulary, and tell where it ends; arrays end in whole lanes."""
     num_tiles = (vocab + TILE - 1) // TILE
-    tile, per_tile, pool = 4 * TILE, 4 * (num_tiles + 2 * WIDTH), 4 * (POOL + WIDTH)
-    address = (address + 63) // 64 * 64
-    sums = address + 3 * tile
-    tops = sums + 4 * per_tile
-    other_tops = tops + 4 * WIDTH * num_tiles
-    values = other_tops + 4 * WIDTH
-    return Scratch(
-        address,
-        address + tile,
-        address + 2 * tile,
-        sums,
+    per_tile, per_group, pool = 4 * (num_tiles + WIDTH), 4 * WIDTH * (num_tiles + 1), 4 * (POOL + WIDTH)
+    tile = address
+    sums = tile + 3 * 4 * TILE
+    group_sums = sums + 4 * per_tile
+    values = group_sums + 4 * per_group
+    draft_groups = group_sums + 3 * per_group
+    scratch = Scratch(
+        tile,
+        tile + 4 * TILE,
+        tile + 8 * TILE,
+        Left(sums, group_sums, group_sums + per_group, np.int64(4 * WIDTH)),
+        Left(sums + per_tile, draft_groups, draft_groups, np.int64(0)),
         sums + per_tile,
         sums + 2 * per_tile,
         sums + 3 * per_tile,
-        tops,
-        other_tops,
+        group_sums + 2 * per_group,
         values,
         values + pool,
         values + 2 * pool,
         values + 4 * pool,
         values + 5 * pool,
     )
+    return scratch, values + 6 * pool

@@ -30,7 +30,6 @@ from vllm_specopt.cpu.plan import (
     PROBS,
     Plan,
     scratch_at,
-    scratch_size,
 )
 from vllm_specopt.cpu.rows import Row
 from vllm_specopt.cpu.rules.exact import Draft, exact_rule
@@ -75,7 +74,7 @@ def _verify_row(row, draft_row, mode, token, scale, temperature, filters, consta
     passes = by_scores and sigmoid_test(scores, token, acceptance_uniform(seed, position))
     if passes and not is_filtered:
         return SURVIVES
-    row, frame, mass = sweep(row, scale, scratch.sums, scratch.tops, np.int64(64), scratch.tile)
+    row, frame, mass = sweep(row, scale, scratch.left, scratch.tile)
     if not mass > 0.0:
         return BAD_ROW
     target = Target(row, frame, mass, -INF, row, -INF, np.int64(-1))
@@ -90,9 +89,7 @@ def _verify_row(row, draft_row, mode, token, scale, temperature, filters, consta
         return SURVIVES if drawn == token else drawn
     draft = Draft(mode, draft_row, frame, 1.0)
     if mode == LOGITS:
-        draft_row, draft_frame, draft_mass = sweep(
-            draft_row, scale, scratch.other_sums, scratch.other_tops, np.int64(0), scratch.draft_tile
-        )
+        draft_row, draft_frame, draft_mass = sweep(draft_row, scale, scratch.draft_left, scratch.draft_tile)
         draft = Draft(mode, draft_row, draft_frame, draft_mass)
     return exact_rule(target, draft, token, seed, position, scratch)
 
@@ -177,8 +174,9 @@ def _verify_requests(job):
     next_request, bad_rows, misfit = job, job + 8, job + 16
     words = carray(pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH)
     plan = Plan(*to_fixed_tuple(words, PLAN_LENGTH))
-    memory = np.empty(scratch_size(plan.vocab), np.uint8)
-    scratch = scratch_at(np.int64(memory.ctypes.data), plan.vocab)
+    _, size = scratch_at(np.int64(0), plan.vocab)
+    memory = np.empty(size, np.uint8)
+    scratch, _ = scratch_at(np.int64(memory.ctypes.data), plan.vocab)
     request = fetch_add(next_request, np.int64(1))
     while request < plan.num_reqs:
         bad = _verify_request(request, plan, scratch)

@@ -66,21 +66,25 @@ def frame_at(scale, reference):
 
 
 @inline
-def power(x, scale, rounding):
-    """2^(x * scale - reference) in two factors: a number near 1, and a power of two (0 where x is the lowest logit)."""
+def power(x, frame, factor):
+    """factor * 2^(x * scale - reference) of eight logits, none below the lowest, in two parts.
+
+    A number near the factor, and a power of two, which is 0 where x is the lowest logit.
+    """
+    scale, rounding = splat(frame.scale), splat(frame.rounding)
     rounded = multiply_add(x, scale, rounding)
     f = multiply_subtract(x, scale, subtract(rounded, rounding))
-    poly = multiply_add(splat(C5), f, splat(C4))
-    poly = multiply_add(poly, f, splat(C3))
-    poly = multiply_add(poly, f, splat(C2))
-    poly = multiply_add(poly, f, splat(C1))
-    return multiply_add(poly, f, splat(ONE)), power_of_two(rounded)
+    poly = multiply_add(splat(factor * C5), f, splat(factor * C4))
+    poly = multiply_add(poly, f, splat(factor * C3))
+    poly = multiply_add(poly, f, splat(factor * C2))
+    poly = multiply_add(poly, f, splat(factor * C1))
+    return multiply_add(poly, f, splat(factor)), power_of_two(rounded)
 
 
 @inline
 def weigh(x, frame):
-    """Weights of sixteen logits; NaN and -inf weigh nothing."""
-    near_one, exponent = power(larger(x, splat(frame.lowest)), splat(frame.scale), splat(frame.rounding))
+    """Weights of eight logits; NaN and -inf weigh nothing."""
+    near_one, exponent = power(larger(x, splat(frame.lowest)), frame, ONE)
     return multiply(near_one, exponent)
 
 

@@ -1,21 +1,53 @@
 """Sweeps over one row: what they leave behind is one number per tile, never anything of the size of the row."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from vllm_specopt.cpu.lanes import (
     WIDTH,
+    add,
     at_least,
     larger,
     largest,
     load_bf16_pairs,
+    load_fp32,
+    multiply,
     multiply_add,
     splat,
     store,
     total,
     trailing_zeros,
 )
-from vllm_specopt.cpu.memory import BF16, INF, ZERO, inline, jit, load, prefetch, read_float, size_of, write_float
+from vllm_specopt.cpu.memory import (
+    BF16,
+    FP16,
+    FP32,
+    INF,
+    ONE,
+    ZERO,
+    inline,
+    jit,
+    load,
+    prefetch,
+    size_of,
+    write_float,
+)
 from vllm_specopt.cpu.rows import LARGEST_REFERENCE, TILE, Row, frame_at, power, tile_at
+
+
+class Left(NamedTuple):
+    """Addresses of what a sweep leaves, fp32.
+
+    sums: the sum of each tile's weights. group_sums, tops: of ``WIDTH`` groups of each tile the sum of the weights and
+    the largest logit (none below the frame's lowest); those of the next tile are ``stride`` bytes on.
+    """
+
+    sums: int
+    group_sums: int
+    tops: int
+    stride: int
+
 
 # Weights may grow to 2^HEADROOM before the reference follows: a tile's sum stays far from overflowing.
 HEADROOM = 64.0
@@ -24,32 +56,43 @@ AHEAD = 2048
 
 
 @inline
-def _accumulate(accumulator, x, scale, rounding):
-    near_one, exponent = power(x, scale, rounding)
+def _accumulate(accumulator, x, frame):
+    near_one, exponent = power(x, frame, ONE)
     return multiply_add(near_one, exponent, accumulator)
 
 
 @jit
 def _sum_tile(address, kind, frame):
-    """Sum of a tile's weights, and the largest of every sixteenth logit (none below the frame's lowest)."""
-    scale, rounding, lowest = splat(frame.scale), splat(frame.rounding), splat(frame.lowest)
-    accumulator, tops = splat(ZERO), lowest
-    if kind == BF16:
-        for i in range(0, TILE, 2 * WIDTH):
-            prefetch(address + 2 * i + AHEAD)
-            even, odd = load_bf16_pairs(address + 2 * i)
-            even, odd = larger(even, lowest), larger(odd, lowest)
-            tops = larger(tops, larger(even, odd))
-            accumulator = _accumulate(accumulator, even, scale, rounding)
-            accumulator = _accumulate(accumulator, odd, scale, rounding)
-    else:
-        size = size_of(kind)
-        for i in range(0, TILE, WIDTH):
-            prefetch(address + size * i + AHEAD)
-            x = larger(load(address + size * i, kind), lowest)
-            tops = larger(tops, x)
-            accumulator = _accumulate(accumulator, x, scale, rounding)
-    return total(accumulator), tops
+    """Of eight groups of a tile: the sums of their weights, and their largest logits, none below the frame's lowest."""
+    if kind == FP32:
+        return _sum_in_order(address, FP32, frame)
+    if kind == FP16:
+        return _sum_in_order(address, FP16, frame)
+    lowest = splat(frame.lowest)
+    accumulator, other, tops = splat(ZERO), splat(ZERO), lowest
+    for i in range(0, TILE, 2 * WIDTH):
+        prefetch(address + 2 * i + AHEAD)
+        even, odd = load_bf16_pairs(address + 2 * i)
+        even, odd = larger(even, lowest), larger(odd, lowest)
+        tops = larger(odd, larger(even, tops))
+        accumulator = _accumulate(accumulator, even, frame)
+        other = _accumulate(other, odd, frame)
+    return add(accumulator, other), tops
+
+
+@inline
+def _sum_in_order(address, kind, frame):
+    lowest = splat(frame.lowest)
+    accumulator, other, tops = splat(ZERO), splat(ZERO), lowest
+    size = size_of(kind)
+    for i in range(0, TILE, 2 * WIDTH):
+        prefetch(address + size * i + AHEAD)
+        left = larger(load(address + size * i, kind), lowest)
+        right = larger(load(address + size * (i + WIDTH), kind), lowest)
+        tops = larger(right, larger(left, tops))
+        accumulator = _accumulate(accumulator, left, frame)
+        other = _accumulate(other, right, frame)
+    return add(accumulator, other), tops
 
 
 @jit
@@ -102,7 +145,7 @@ def _frame_below(top, scale):
 
 
 @jit
-def _sweep(row, scale, sums, tops, tops_stride, buffer):
+def _sweep(row, scale, left, buffer):
     """As :func:`sweep`, without shifting the row: whether that went well, the frame, the sum of all weights."""
     frame, limit, mass = frame_at(scale, 0.0), np.float32(HEADROOM / scale), 0.0
     has_reference = row.is_shifted != 0
@@ -112,16 +155,15 @@ def _sweep(row, scale, sums, tops, tops_stride, buffer):
         if not has_reference:
             top = _largest_of_tile(address, kind, -INF)
             if top == -INF:
-                write_float(sums, tile, ZERO)
-                store(tops + tile * tops_stride, splat(-INF))
+                _leave(left, tile, splat(ZERO), splat(-INF))
                 continue
             if _is_large(top, scale):
                 return False, frame, mass
             frame, limit = _frame_below(top, scale)
             has_reference = True
-        tile_sum, tile_tops = _sum_tile(address, kind, frame)
-        if at_least(tile_tops, splat(limit)):
-            top = largest(tile_tops)
+        sums, tops = _sum_tile(address, kind, frame)
+        if at_least(tops, splat(limit)):
+            top = largest(tops)
             if _is_large(top, scale):
                 return False, frame, mass
             before = frame.reference
@@ -129,28 +171,37 @@ def _sweep(row, scale, sums, tops, tops_stride, buffer):
             factor = 2.0 ** (before - frame.reference)
             mass *= factor
             for i in range(tile):
-                write_float(sums, i, np.float32(read_float(sums, i) * factor))
-            tile_sum, tile_tops = _sum_tile(address, kind, frame)
-        write_float(sums, tile, tile_sum)
-        store(tops + tile * tops_stride, tile_tops)
-        mass += np.float64(tile_sum)
+                sums = multiply(load_fp32(left.group_sums + left.stride * i), splat(np.float32(factor)))
+                _leave(left, i, sums, load_fp32(left.tops + left.stride * i))
+            sums, tops = _sum_tile(address, kind, frame)
+        mass += np.float64(_leave(left, tile, sums, tops))
     return True, frame, mass
 
 
+@inline
+def _leave(left, tile, sums, tops):
+    tile_sum = total(sums)
+    write_float(left.sums, tile, tile_sum)
+    store(left.group_sums + left.stride * tile, sums)
+    store(left.tops + left.stride * tile, tops)
+    return tile_sum
+
+
 @jit
-def sweep(row, scale, sums, tops, tops_stride, buffer):
+def sweep(row, scale, left, buffer):
     """Read a row once.
 
-    Leaves the sum of each tile's weights at ``sums`` (fp32), and at ``tops`` (fp32, ``WIDTH`` per tile, tiles
-    ``tops_stride`` bytes apart) the largest of every sixteenth logit of each tile.
+    Args:
+        left: Where to write what the sweep leaves.
+        buffer: Memory for a tile.
 
     Returns:
         The row, shifted if its logits are too large for a reference of its own; its frame; the sum of all weights, 0 if
         the row has no usable logit.
     """
-    went_well, frame, mass = _sweep(row, scale, sums, tops, tops_stride, buffer)
+    went_well, frame, mass = _sweep(row, scale, left, buffer)
     if not went_well:
         origin, _ = largest_logit(row, buffer)
         row = Row(row.address, row.kind, row.vocab, origin, np.int64(1))
-        _, frame, mass = _sweep(row, scale, sums, tops, tops_stride, buffer)
+        _, frame, mass = _sweep(row, scale, left, buffer)
     return row, frame, mass

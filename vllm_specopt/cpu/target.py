@@ -14,7 +14,7 @@ class Target(NamedTuple):
     """A row after temperature and filters.
 
     row, frame, mass, floor: weights are those of the row in its frame, none below the floor; mass is their sum, and the
-        sums of its tiles are at ``scratch.sums``.
+        sums of its tiles are at ``scratch.left.sums``.
     source, threshold: the row as it was before a filter gathered it, and the smallest logit that is kept.
     gathered: number of logits a filter gathered, in which case ``row`` holds those alone; else -1.
     """
@@ -38,16 +38,17 @@ def is_kept(target, token):
 def draw_target(target, uniform, scratch):
     """A token of the row, by inversion."""
     goal = uniform * target.mass
-    tile, before = find_tile(scratch.sums, (target.row.vocab + TILE - 1) // TILE, goal)
+    tile, before = find_tile(scratch.left.sums, (target.row.vocab + TILE - 1) // TILE, goal)
     weigh_tile(target.row, target.frame, tile * TILE, target.floor, scratch.tile, scratch.weights)
     return _token_of(target, tile * TILE + find_in_tile(scratch.weights, goal - before), scratch)
 
 
-def drawing_from(weigh):
+def drawing_from(sum_tile, weigh):
     """Compile a function that draws a token by inversion of other weights than the target's.
 
     Args:
-        weigh: Compiled; called with (target, other, first place of a tile, scratch), writes the tile's weights.
+        sum_tile: Compiled; called with (target, other, first place of a tile, scratch), returns the sum of its weights.
+        weigh: The same; writes them to ``scratch.weights``.
 
     Returns:
         A compiled function of (target, other, uniform, scratch). It draws from the target where no weight is positive.
@@ -57,8 +58,7 @@ def drawing_from(weigh):
     def draw(target, other, uniform, scratch):
         num_tiles, mass = (target.row.vocab + TILE - 1) // TILE, 0.0
         for tile in range(num_tiles):
-            weigh(target, other, tile * TILE, scratch)
-            tile_sum = sum_of_weights(scratch.weights)
+            tile_sum = sum_tile(target, other, tile * TILE, scratch)
             write_float(scratch.other_sums, tile, tile_sum)
             mass += np.float64(tile_sum)
         if not mass > 0.0:

@@ -11,6 +11,8 @@ from vllm_specopt.cpu.lanes import (
     add,
     at_least,
     count_bits,
+    larger,
+    load_bf16_pairs,
     load_fp32,
     splat,
     store,
@@ -18,9 +20,24 @@ from vllm_specopt.cpu.lanes import (
     trailing_zeros,
     where_at_least,
 )
-from vllm_specopt.cpu.memory import INF, ZERO, inline, jit, load, read, read_float, size_of, write_float, write_int
+from vllm_specopt.cpu.memory import (
+    BF16,
+    INF,
+    ZERO,
+    inline,
+    jit,
+    load,
+    read,
+    read_float,
+    size_of,
+    write_float,
+    write_int,
+)
 from vllm_specopt.cpu.plan import POOL
 from vllm_specopt.cpu.rows import TILE, tile_at, weigh
+
+# Logits that are looked at together before each by itself.
+GROUP = 32
 
 
 @inline
@@ -38,7 +55,7 @@ def value_of(key):
 
 
 @jit
-def _counted(values, count, bound):
+def counted(values, count, bound):
     """How many of the values are not below a bound."""
     found, limit = 0, splat(bound)
     for i in range(0, count, WIDTH):
@@ -68,12 +85,26 @@ def reach(values, weights, count, low, top, need, finest):
     while beyond - reached > finest:
         middle = (reached + beyond) >> 1
         bound = value_of(middle)
-        found = _weighed(values, weights, count, bound) if weights else np.float64(_counted(values, count, bound))
+        found = _weighed(values, weights, count, bound) if weights else np.float64(counted(values, count, bound))
         if found >= need:
             reached = middle
         else:
             beyond = middle
     return value_of(reached)
+
+
+@inline
+def _largest_of_group(address, kind):
+    """The largest of every eighth of ``GROUP`` logits in a row."""
+    tops = splat(-INF)
+    if kind == BF16:
+        for i in range(0, GROUP, 2 * WIDTH):
+            even, odd = load_bf16_pairs(address + 2 * i)
+            tops = larger(odd, larger(even, tops))
+    else:
+        for i in range(0, GROUP, WIDTH):
+            tops = larger(load(address + size_of(kind) * i, kind), tops)
+    return tops
 
 
 @jit
@@ -89,20 +120,20 @@ def collect(row, low, beyond, tile_tops, scratch):
             continue
         address, kind = tile_at(row, start, scratch.tile)
         size = size_of(kind)
-        for i in range(0, TILE, WIDTH):
-            x = load(address + size * i, kind)
-            hits = at_least(x, lower)
-            if hits == 0:
+        for group in range(0, TILE, GROUP):
+            if at_least(_largest_of_group(address + size * group, kind), lower) == 0:
                 continue
-            hits &= ~at_least(x, upper)
-            while hits:
-                if found == POOL:
-                    return POOL + 1
-                place = i + trailing_zeros(hits)
-                write_float(scratch.pool_values, found, read(address, kind, place))
-                write_int(scratch.pool_tokens, found, True, start + place)
-                found += 1
-                hits &= hits - 1
+            for i in range(group, group + GROUP, WIDTH):
+                x = load(address + size * i, kind)
+                hits = at_least(x, lower) & ~at_least(x, upper)
+                while hits:
+                    if found == POOL:
+                        return POOL + 1
+                    place = i + trailing_zeros(hits)
+                    write_float(scratch.pool_values, found, read(address, kind, place))
+                    write_int(scratch.pool_tokens, found, True, start + place)
+                    found += 1
+                    hits &= hits - 1
     store(scratch.pool_values + 4 * found, splat(-INF))
     return found
 

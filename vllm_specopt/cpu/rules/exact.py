@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_specopt.cpu.lanes import WIDTH, larger, load_fp32, multiply, multiply_subtract, splat, store
-from vllm_specopt.cpu.memory import ZERO, jit, load, size_of
+from vllm_specopt.cpu.lanes import WIDTH, add, larger, multiply, multiply_subtract, splat, store, total, where_at_least
+from vllm_specopt.cpu.memory import BF16, FP32, INF, ZERO, inline, jit, load, prefetch, size_of
 from vllm_specopt.cpu.noise import RESIDUAL, acceptance_uniform, draw_uniform
-from vllm_specopt.cpu.plan import PROBS
-from vllm_specopt.cpu.rows import TILE, Frame, Row, tile_at, value_at, weigh, weigh_tile, weight_of
+from vllm_specopt.cpu.plan import LOGITS, PROBS
+from vllm_specopt.cpu.rows import TILE, Frame, Row, power, tile_at, value_at, weigh, weight_of
+from vllm_specopt.cpu.sweeps import AHEAD
 from vllm_specopt.cpu.target import drawing_from, gather, is_kept
 
 
@@ -21,21 +22,65 @@ class Draft(NamedTuple):
     mass: float
 
 
+class _Rest(NamedTuple):
+    """A draft's row at the places of the target's, and one over its mass."""
+
+    mode: int
+    row: Row
+    frame: Frame
+    inverse: np.float32
+
+
+@inline
+def _residual(target, draft, mode, has_floor, x, y):
+    """max(target probability - draft probability, 0) of eight logits and what the draft has there."""
+    inverse = np.float32(1.0 / target.mass)
+    near_inverse, exponent = power(larger(x, splat(target.frame.lowest)), target.frame, inverse)
+    if has_floor:
+        exponent = where_at_least(x, splat(target.floor), exponent)
+    prob = larger(y, splat(ZERO)) if mode == PROBS else multiply(weigh(y, draft.frame), splat(draft.inverse))
+    return larger(multiply_subtract(near_inverse, exponent, prob), splat(ZERO))
+
+
+@inline
+def _sum_pair(target, draft, mode, has_floor, address, kind, draft_address, draft_kind):
+    """Sum of the residual of a pair of tiles."""
+    size, draft_size, accumulator = size_of(kind), size_of(draft_kind), splat(ZERO)
+    for i in range(0, TILE, WIDTH):
+        prefetch(draft_address + draft_size * i + AHEAD)
+        x, y = load(address + size * i, kind), load(draft_address + draft_size * i, draft_kind)
+        accumulator = add(accumulator, _residual(target, draft, mode, has_floor, x, y))
+    return total(accumulator)
+
+
+@jit
+def _sum_residual(target, draft, start, scratch):
+    """Sum of a tile's residual; the usual pairs of dtypes have loops of their own."""
+    address, kind = tile_at(target.row, start, scratch.tile)
+    draft_address, draft_kind = tile_at(draft.row, start, scratch.draft_tile)
+    if target.floor == -INF:
+        if draft.mode == PROBS and draft_kind == FP32:
+            if kind == BF16:
+                return _sum_pair(target, draft, PROBS, False, address, BF16, draft_address, FP32)
+            if kind == FP32:
+                return _sum_pair(target, draft, PROBS, False, address, FP32, draft_address, FP32)
+        if draft.mode == LOGITS and kind == BF16 and draft_kind == BF16:
+            return _sum_pair(target, draft, LOGITS, False, address, BF16, draft_address, BF16)
+    return _sum_pair(target, draft, draft.mode, True, address, kind, draft_address, draft_kind)
+
+
 @jit
 def _weigh_residual(target, draft, start, scratch):
-    """Write max(target probability - draft probability, 0) of a tile."""
-    weigh_tile(target.row, target.frame, start, target.floor, scratch.tile, scratch.weights)
-    address, kind = tile_at(draft.row, start, scratch.draft_tile)
-    size, inverse, zero = size_of(kind), splat(np.float32(1.0 / target.mass)), splat(ZERO)
-    draft_inverse = splat(np.float32(1.0 / draft.mass) if draft.mass > 0.0 else ZERO)
+    """Write a tile's residual."""
+    address, kind = tile_at(target.row, start, scratch.tile)
+    draft_address, draft_kind = tile_at(draft.row, start, scratch.draft_tile)
+    size, draft_size = size_of(kind), size_of(draft_kind)
     for i in range(0, TILE, WIDTH):
-        x = load(address + size * i, kind)
-        prob = larger(x, zero) if draft.mode == PROBS else multiply(weigh(x, draft.frame), draft_inverse)
-        weight = load_fp32(scratch.weights + 4 * i)
-        store(scratch.weights + 4 * i, larger(multiply_subtract(weight, inverse, prob), zero))
+        x, y = load(address + size * i, kind), load(draft_address + draft_size * i, draft_kind)
+        store(scratch.weights + 4 * i, _residual(target, draft, draft.mode, True, x, y))
 
 
-_draw_residual = drawing_from(_weigh_residual)
+_draw_residual = drawing_from(_sum_residual, _weigh_residual)
 
 
 @jit
@@ -50,5 +95,6 @@ def exact_rule(target, draft, token, seed, position, scratch):
         draft_prob = np.float64(weight_of(value, draft.frame)) / draft.mass if draft.mass > 0.0 else 0.0
     if draft_prob > 0.0 and acceptance_uniform(seed, position) * draft_prob <= target_prob:
         return np.int64(-1)
-    draft = Draft(draft.mode, gather(target, draft.row, scratch.pool_draft, scratch), draft.frame, draft.mass)
-    return _draw_residual(target, draft, draw_uniform(seed, position, RESIDUAL), scratch)
+    inverse = np.float32(1.0 / draft.mass) if draft.mass > 0.0 else ZERO
+    rest = _Rest(draft.mode, gather(target, draft.row, scratch.pool_draft, scratch), draft.frame, inverse)
+    return _draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)

@@ -15,7 +15,7 @@ from vllm_specopt.cpu.memory import INF, ONE, ZERO, floats, jit, read, read_floa
 from vllm_specopt.cpu.noise import RESIDUAL, draw_uniform
 from vllm_specopt.cpu.plan import ONE_HOT, PROBS
 from vllm_specopt.cpu.rows import LOWEST, TILE, Row, copy_tile, weigh_tile
-from vllm_specopt.cpu.target import drawing_from, gather, place_of
+from vllm_specopt.cpu.target import drawing_from, gather, place_of, sum_of_weights
 
 DRAFT_SIDE, DIFFERENCE = 4, 8
 HALF = np.float32(0.5)
@@ -69,6 +69,15 @@ def _weigh_without(target, place, start, scratch):
 
 
 @jit
+def _sum_without(target, place, start, scratch):
+    """Sum of a tile's weights, which the sweep has left, without one place."""
+    if start <= place < start + TILE:
+        _weigh_without(target, place, start, scratch)
+        return sum_of_weights(scratch.weights)
+    return read_float(scratch.left.sums, start // TILE)
+
+
+@jit
 def _weigh_scores(target, scores, start, scratch):
     """Write max(target score - draft score, 0) of a tile, 0 for what the filters remove."""
     copy_tile(scores.target, start, scratch.tile)
@@ -80,6 +89,13 @@ def _weigh_scores(target, scores, start, scratch):
     for i in range(0, TILE, WIDTH):
         weight = load_fp32(scratch.weights + 4 * i)
         store(scratch.weights + 4 * i, where_at_least(load_fp32(scratch.tile + 4 * i), floor, weight))
+
+
+@jit
+def _sum_scores(target, scores, start, scratch):
+    """Sum of what :func:`_weigh_scores` writes."""
+    _weigh_scores(target, scores, start, scratch)
+    return sum_of_weights(scratch.weights)
 
 
 @jit
@@ -181,7 +197,8 @@ def _one_minus_exp(x):
     return -x * series if x > -HALF else ONE - _exp2(np.float32(x * LOG2_E))
 
 
-_draw_without, _draw_by_scores = drawing_from(_weigh_without), drawing_from(_weigh_scores)
+_draw_without = drawing_from(_sum_without, _weigh_without)
+_draw_by_scores = drawing_from(_sum_scores, _weigh_scores)
 
 
 @jit
