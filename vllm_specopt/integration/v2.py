@@ -155,7 +155,7 @@ class RejectionSampler(stock.RejectionSampler):
             for kind in KINDS:
                 for chosen in sigmoid:
                     counters, bad_rows = new_counters(device)
-                    self._launch(rows, *arguments, parameters_of(states, *kind), chosen, bad_rows, counters)
+                    self._launch(rows, *arguments, parameters_of(self.sampler, *kind), chosen, bad_rows, counters)
 
     def _sigmoid(self, idx_mapping_np: np.ndarray):
         """Constants of the sigmoid method if this batch uses it, and which slots do (None: all)."""
