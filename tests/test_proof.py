@@ -142,8 +142,11 @@ def test_enumeration_catches_a_biased_rule():
     assert enumeration.acceptance_error(3, draws_twice) > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("name", rounding.ROWS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    # The CPU backend's filters are left to `make prove`: here they would be compiled anew.
+    [(name, b) for name in rounding.ROWS for b in ("cpu", "triton") if b == "triton" or rounding.top_p_of(name) == 1],
+)
 def test_rounding_hardly_moves_the_distribution(name, backend):
     """And where a backend draws one token and where the next is asked on both sides of 20 boundaries."""
     found = rounding.implied(name, torch.bfloat16, backend, jobs.device_of(backend), probes=20)

@@ -9,7 +9,7 @@ from numba import carray, types
 
 from vllm_specopt.cpu.cache import compile_entry
 from vllm_specopt.cpu.filters import apply_filters
-from vllm_specopt.cpu.memory import BF16, FP32, INF, ZERO, pointer, read_float, read_int
+from vllm_specopt.cpu.memory import BF16, FP32, INF, ZERO, jit, pointer, read_float, read_int
 from vllm_specopt.cpu.plan import scratch_at
 from vllm_specopt.cpu.requests import LOG2_E
 from vllm_specopt.cpu.rows import TILE, Row, weigh_tile
@@ -19,21 +19,19 @@ from vllm_specopt.cpu.target import Target, draw_target
 KINDS = {torch.float32: FP32, torch.bfloat16: BF16}
 
 
-def _probe(job):
-    """Sweep and filter a row; write down its numbers, and the tokens drawn for uniforms.
-
-    job: address of logits, dtype, vocabulary, addresses of (temperature, top_p), memory, sums, weights, the tokens they
-    are of, uniforms, and tokens; number of uniforms; and, written, how many tokens are left.
-    """
+@jit
+def _swept(job):
     words = carray(pointer(job, types.int64), 12)
     scratch, _ = scratch_at(words[4], words[2])
     scale = np.float32(LOG2_E / np.float64(read_float(words[3], 0)))
-    top_p = np.float64(read_float(words[3], 1))
     row = Row(words[0], words[1], words[2], ZERO, np.int64(0))
     row, frame, mass = sweep(row, scale, scratch.left, scratch.tile)
-    target = Target(row, frame, mass, -INF, row, -INF, np.int64(-1))
-    if top_p < 1.0:
-        target = apply_filters(row, frame, mass, np.int64(0), top_p, 0.0, scratch)
+    return Target(row, frame, mass, -INF, row, -INF, np.int64(-1)), scratch
+
+
+@jit
+def _write(job, target, scratch):
+    words = carray(pointer(job, types.int64), 12)
     count = target.row.vocab
     sums = carray(pointer(words[5], types.float32), count)
     weights = carray(pointer(words[6], types.float32), count)
@@ -51,16 +49,33 @@ def _probe(job):
     words[11] = count
 
 
+def _probe(job):
+    """Sweep a row; write down its numbers, and the tokens drawn for uniforms.
+
+    job: address of logits, dtype, vocabulary, addresses of (temperature, top_p), memory, sums, weights, the tokens they
+    are of, uniforms, and tokens; number of uniforms; and, written, how many tokens are left.
+    """
+    target, scratch = _swept(job)
+    _write(job, target, scratch)
+
+
+def _filtered_probe(job):
+    """The same after top-p. A function of its own: filters take half a minute to compile."""
+    target, scratch = _swept(job)
+    top_p = np.float64(read_float(carray(pointer(job, types.int64), 12)[3], 1))
+    _write(job, apply_filters(target.row, target.frame, target.mass, np.int64(0), top_p, 0.0, scratch), scratch)
+
+
 @cache
-def _compiled():
-    return compile_entry(_probe)
+def _compiled(filters: bool):
+    return compile_entry(_filtered_probe if filters else _probe)
 
 
 def read_row(
     row: torch.Tensor, temperature: float, top_p: float, device: str
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray], int]:
     """As of ``rounding_triton``."""
-    probe = _compiled().ctypes
+    probe = _compiled(top_p < 1).ctypes
     vocab_size, logits = len(row), row.contiguous()
     parameters = np.array([temperature, top_p], np.float32)
     memory = np.empty(64 * vocab_size + (1 << 20), np.uint8)
