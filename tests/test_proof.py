@@ -19,7 +19,7 @@ from proof.cases import make_cases
 from proof.draws import STATISTICS, backend_verifier, draw_case, independent_drafter, judge_case, make_step
 from proof.equality import compare_case
 from proof.judgement import judge, pool, variation_bound
-from proof.report import load, merge
+from proof.report import condensed, load, merge
 
 from vllm_specopt.kernels.reference.noise import (
     ACCEPTANCE,
@@ -142,10 +142,14 @@ def test_enumeration_catches_a_biased_rule():
     assert enumeration.acceptance_error(3, draws_twice) > 1e-3
 
 
-@pytest.mark.parametrize("name", rounding.ROWS)
-def test_rounding_hardly_moves_the_distribution(name):
-    """Of the Triton kernels; where they draw one token and where the next is asked on both sides of 20 boundaries."""
-    found = rounding.implied(name, torch.bfloat16, TRITON_DEVICE, probes=20)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    # The CPU backend's filters are left to `make prove`: here they would be compiled anew.
+    [(name, b) for name in rounding.ROWS for b in ("cpu", "triton") if b == "triton" or rounding.top_p_of(name) == 1],
+)
+def test_rounding_hardly_moves_the_distribution(name, backend):
+    """And where a backend draws one token and where the next is asked on both sides of 20 boundaries."""
+    found = rounding.implied(name, torch.bfloat16, backend, jobs.device_of(backend), probes=20)
     assert found.distance <= rounding.BOUND
     assert (found.probes, found.wrong) == (40, 0)
 
@@ -373,4 +377,12 @@ def test_chunks_of_one_row_are_added_up():
     cpu, triton = merge(rows)
     assert (cpu.draws, cpu.passed, cpu.note) == (22, True, "3 of 70 requests too close to call")
     assert not triton.passed
+    both = [
+        jobs.Row("distribution", "flat / a", "cpu", 10, "draws", 0.2, 0.01, 0.1),
+        jobs.Row("distribution", "flat / b", "cpu", 10, "draws", 0.1, 0.05, 0.1),
+    ]
+    (row,) = condensed(both)
+    assert (row.case, row.draws, row.p_value, row.total_variation, row.passed) == ("flat", 10, 0.1, 0.05, True)
+    both[0].passed, both[0].note = False, "biased"
+    assert not condensed(both)[0].passed and condensed(both)[0].note == "biased"
     assert set(STATISTICS) == {"first token", "pair of tokens", "accepted length and its token"}

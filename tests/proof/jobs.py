@@ -118,7 +118,8 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
         jobs += [Job("equality", "cpu", case.name, method) for case in cases]
         jobs += [Job("enumeration", "reference", kind, method) for kind in (*enumeration.KINDS, ACCEPTANCE)]
     jobs += [Job("ranks", "cpu", "two tensor-parallel ranks of a V1 engine")]
-    jobs += [Job("rounding", "triton", f"{name}, {_short(t)}") for name in rounding.ROWS for t in rounding.DTYPES]
+    rows = [f"{name}, {_short(dtype)}" for name in rounding.ROWS for dtype in rounding.DTYPES]
+    jobs += [Job("rounding", backend, row) for backend in ("triton", "cpu") for row in rows]
     jobs += [Job("bias", "cpu", f"{c}: {name}") for name, shared in biased.SHARED_NOISE.items() for c in shared.cases]
     jobs += [Job("bias", "arrays", f"{c}: {name}") for name, rule in biased.RULES.items() for c in rule.cases]
     jobs += [Job("bias", "arrays", f"rounding: {name}") for name in rounding.BIASED]
@@ -225,7 +226,7 @@ def _caught(job: Job, case: str, judgements: dict, biased: bool = True) -> Row:
 
 def _rounding(job: Job, size: Size, seed: int) -> list[Row]:
     name, _, dtype = job.item.rpartition(", ")
-    found = rounding.implied(name, getattr(torch, dtype), device_of("triton"), size.probes)
+    found = rounding.implied(name, getattr(torch, dtype), job.backend, device_of(job.backend), size.probes)
     row = Row(job.section, job.item, job.backend, found.probes, "probes", None, found.distance, rounding.BOUND)
     row.passed = found.distance <= rounding.BOUND and not found.wrong
     row.note = f"{found.wrong} boundaries lie elsewhere" if found.wrong else ""
