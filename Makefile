@@ -4,7 +4,7 @@ SUITE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long prove parity bench lint clean
+.PHONY: help setup demo test test-long prove peer parity bench cost lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -24,12 +24,18 @@ test-long: setup ## engines under stress, what repeats in many of them, every ke
 prove: setup ## prove that verification is lossless, write reports/prove.json (about 40 minutes); ARGS="--quick"
 	@$(bin)/python tests/proof/run.py $(ARGS)
 
+peer: setup ## run vLLM's own tests of its rejection sampler on ours, from vLLM's source release (2 minutes)
+	@$(bin)/python tests/peer/run.py $(ARGS)
+
 parity: setup ## run every sampling parameter on both runners, write docs/parity.md (about half an hour)
 	@$(bin)/python tests/parity/run.py $(ARGS)
 
 bench: setup ## measure kernels and engines against stock on an idle machine, write reports/bench (26 minutes on 2 cores)
 	@$(bin)/specopt bench --suite $(SUITE) --out reports/bench
 	@$(bin)/specopt bench-engine --out reports/bench $(ARGS)
+
+cost: setup ## count the kernels' machine code, ours and vLLM's, without a GPU, write reports/cost; ARGS="--arch 90"
+	@$(bin)/specopt cost --out reports/cost $(ARGS)
 
 lint: setup ## check the code with ruff
 	@$(bin)/ruff check .

@@ -165,7 +165,7 @@ def v1(name: str, inputs: Inputs) -> Implementation:
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from vllm_specopt.v1 import RejectionSampler
+    from vllm_specopt.v1 import BY_REQUEST, RejectionSampler
 
     case, device, batch = inputs.case, inputs.device, inputs.batch
     rows = torch.arange(len(batch.logits), dtype=torch.int32, device=device)
@@ -183,6 +183,8 @@ def v1(name: str, inputs: Inputs) -> Implementation:
         )
         for drafts in inputs.drafts
     ]
+    for metadata in rounds:
+        setattr(metadata, BY_REQUEST, True)
 
     def sampling(random: bool, generators: dict) -> SamplingMetadata:
         zeros = torch.zeros(case.batch, device=device)

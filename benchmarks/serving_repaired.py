@@ -1,7 +1,7 @@
 """The `vllm` command with the one stock function replaced that is broken on CPUs: the arm ``stock-repaired``.
 
 Usage: ``python -m vllm_specopt.benchmarks.serving_repaired serve ...``. vLLM spawns its engine processes from the main
-module, so the replacement at import takes place in every one of them, and says so in the log.
+module, so the replacement takes place in every one of them, and says so in the log. Importing it replaces nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import os
 from vllm_specopt.benchmarks.engine_run import repair_expand_kernel
 from vllm_specopt.benchmarks.serving_plan import REPAIRED_LINE
 
-repair_expand_kernel()
-print(f"{REPAIRED_LINE} pid={os.getpid()} in {__name__}", flush=True)
+# The second is the main module's name in a spawned process.
+if __name__ in ("__main__", "__mp_main__"):
+    repair_expand_kernel()
+    print(f"{REPAIRED_LINE} pid={os.getpid()} in {__name__}", flush=True)
 
 if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main

@@ -24,13 +24,184 @@ from .constants import (
     THRESHOLD,
     UNALIGNED,
 )
-from .draw import argmax_token, draw_token, row_mass, token_weight
-from .filters import filter_row
-from .load import Tiles, is_filtered, load_filters, load_logits, load_state
+from .draw import argmax_token, draw_token, row_mass, token_prob
+from .filters import CAPACITY, filter_row
+from .load import (
+    Drafts,
+    Noise,
+    Rows,
+    Tiles,
+    draft_offset,
+    is_filtered,
+    load_draft_token,
+    load_filters,
+    load_logits,
+    load_position,
+    load_request,
+)
 from .noise import acceptance_uniform, draw_uniform
 from .output import write_request
-from .rules.exact import passes
-from .rules.sigmoid import first_rejection, passes_alone, uses_sigmoid
+from .rules import exact, sigmoid
+
+
+@triton.jit
+def _ratio_test(
+    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES: tl.constexpr
+):
+    """Whether a sampled draft token survives; leaves what its residual would need."""
+    row = request.start_row + pos
+    scale = LOG2_E / request.temperature
+    row_ptr += row * ROW_COLUMNS
+    top, mass = row_mass(tiles, row, scale, threshold, PADDED_TILES)
+    logit = load_logits(rows.ptr, row * rows.stride + token, token >= 0)
+    target_prob, target_scale = token_prob(logit, scale, top, mass, threshold)
+    if drafts.probs_ptr is not None:
+        draft_prob = tl.load(drafts.probs_ptr + (row - request.index) * drafts.probs_stride + token).to(tl.float32)
+    else:
+        draft_top, draft_mass = row_mass(draft_tiles, row, scale, float("-inf"), PADDED_TILES)
+        draft_logit = load_logits(drafts.logits_ptr, draft_offset(drafts, request, pos) + token, token >= 0)
+        draft_prob, draft_scale = token_prob(draft_logit, scale, draft_top, draft_mass, float("-inf"))
+        tl.store(row_ptr + DRAFT_TOP, draft_top)
+        tl.store(row_ptr + DRAFT_SCALE, draft_scale)
+    tl.store(row_ptr + THRESHOLD, threshold)
+    tl.store(row_ptr + TARGET_TOP, top)
+    tl.store(row_ptr + TARGET_SCALE, target_scale)
+    uniform = acceptance_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos))
+    return exact.passes(uniform, target_prob, draft_prob)
+
+
+@triton.jit
+def _sampled_outcome(
+    rows,
+    tiles,
+    draft_tiles,
+    drafts,
+    noise,
+    request,
+    pos,
+    token,
+    threshold,
+    sigmoid_ptr,
+    by_scores,
+    row_ptr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """What a row of a sampled request found: its token, or that the draft token survives or needs a residual."""
+    outcome = tl.full((), BAD_ROW, tl.int32)
+    excluded = tl.full((), -1, tl.int32)
+    purpose = tl.full((), DRAW, tl.int32)
+    IS_ONE_HOT: tl.constexpr = drafts.probs_ptr is None and drafts.logits_ptr is None
+    is_drawn = token < 0
+    if IS_ONE_HOT:
+        is_drawn = is_drawn | (by_scores == 0)
+    if is_drawn == 0:
+        if by_scores:
+            if sigmoid_ptr is not None:
+                logit = load_logits(rows.ptr, (request.start_row + pos) * rows.stride + token, token >= 0)
+                survives = (logit >= threshold) & sigmoid.passes(rows, drafts, noise, sigmoid_ptr, request, pos, token)
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+                if IS_ONE_HOT:
+                    is_drawn = survives == 0
+                    excluded = token
+                    purpose = tl.full((), RESIDUAL, tl.int32)
+                else:
+                    tl.store(row_ptr + (request.start_row + pos) * ROW_COLUMNS + THRESHOLD, threshold)
+        else:
+            if not IS_ONE_HOT:
+                survives = _ratio_test(
+                    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES
+                )
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+    if is_drawn:
+        row = request.start_row + pos
+        uniform = draw_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos), purpose)
+        outcome = draw_token(
+            rows.ptr + row * rows.stride,
+            tiles,
+            row,
+            LOG2_E / request.temperature,
+            threshold,
+            excluded,
+            uniform,
+            rows.vocab_size,
+            TILE,
+            PADDED_TILES,
+            IS_ONE_HOT and sigmoid_ptr is not None,
+        )
+        # Nothing was left without the draft token.
+        outcome = tl.where((outcome == excluded) & (excluded >= 0), REJECTED - excluded, outcome)
+    return outcome
+
+
+@triton.jit
+def find_outcome(
+    rows,
+    tiles,
+    draft_tiles,
+    drafts,
+    noise,
+    filters,
+    request,
+    pos,
+    token,
+    is_needed,
+    by_scores,
+    sigmoid_ptr,
+    tile_list_ptr,
+    candidates_ptr,
+    row_ptr,
+    KEY_STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """What a swept row found; BAD_ROW where it is not needed.
+
+    tile_list_ptr, candidates_ptr: scratch of the batch's rows, None where no request filters.
+    """
+    row = request.start_row + pos
+    logits_ptr = rows.ptr + row * rows.stride
+    greedy = request.temperature < GREEDY_BELOW
+    outcome = tl.full((), BAD_ROW, tl.int32)
+    if is_needed & greedy:
+        outcome = argmax_token(logits_ptr, tiles, row, rows.vocab_size, TILE, PADDED_TILES)
+        # A row without a usable logit has its first token as argmax.
+        outcome = tl.where((outcome == BAD_ROW) & (token == 0), 0, outcome)
+    elif is_needed:
+        if noise.seeds_ptr is not None:
+            threshold = tl.full((), float("-inf"), tl.float32)
+            if tile_list_ptr is not None:
+                if is_filtered(filters, rows.vocab_size):
+                    threshold = filter_row(
+                        logits_ptr,
+                        tiles,
+                        row,
+                        filters,
+                        LOG2_E / request.temperature,
+                        tile_list_ptr + row * tiles.count,
+                        candidates_ptr + row * CAPACITY,
+                        rows.vocab_size,
+                        KEY_STEP,
+                        TILE,
+                        PADDED_TILES,
+                    )
+            outcome = _sampled_outcome(
+                rows,
+                tiles,
+                draft_tiles,
+                drafts,
+                noise,
+                request,
+                pos,
+                token,
+                threshold,
+                sigmoid_ptr,
+                by_scores,
+                row_ptr,
+                TILE,
+                PADDED_TILES,
+            )
+    return outcome
 
 
 @triton.jit(
@@ -62,8 +233,8 @@ def decide_kernel(
     draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
     tile_list_ptr,  # [num_rows, num_tiles] scratch, or None where no request filters
     candidates_ptr,  # [num_rows, CAPACITY] scratch, or None
-    outcome_ptr,  # [num_rows] scratch: the token of each row
-    row_ptr,  # [num_rows, ROW_COLUMNS] out: what the residual needs, or None
+    outcome_ptr,  # [num_rows] scratch: what each row found
+    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, or None
     arrived_ptr,  # [num_reqs, 2] zeros
     pending_ptr,  # [num_reqs] out: position of the row to draw a residual from, -1 if none; or None
     token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out
@@ -81,179 +252,66 @@ def decide_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program per (request, row)."""
-    req_idx = (tl.program_id(0) // rows_per_req).to(tl.int64)
+    index = (tl.program_id(0) // rows_per_req).to(tl.int64)
     pos = tl.program_id(0) % rows_per_req
-    start_row = tl.load(cu_num_logits_ptr + req_idx).to(tl.int64)
-    num_drafts = (tl.load(cu_num_logits_ptr + req_idx + 1) - start_row - 1).to(tl.int32)
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    num_drafts = request.num_drafts
     if pos > num_drafts:
         return
-    state = load_state(state_indices_ptr, req_idx)
-    temp = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
-    scale = LOG2_E / temp
-    row = start_row + pos
-    logits_row_ptr = logits_ptr + row * logits_stride
+    rows = Rows(logits_ptr, logits_stride, vocab_size)
     tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_tiles)
-    is_bonus = pos == num_drafts
-    token = tl.full((), -1, tl.int32)
-    if not is_bonus:
-        offset = row - req_idx if COMPACT_DRAFTS else row + 1
-        draft = tl.load(draft_token_ids_ptr + offset).to(tl.int64)
-        token = tl.where((draft >= 0) & (draft < vocab_size), draft, -1).to(tl.int32)
-
-    outcome = tl.full((), BAD_ROW, tl.int32)
-    greedy = temp < GREEDY_BELOW
-    by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state) & (greedy == 0)
+    draft_tiles = Tiles(draft_tile_max_ptr, draft_tile_sum_ptr, num_tiles)
+    drafts = Drafts(
+        draft_token_ids_ptr,
+        draft_probs_ptr,
+        draft_probs_stride,
+        draft_logits_ptr,
+        draft_logits_stride_0,
+        draft_logits_stride_1,
+    )
+    noise = Noise(seeds_ptr, positions_ptr)
+    row = request.start_row + pos
+    token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
+    greedy = request.temperature < GREEDY_BELOW
+    by_scores = sigmoid.uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
+    filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
     swept = tl.full((), 0, tl.int32)
-    is_given = tl.full((), bonus_token_ids_ptr is not None, tl.int1) & is_bonus
-    if is_given:
-        outcome = tl.full((), 0, tl.int32)
-    elif greedy:
-        outcome = argmax_token(logits_row_ptr, tiles, row, vocab_size, TILE, PADDED_TILES)
-        # The first of equals is token 0, as an argmax has it.
-        outcome = tl.where((outcome == BAD_ROW) & (token == 0), 0, outcome)
-    if (greedy | is_given) == 0:
-        seed = tl.load(seeds_ptr + state)
-        position = pos.to(tl.int64)
-        if positions_ptr is not None:
-            position = tl.load(positions_ptr + row).to(tl.int64)
-        threshold = tl.full((), float("-inf"), tl.float32)
-        filtered = tl.full((), 0, tl.int32) != 0
-        if tile_list_ptr is not None:
-            filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, state)
-            filtered = is_filtered(filters, vocab_size)
-            if filtered:
-                threshold = filter_row(
-                    logits_row_ptr,
-                    tiles,
-                    row,
-                    filters,
-                    scale,
-                    tile_list_ptr + row * num_tiles,
-                    candidates_ptr + row * 1024,
-                    vocab_size,
-                    KEY_STEP,
-                    TILE,
-                    PADDED_TILES,
-                )
-        logit = load_logits(logits_row_ptr, token, token >= 0)
-        draws = tl.full((), 1, tl.int32) != 0
-        excluded = tl.full((), -1, tl.int32)
-        purpose = tl.full((), DRAW, tl.int32)
-        if sigmoid_ptr is not None:
-            if by_scores & (token >= 0):
-                draft_value = tl.full((), 0.0, tl.float32)
-                if draft_probs_ptr is not None:
-                    draft_value = tl.load(draft_probs_ptr + (row - req_idx) * draft_probs_stride + token).to(tl.float32)
-                elif draft_logits_ptr is not None:
-                    draft_offset = state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
-                    draft_value = tl.load(draft_logits_ptr + draft_offset + token).to(tl.float32)
-                survives = (logit >= threshold) & passes_alone(
-                    logit,
-                    draft_value,
-                    temp,
-                    acceptance_uniform(seed, position),
-                    sigmoid_ptr,
-                    draft_probs_ptr is not None,
-                    draft_logits_ptr is not None,
-                )
-                draws = survives == 0
-                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
-                if (draft_probs_ptr is None) & (draft_logits_ptr is None):
-                    excluded = token
-                    purpose = tl.full((), RESIDUAL, tl.int32)
-                else:
-                    draws = tl.full((), 0, tl.int32) != 0
-                    tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
-            if by_scores & (filtered == 0):
-                swept = tl.full((), 1, tl.int32)
-                emitting = first_rejection(
-                    logits_ptr,
-                    logits_stride,
-                    draft_token_ids_ptr,
-                    draft_probs_ptr,
-                    draft_probs_stride,
-                    draft_logits_ptr,
-                    draft_logits_stride_0,
-                    draft_logits_stride_1,
-                    seeds_ptr,
-                    positions_ptr,
-                    sigmoid_ptr,
-                    req_idx,
-                    state,
-                    start_row,
-                    num_drafts,
-                    temp,
-                    vocab_size,
-                    COMPACT_DRAFTS,
-                    BLOCK_K,
-                )
-                # No other row was swept.
-                draws = draws & (pos == emitting)
-        if (draft_probs_ptr is not None) | (draft_logits_ptr is not None):
-            if (by_scores == 0) & (token >= 0):
-                draws = tl.full((), 0, tl.int32) != 0
-                top, mass = row_mass(tiles, row, scale, threshold, PADDED_TILES)
-                target_scale = (1.0 / tl.where(mass > 0.0, mass, 1.0)).to(tl.float32)
-                target_prob = token_weight(logit, scale, top, threshold) * target_scale
-                target_prob = tl.where(mass > 0.0, target_prob, 0.0)
-                if draft_probs_ptr is not None:
-                    draft_prob = tl.load(draft_probs_ptr + (row - req_idx) * draft_probs_stride + token).to(tl.float32)
-                else:
-                    draft_offset = state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
-                    draft_tiles = Tiles(draft_tile_max_ptr, draft_tile_sum_ptr, num_tiles)
-                    draft_top, mass = row_mass(draft_tiles, row, scale, float("-inf"), PADDED_TILES)
-                    draft_scale = (1.0 / tl.where(mass > 0.0, mass, 1.0)).to(tl.float32)
-                    draft_logit = load_logits(draft_logits_ptr + draft_offset, token, token >= 0)
-                    draft_prob = token_weight(draft_logit, scale, draft_top, float("-inf")) * draft_scale
-                    draft_prob = tl.where(mass > 0.0, draft_prob, 0.0)
-                    tl.store(row_ptr + row * ROW_COLUMNS + DRAFT_TOP, draft_top)
-                    tl.store(row_ptr + row * ROW_COLUMNS + DRAFT_SCALE, draft_scale)
-                tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
-                tl.store(row_ptr + row * ROW_COLUMNS + TARGET_TOP, top)
-                tl.store(row_ptr + row * ROW_COLUMNS + TARGET_SCALE, target_scale)
-                survives = passes(acceptance_uniform(seed, position), target_prob, draft_prob)
-                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
-        if draws:
-            outcome = draw_token(
-                logits_row_ptr,
-                tiles,
-                row,
-                scale,
-                threshold,
-                excluded,
-                draw_uniform(seed, position, purpose),
-                vocab_size,
-                TILE,
-                PADDED_TILES,
-                sigmoid_ptr is not None,
-            )
-            if sigmoid_ptr is not None:
-                if (outcome == BAD_ROW) & (excluded >= 0):
-                    # Nothing is left without the draft token.
-                    outcome = draw_token(
-                        logits_row_ptr,
-                        tiles,
-                        row,
-                        scale,
-                        threshold,
-                        tl.full((), -1, tl.int32),
-                        draw_uniform(seed, position, purpose),
-                        vocab_size,
-                        TILE,
-                        PADDED_TILES,
-                        False,
-                    )
-                    outcome = tl.where(outcome == token, REJECTED - token, outcome)
+    is_needed = tl.full((), True, tl.int1)
+    if bonus_token_ids_ptr is not None:
+        is_needed = pos < num_drafts
+    if sigmoid_ptr is not None:
+        if by_scores & (is_filtered(filters, vocab_size) == 0):
+            # One row was swept; those behind it are not needed.
+            swept = tl.full((), 1, tl.int32)
+            emitting = sigmoid.first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K)
+            is_needed = is_needed & (pos <= emitting)
+    outcome = find_outcome(
+        rows,
+        tiles,
+        draft_tiles,
+        drafts,
+        noise,
+        filters,
+        request,
+        pos,
+        token,
+        is_needed,
+        by_scores,
+        sigmoid_ptr,
+        tile_list_ptr,
+        candidates_ptr,
+        row_ptr,
+        KEY_STEP,
+        TILE,
+        PADDED_TILES,
+    )
     tl.store(outcome_ptr + row, outcome)
 
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrived_ptr + 2 * req_idx, 1, sem="acq_rel")
-    if arrived == num_drafts:
+    if tl.atomic_add(arrived_ptr + 2 * index, 1, sem="acq_rel") == num_drafts:
         tl.debug_barrier()
         write_request(
-            req_idx,
-            start_row,
-            num_drafts,
+            request,
             draft_token_ids_ptr,
             outcome_ptr,
             bonus_token_ids_ptr,

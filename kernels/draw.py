@@ -35,6 +35,13 @@ def tile_masses(maxima, sums, scale, threshold):
 
 
 @triton.jit
+def row_maximum(tiles, row, PADDED_TILES: tl.constexpr):
+    """A row's largest logit; -inf if none is usable."""
+    maxima, _ = load_tiles(tiles, row, PADDED_TILES)
+    return tl.max(maxima, axis=0)
+
+
+@triton.jit
 def row_mass(tiles, row, scale, threshold, PADDED_TILES: tl.constexpr):
     """The row's largest logit, and its mass relative to it, fp64."""
     maxima, sums = load_tiles(tiles, row, PADDED_TILES)
@@ -43,11 +50,16 @@ def row_mass(tiles, row, scale, threshold, PADDED_TILES: tl.constexpr):
 
 
 @triton.jit
-def token_weight(logit, scale, top, threshold):
-    """Weight of a token relative to the row's largest logit; 0 below the threshold, and beside +inf."""
+def token_prob(logit, scale, top, mass, threshold):
+    """Probability of a token in a row of the given largest logit and mass, and the inverse of that mass.
+
+    0 below the threshold, beside +inf, and in a row without mass.
+    """
+    inverse = (1.0 / tl.where(mass > 0.0, mass, 1.0)).to(tl.float32)
     shift = tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
     weight = tl.where(logit == top, 1.0, weights(logit, scale, shift))
-    return tl.where((logit >= threshold) & ((top < float("inf")) | (logit == float("inf"))), weight, 0.0)
+    kept = (mass > 0.0) & (logit >= threshold) & ((top < float("inf")) | (logit == top))
+    return tl.where(kept, weight * inverse, 0.0), inverse
 
 
 @triton.jit
@@ -81,20 +93,27 @@ def draw_token(
     PADDED_TILES: tl.constexpr,
     EXCLUDES: tl.constexpr,
 ):
-    """Draw from a row's distribution, without the token ``excluded`` if it EXCLUDES one; BAD_ROW if nothing is left.
+    """Draw from a row's distribution; BAD_ROW if it has none.
 
+    EXCLUDES: without the token ``excluded`` if that is one and leaves another.
     row_ptr: the row's logits. threshold: the smallest logit that its filters keep. uniform: in (0, 1), fp64.
     """
     tile_ids = tl.arange(0, PADDED_TILES)
     maxima, sums = load_tiles(tiles, row, PADDED_TILES)
     if EXCLUDES:
         if excluded >= 0:
+            # Beside +inf nothing else is left.
+            threshold = tl.where(tl.max(maxima, axis=0) == float("inf"), float("inf"), threshold)
             token_ids = excluded // TILE * TILE + tl.arange(0, TILE)
             x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
             x = tl.where((token_ids == excluded) | ((x >= threshold) == 0), float("-inf"), x)
             largest, total = tile_statistics(x, scale)
-            maxima = tl.where(tile_ids == excluded // TILE, largest, maxima)
-            sums = tl.where(tile_ids == excluded // TILE, total, sums)
+            others = tl.where(tile_ids == excluded // TILE, largest, maxima)
+            if tl.max(others, axis=0) >= tl.maximum(threshold, -3.4e38):
+                maxima = others
+                sums = tl.where(tile_ids == excluded // TILE, total, sums)
+            else:
+                excluded = tl.full((), -1, tl.int32)
     top, masses = tile_masses(maxima, sums, scale, threshold)
     tile, share = pick(masses, tile_ids, uniform * tl.sum(masses, axis=0))
     token = tl.full((), BAD_ROW, tl.int32)

@@ -17,7 +17,16 @@ TILE, STEPS = 1024, 8
 """Tokens of a tile, and tiles that one program sweeps; fewer where the vocabulary is small."""
 
 KEY_STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
-ROW_WARPS, FILTER_WARPS = 1, 4
+ROW_WARPS, FILTER_WARPS, RESIDUAL_WARPS = 1, 4, 4
+
+
+def tiling(vocab_size: int) -> tuple[int, int, int, int, int]:
+    """Tokens of a tile, tiles of a program, tiles of a row, programs of a row, and its tiles as a power of two."""
+    tile = min(TILE, max(16, triton.next_power_of_2(vocab_size)))
+    num_tiles = triton.cdiv(vocab_size, tile)
+    padded_tiles = triton.next_power_of_2(num_tiles)
+    steps = min(STEPS, padded_tiles)
+    return tile, steps, num_tiles, triton.cdiv(num_tiles, steps), padded_tiles
 
 
 def verify_batch(
@@ -54,11 +63,7 @@ def verify_batch(
     draft = draft_probs if draft_probs is not None else draft_logits
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
-    tile = min(TILE, max(16, triton.next_power_of_2(vocab_size)))
-    num_tiles = triton.cdiv(vocab_size, tile)
-    padded_tiles = triton.next_power_of_2(num_tiles)
-    steps = min(STEPS, padded_tiles)
-    num_groups = triton.cdiv(num_tiles, steps)
+    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size)
     block_k = max(8, triton.next_power_of_2(width))
     is_filtered = top_k is not None or top_p is not None or min_p is not None
     compact = draft_token_ids.shape[0] != num_rows
@@ -181,5 +186,5 @@ def verify_batch(
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,
-        num_warps=1,
+        num_warps=RESIDUAL_WARPS,
     )

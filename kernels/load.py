@@ -16,6 +16,46 @@ class Tiles(NamedTuple):
     count: tl.tensor
 
 
+class Rows(NamedTuple):
+    """Rows of logits, ``[num_rows, vocab_size]``."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+    vocab_size: tl.tensor
+
+
+class Drafts(NamedTuple):
+    """Draft tokens and what they were drawn from; pointers are None where the drafts are one-hot.
+
+    token_ids_ptr: ``[num_rows - num_reqs]`` or by row. probs_ptr: ``[num_rows - num_reqs, draft_vocab]``. logits_ptr:
+    ``[max_reqs, max_drafts, draft_vocab]``.
+    """
+
+    token_ids_ptr: tl.tensor
+    probs_ptr: tl.tensor
+    probs_stride: tl.tensor
+    logits_ptr: tl.tensor
+    logits_stride_0: tl.tensor
+    logits_stride_1: tl.tensor
+
+
+class Request(NamedTuple):
+    """Where a request's rows begin, how many draft tokens it has, and its temperature."""
+
+    index: tl.tensor
+    state: tl.tensor
+    start_row: tl.tensor
+    num_drafts: tl.tensor
+    temperature: tl.tensor
+
+
+class Noise(NamedTuple):
+    """What random numbers are a function of: seeds by request state, positions by row (None: within the request)."""
+
+    seeds_ptr: tl.tensor
+    positions_ptr: tl.tensor
+
+
 class Filters(NamedTuple):
     """Filter parameters of one request; neutral values where it uses none."""
 
@@ -48,13 +88,36 @@ def weights(x, scale, shift):
 
 
 @triton.jit
-def load_state(state_indices_ptr, req_idx):
-    """Where a request keeps its sampling parameters."""
-    if state_indices_ptr is None:
-        state = req_idx
-    else:
-        state = tl.load(state_indices_ptr + req_idx)
-    return state.to(tl.int64)
+def load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr):
+    """A request of the batch; greedy (temperature 0) without a pointer to temperatures."""
+    start_row = tl.load(cu_num_logits_ptr + index).to(tl.int64)
+    num_drafts = (tl.load(cu_num_logits_ptr + index + 1) - start_row - 1).to(tl.int32)
+    state = index if state_indices_ptr is None else tl.load(state_indices_ptr + index).to(tl.int64)
+    temperature = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
+    return Request(index, state, start_row, num_drafts, temperature)
+
+
+@triton.jit
+def draft_offset(drafts, request, pos):
+    """Where the draft logits of a position begin."""
+    return request.state * drafts.logits_stride_0 + pos.to(tl.int64) * drafts.logits_stride_1
+
+
+@triton.jit
+def load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS: tl.constexpr):
+    """The draft token that a row verifies; -1 for a bonus row, a placeholder, or an id outside the vocabulary."""
+    start = request.start_row - request.index if COMPACT_DRAFTS else request.start_row + 1
+    token = tl.load(drafts.token_ids_ptr + start + pos, mask=pos < request.num_drafts, other=-1).to(tl.int64)
+    return tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
+
+
+@triton.jit
+def load_position(noise, request, pos):
+    """Absolute position of a row."""
+    position = pos.to(tl.int64)
+    if noise.positions_ptr is not None:
+        position = tl.load(noise.positions_ptr + request.start_row + pos).to(tl.int64)
+    return position
 
 
 @triton.jit

@@ -8,9 +8,7 @@ from .constants import BAD_ROW, NEEDS_RESIDUAL, REJECTED
 
 @triton.jit
 def write_request(
-    req_idx,
-    start_row,
-    num_drafts,
+    request,
     draft_token_ids_ptr,
     outcome_ptr,
     bonus_token_ids_ptr,
@@ -31,6 +29,9 @@ def write_request(
     ``outcome_ptr``: the token each row found. A draft token survives where it is its row's. swept: rows read in full;
     0 stands for all of them. Leaves in ``pending_ptr`` the position of a row whose residual must be drawn from, or -1.
     """
+    req_idx = request.index
+    start_row = request.start_row
+    num_drafts = request.num_drafts
     columns = tl.arange(0, BLOCK_K)
     draft_start = start_row - req_idx if COMPACT_DRAFTS else start_row + 1
     is_draft = columns < num_drafts

@@ -19,8 +19,8 @@ from .constants import (
     THRESHOLD,
     UNALIGNED,
 )
-from .draw import draw_token, load_tiles, pick
-from .load import Tiles, load_logits, load_state, weights
+from .draw import draw_token, pick, row_maximum
+from .load import Noise, Tiles, load_logits, load_position, load_request, weights
 from .noise import draw_uniform
 from .rules import exact, sigmoid
 
@@ -112,10 +112,11 @@ def residual_kernel(
     pos = tl.load(pending_ptr + req_idx)
     if pos < 0:
         return
-    state = load_state(state_indices_ptr, req_idx)
-    temp = tl.load(temperature_ptr + state)
+    request = load_request(req_idx, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    state = request.state
+    temp = request.temperature
     scale = LOG2_E / temp
-    row = tl.load(cu_num_logits_ptr + req_idx).to(tl.int64) + pos
+    row = request.start_row + pos
     by_scores = sigmoid.uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state)
     logits_row_ptr = logits_ptr + row * logits_stride
     draft_probs_row_ptr = None
@@ -130,13 +131,12 @@ def residual_kernel(
     tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_tiles)
     row_top = tl.full((), 0.0, tl.float32)
     if sigmoid_ptr is not None:
-        maxima, _ = load_tiles(tiles, row, PADDED_TILES)
-        row_top = tl.max(maxima, axis=0)
+        row_top = row_maximum(tiles, row, PADDED_TILES)
 
     steps = tl.arange(0, STEPS)
     sums = tl.zeros([STEPS], tl.float32)
-    for step in tl.static_range(STEPS):
-        w, _ = _tile_residual(
+    for step in range(STEPS):
+        w, _token_ids = _tile_residual(
             group * STEPS + step,
             logits_row_ptr,
             draft_probs_row_ptr,
@@ -158,9 +158,7 @@ def residual_kernel(
     arrived = tl.atomic_add(arrived_ptr + 2 * req_idx + 1, 1, sem="acq_rel")
     if arrived == num_groups - 1:
         tl.debug_barrier()
-        position = pos.to(tl.int64)
-        if positions_ptr is not None:
-            position = tl.load(positions_ptr + row).to(tl.int64)
+        position = load_position(Noise(seeds_ptr, positions_ptr), request, pos)
         uniform = draw_uniform(tl.load(seeds_ptr + state), position, RESIDUAL)
         tile_ids = tl.arange(0, PADDED_TILES)
         masses = tl.load(residual_ptr + req_idx * num_tiles + tile_ids, mask=tile_ids < num_tiles, other=0.0)
@@ -182,7 +180,7 @@ def residual_kernel(
                 TILE,
             )
             fine = w.to(tl.float64)
-            token, _ = pick(fine, token_ids, share * tl.sum(fine, axis=0))
+            token, _share = pick(fine, token_ids, share * tl.sum(fine, axis=0))
         else:
             # An empty residual: the full target row takes its place.
             token = draw_token(

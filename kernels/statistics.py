@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from .constants import GREEDY_BELOW, LOG2_E, UNALIGNED
-from .load import is_filtered, load_filters, load_logits, load_state, tile_statistics
+from .load import Drafts, Noise, Rows, is_filtered, load_filters, load_logits, load_request, tile_statistics
 from .rules.sigmoid import first_rejection, uses_sigmoid
 
 
 @triton.jit
-def _sweep(
+def sweep(
     row_ptr, scale, max_ptr, sum_ptr, first_tile, num_tiles, vocab_size, greedy, TILE: tl.constexpr, STEPS: tl.constexpr
 ):
     """Statistics of STEPS tiles of a row; a greedy request needs maxima only."""
@@ -81,53 +81,40 @@ def statistics_kernel(
     if draft_logits_ptr is not None:
         is_draft_row = slot % 2 == 1
         slot = slot // 2
-    req_idx = (slot // rows_per_req).to(tl.int64)
+    index = (slot // rows_per_req).to(tl.int64)
     pos = slot % rows_per_req
-    start_row = tl.load(cu_num_logits_ptr + req_idx).to(tl.int64)
-    num_drafts = (tl.load(cu_num_logits_ptr + req_idx + 1) - start_row - 1).to(tl.int32)
-    if pos > num_drafts:
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    if pos > request.num_drafts:
         return
     if (pos == 0) & (group == 0) & (is_draft_row == 0):
-        tl.store(arrived_ptr + 2 * req_idx + tl.arange(0, 2), tl.zeros([2], tl.int32))
-    state = load_state(state_indices_ptr, req_idx)
-    temp = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
+        tl.store(arrived_ptr + 2 * index + tl.arange(0, 2), tl.zeros([2], tl.int32))
+    temp = request.temperature
     greedy = temp < GREEDY_BELOW
-    by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state) & (greedy == 0)
+    by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
     if sigmoid_ptr is not None:
-        if by_scores:
-            if is_filtered(load_filters(top_k_ptr, top_p_ptr, min_p_ptr, state), vocab_size) == 0:
-                emitting = first_rejection(
-                    logits_ptr,
-                    logits_stride,
-                    draft_token_ids_ptr,
-                    draft_probs_ptr,
-                    draft_probs_stride,
-                    draft_logits_ptr,
-                    draft_logits_stride_0,
-                    draft_logits_stride_1,
-                    seeds_ptr,
-                    positions_ptr,
-                    sigmoid_ptr,
-                    req_idx,
-                    state,
-                    start_row,
-                    num_drafts,
-                    temp,
-                    vocab_size,
-                    COMPACT_DRAFTS,
-                    BLOCK_K,
-                )
-                if pos != emitting:
-                    return
-    row = start_row + pos
+        filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
+        if by_scores & (is_filtered(filters, vocab_size) == 0):
+            rows = Rows(logits_ptr, logits_stride, vocab_size)
+            drafts = Drafts(
+                draft_token_ids_ptr,
+                draft_probs_ptr,
+                draft_probs_stride,
+                draft_logits_ptr,
+                draft_logits_stride_0,
+                draft_logits_stride_1,
+            )
+            noise = Noise(seeds_ptr, positions_ptr)
+            if pos != first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K):
+                return
+    row = request.start_row + pos
     scale = LOG2_E / temp
     out = row * num_tiles
     if is_draft_row:
         if draft_logits_ptr is not None:
-            if (pos < num_drafts) & ((greedy | by_scores) == 0):
-                draft_offset = state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
-                _sweep(
-                    draft_logits_ptr + draft_offset,
+            if (pos < request.num_drafts) & ((greedy | by_scores) == 0):
+                offset = request.state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
+                sweep(
+                    draft_logits_ptr + offset,
                     scale,
                     draft_tile_max_ptr + out,
                     draft_tile_sum_ptr + out,
@@ -139,7 +126,7 @@ def statistics_kernel(
                     STEPS,
                 )
     else:
-        _sweep(
+        sweep(
             logits_ptr + row * logits_stride,
             scale,
             tile_max_ptr + out,

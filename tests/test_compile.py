@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "support" / "compile_kernels.py"
-KERNELS = {"row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel"}
+KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel", "one_launch_kernel"}
 
 
 @pytest.mark.parametrize(
     ("architecture", "which", "least"),
     [
-        (90, [], 70),
-        pytest.param(90, ["all"], 140, marks=pytest.mark.long),
-        pytest.param(80, [], 60, marks=pytest.mark.long),
-        pytest.param(100, [], 60, marks=pytest.mark.long),
+        (90, [], 30),
+        pytest.param(90, ["all"], 80, marks=pytest.mark.long),
+        pytest.param(80, [], 30, marks=pytest.mark.long),
+        pytest.param(100, [], 30, marks=pytest.mark.long),
     ],
 )
 def test_every_variant_compiles_without_spills(architecture, which, least, tmp_path):
@@ -29,8 +29,7 @@ def test_every_variant_compiles_without_spills(architecture, which, least, tmp_p
     results = [json.loads(line) for line in ended.stdout.splitlines()]
     assert {result["kernel"] for result in results} == KERNELS
     assert len(results) >= least
-    by_scores = {result["variant"] for result in results if result["variant"].endswith(("sigmoid", "mixed"))}
-    assert bool(by_scores) == (architecture == 90)
+    assert any(result["variant"].endswith("mixed") for result in results)
     spilling = [(r["kernel"], r["variant"], r["spilled_bytes"]) for r in results if r["spilled_bytes"]]
     assert not spilling
     assert all(r["cubin_bytes"] > 0 and r["registers"] <= 255 for r in results)

@@ -114,6 +114,13 @@ def test_a_configuration_that_would_not_run_is_a_problem():
     assert sentences(checks) == [f"the option is not given: add --additional-config '{doctor.DEFAULT_OPTION}'."]
 
 
+def test_a_configuration_without_speculation_is_fine():
+    arguments = {"model": str(MODELS / "specopt-target"), "additional_config": {"specopt": "exact"}}
+    _, checks = doctor.configuration(arguments)
+    assert sentences(checks) == []
+    assert checks[-1].found == "method exact, no drafts"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -8,14 +8,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_specopt.config import SigmoidConstants
 from vllm_specopt.kernels.reference import verify_ref
-from vllm_specopt.metrics import COLUMNS, COUNTERS, SECONDS, Recorder, new_counters
+from vllm_specopt.metrics import COLUMNS, COUNTERS, SECONDS, Account, Recorder, new_counters
 from vllm_specopt.testing import LOGITS, NO_DRAFT, random_batch
 from vllm_specopt.verify import verify
 
@@ -82,9 +81,8 @@ def test_counters_of_the_wrong_shape_are_refused():
 
 
 @pytest.fixture
-def sampler():
-    counters, bad_rows = new_counters("cpu")
-    return SimpleNamespace(counters=counters, bad_rows=bad_rows, fallbacks=Counter())
+def account():
+    return Account("cpu")
 
 
 def scrape(directory: Path) -> dict:
@@ -100,15 +98,17 @@ def key(name: str, **labels: str) -> tuple:
     return (f"specopt:{name}", *sorted((LABELS | labels).items()))
 
 
-def test_a_scrape_sees_all_workers_and_each_number_once(tmp_path, sampler):
-    recorders = [Recorder(sampler, tmp_path, LABELS, "exact", counts_steps=first) for first in (True, False)]
+def test_a_scrape_sees_all_workers_and_each_number_once(tmp_path, account):
+    recorders = [Recorder(account, tmp_path, LABELS, "exact", counts_steps=first) for first in (True, False)]
     assert scrape(tmp_path)[key("tokens_total", method="exact", outcome="bonus")] == 0
     for recorder in recorders:
         recorder.begin_step()
         recorder.end_step()
-    sampler.counters[0, :5] = torch.tensor([7, 2, 3, 12, 1])
-    sampler.bad_rows += 1
-    sampler.fallbacks["why"] += 4
+        recorder.plain_step()
+        recorder.plain_step()
+    account.counters[0, :5] = torch.tensor([7, 2, 3, 12, 1])
+    account.bad_rows += 1
+    account.fallbacks["why"] += 4
     for recorder in recorders:
         recorder.write()
     seen = scrape(tmp_path)
@@ -118,15 +118,16 @@ def test_a_scrape_sees_all_workers_and_each_number_once(tmp_path, sampler):
     assert seen[key("bad_rows_total", method="exact")] == 2
     assert seen[key("fallback_batches_total", method="exact", reason="why")] == 8
     assert seen[key("verified_steps_total", method="exact")] == 1
+    assert seen[key("plain_steps_total", method="exact")] == 2
     assert seen[key(f"{SECONDS}_count", method="exact")] == 1
     assert 0 < seen[key(f"{SECONDS}_sum", method="exact")] < 1
     assert not any("sigmoid" in str(k) for k in seen)
 
 
-def test_numbers_arrive_without_another_step(tmp_path, sampler):
-    recorder = Recorder(sampler, tmp_path, LABELS, "exact")
+def test_numbers_arrive_without_another_step(tmp_path, account):
+    recorder = Recorder(account, tmp_path, LABELS, "exact")
     recorder.begin_step()
-    sampler.counters[0, 0] += 5
+    account.counters[0, 0] += 5
     recorder.end_step()
     deadline = time.monotonic() + 10
     while scrape(tmp_path)[key("tokens_total", method="exact", outcome="accepted")] != 5:
@@ -134,8 +135,8 @@ def test_numbers_arrive_without_another_step(tmp_path, sampler):
         time.sleep(0.05)
 
 
-def test_a_step_costs_the_host_less_than_20_microseconds(tmp_path, sampler):
-    recorder = Recorder(sampler, tmp_path, LABELS, "exact")
+def test_a_step_costs_the_host_less_than_20_microseconds(tmp_path, account):
+    recorder = Recorder(account, tmp_path, LABELS, "exact")
     costs = []
     for _ in range(2000):
         started = time.perf_counter()

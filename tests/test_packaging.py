@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_specopt"
 KERNELS = ROOT / "kernels"
-MAY_IMPORT_VLLM = {"plugin.py", "compat.py", "v1.py", "v2.py", "warm_up.py"}
+MAY_IMPORT_VLLM = {"plugin.py", "compat.py", "v1.py", "v1_sampler.py", "v2.py", "v2_sampler.py", "warm_up.py"}
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 MAPPED = {ROOT / folder: name.replace(".", "/") for name, folder in SETUPTOOLS["package-dir"].items()}
 
@@ -52,7 +52,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         info = next(name.split("/")[0] for name in names if name.endswith(".dist-info/METADATA"))
         top_level = archive.read(f"{info}/top_level.txt").decode().split()
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
-    expected = {f"{package}/{path.name}" for folder, package in MAPPED.items() for path in folder.glob("*.py")}
+    expected = {
+        f"{package}/{path.relative_to(folder)}" for folder, package in MAPPED.items() for path in folder.rglob("*.py")
+    }
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     # The signposts that lead to kernels/ and its like in a checkout have no place beside the real modules.
     expected |= modules - {f"{package}/__init__.py" for package in MAPPED.values()}
@@ -62,11 +64,11 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
 
 
 def test_every_folder_with_modules_is_listed() -> None:
-    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
-    assert {".".join(folder.parts) for folder in folders} == set(SETUPTOOLS["packages"])
-    for folder in MAPPED:
+    folders = {str(path.parent.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    for folder, package in MAPPED.items():
         assert not list(folder.rglob("__init__.py"))
-        assert {path.parent for path in folder.rglob("*.py")} <= {folder}
+        folders |= {str(Path(package) / path.parent.relative_to(folder)) for path in folder.rglob("*.py")}
+    assert {folder.replace("/", ".") for folder in folders} == set(SETUPTOOLS["packages"])
 
 
 def imported(path: Path) -> set[str]:

@@ -56,6 +56,9 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         "method": error("fast"),
         "key": error({"method": "exact", "k": 4}),
         "no speculation": error("exact", speculative=None),
+        "no speculation, sigmoid": error({"method": "sigmoid", "sigmoid": "paper"}, speculative=None),
+        "no speculation, choice": error({"method": "exact", "sigmoid": "paper", "allow_per_request": True},
+                                        speculative=None),
         "fine": error({"method": "exact"}),
         "absent": error(None, speculative=None),
     }
@@ -76,11 +79,17 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         "; install a vllm-specopt that knows this vLLM, or set "
         '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
     )
+    alone = (
+        "specopt.method 'exact' alone, and no other for single requests, works without --speculative-config, as there "
+        "are no draft tokens to verify; add one, or change the option"
+    )
     assert errors == {
         "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid'",
         "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or 'sigmoid' or "
         "'allow_per_request'",
-        "no speculation": "specopt is given without --speculative-config; add one, or remove the option",
+        "no speculation": None,
+        "no speculation, sigmoid": alone,
+        "no speculation, choice": alone,
         "fine": None,
         "absent": None,
         "version": "specopt: vLLM 0.31.0 is not among the versions it was checked against (0.32.x, 0.33.x)" + cure,

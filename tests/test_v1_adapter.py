@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler as StockRejectionS
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_specopt import v1
 from vllm_specopt.v1 import RejectionSampler
 
 CPU = torch.device("cpu")
@@ -147,6 +149,43 @@ def test_a_step_in_which_no_request_has_a_draft(mode):
     assert torch.equal(output.sampled_token_ids.long(), reference.token_ids)
 
 
+def test_rows_are_found_through_the_indices_wherever_they_lie():
+    counts = [3, 0, 2, 4]
+    batch = testing.random_batch(
+        seed=3, num_drafts=counts, vocab_size=97, dtype=torch.float32, draft=testing.PROBS, shuffled_state=False
+    )
+    settings = sampling(batch.kwargs["temperature"], generators_of(batch.kwargs["seeds"]), max_num_logprobs=1)
+    metadata = spec_metadata(counts, batch.draft_token_ids)
+    ordered = adapter(batch.kwargs["positions"].flip(0))(metadata, batch.kwargs["draft_probs"], batch.logits, settings)
+
+    order = torch.randperm(len(batch.logits), generator=torch.Generator().manual_seed(1))
+    where = order.argsort()
+    moved = replace(
+        metadata,
+        target_logits_indices=where[metadata.target_logits_indices.long()].int(),
+        bonus_logits_indices=where[metadata.bonus_logits_indices.long()].int(),
+        logits_indices=metadata.logits_indices[order],
+    )
+    output = adapter(batch.kwargs["positions"].flip(0))(
+        moved, batch.kwargs["draft_probs"], batch.logits[order], settings
+    )
+    assert torch.equal(output.sampled_token_ids, ordered.sampled_token_ids)
+    emitted = (ordered.sampled_token_ids >= 0).flatten()
+    torch.testing.assert_close(output.logprobs_tensors.logprobs[emitted], ordered.logprobs_tensors.logprobs[emitted])
+
+
+def test_rows_known_to_lie_by_request_are_not_moved(monkeypatch):
+    metadata = spec_metadata([2, 1], torch.tensor([3, 4, 5]))
+    logits, seen = torch.randn(5, 20), []
+    monkeypatch.setattr(v1, "verify", lambda rows, *a, **kw: seen.append(rows) or (torch.zeros(2, 3).int(), None))
+    setattr(metadata, v1.BY_REQUEST, True)
+    adapter()(metadata, None, logits, sampling(size=2))
+    setattr(metadata, v1.BY_REQUEST, False)
+    adapter()(metadata, None, logits, sampling(size=2))
+    assert seen[0] is logits
+    assert seen[1] is not logits and torch.equal(seen[1], logits)
+
+
 def test_dummy_step_of_the_memory_profile():
     metadata = SpecDecodeMetadata.make_dummy([[0]] * 3, CPU)
     output = adapter(torch.arange(64))(metadata, None, torch.randn(6, 50), sampling(torch.full((3,), 0.5)))
@@ -207,7 +246,7 @@ def test_a_discarded_draw_can_be_taken_back_from_a_cuda_generator():
             self.offset = offset
 
     generator = CudaGenerator()
-    seeds = adapter()._seeds(2, {0: generator, 7: CudaGenerator()}, CPU)
+    seeds = adapter().draws.seeds(2, {0: generator, 7: CudaGenerator()}, CPU)
     assert seeds[0] == -5
     generator.set_offset(generator.get_offset() - 4)
 

@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from launch_keys import recorded, unexpected
 from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, sampling, spec_metadata
+from test_v1_sampler import min_p_processor
 
-from vllm_specopt import plugin, v1, warm_up
+from vllm_specopt import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.config import PAPER, SpecoptConfig
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel"}
+KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel"}
 VOCAB = 60
 SEED_COUNTS = [3, 0, 2, 4]
 
@@ -39,7 +40,7 @@ def v1_steps(probabilistic, most_drafts):
     """Steps of every kind: greedy or sampled, each filter, rows for processors, drafts of any length."""
     filters = itertools.product((None, torch.full((4,), 5, dtype=torch.int32)), (None, torch.full((4,), 0.9)))
     settings = [{"size": 4}] + [{"temperature": torch.ones(4), "top_k": k, "top_p": p} for k, p in filters]
-    counts = [SEED_COUNTS, [1, 1, 1, 1], [0, 0, 0, most_drafts], [most_drafts - 1, 0, 1, 0]]
+    counts = [SEED_COUNTS, [1, 1, 1, 1], [0, 0, 0, most_drafts], [most_drafts - 1, 0, 1, 0], [0, 0, 0, 0]]
     for setting, count, change in itertools.product(settings, counts, ("", "penalties")):
         changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}
         spec = {"spec_token_ids": [[1] * n for n in count]}
@@ -47,6 +48,7 @@ def v1_steps(probabilistic, most_drafts):
             probs = torch.rand(sum(count), VOCAB).softmax(1) if given else None
             logits = torch.randn(sum(count) + 4, VOCAB + 4).to(torch.bfloat16)[:, :VOCAB]
             metadata = spec_metadata(count, torch.ones(sum(count)))
+            setattr(metadata, v1.BY_REQUEST, True)
             yield metadata, probs, logits, sampling(**setting, **changes, **spec)
 
 
@@ -72,7 +74,7 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
     ours = RejectionSampler(sampler, None, CPU, runner=runner, config=config)
     with recorded() as warmed:
         ours.warm_up(torch.zeros(3, VOCAB + 4, dtype=torch.bfloat16)[:, :VOCAB], most_drafts, probabilistic)
-    assert not ours.counters.any(), "the dummy requests were counted"
+    assert not ours.account.counters.any(), "the dummy requests were counted"
     with recorded(run=False) as served:
         for asking in ({}, {"specopt": "sigmoid"}) if per_request else ({},):
             request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=asking))
@@ -85,12 +87,40 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
     assert not unexpected(warmed, served), "compiled in vain"
 
 
+def test_v1_draws_without_speculation_launch_only_what_was_warmed_up(monkeypatch):
+    monkeypatch.setattr(v1_sampler, "verify", functools.partial(v1_sampler.verify, backend="triton"))
+    runner = Runner(torch.arange(999))
+    runner.query_start_loc = SimpleNamespace(gpu=torch.arange(20, dtype=torch.int32))
+    ours = v1_sampler.Sampler(Sampler(), v1_sampler.Draws(CPU, runner))
+    with recorded() as warmed:
+        ours.warm_up(torch.zeros(3, VOCAB + 4, dtype=torch.bfloat16)[:, :VOCAB])
+    assert not ours.account.counters.any(), "the dummy requests were counted"
+    values = (
+        (None, torch.full((4,), 5, dtype=torch.int32)),
+        (None, torch.full((4,), 0.9)),
+        (None, torch.full((4,), 0.1)),
+    )
+    with recorded(run=False) as served:
+        for (k, p, m), size in itertools.product(filters, (1, 3, 4)):
+            cut = {"top_k": k if k is None else k[:size], "top_p": p if p is None else p[:size]}
+            if m is not None:
+                cut["logitsprocs"] = min_p_processor(m[:size])
+            logits = torch.randn(size, VOCAB + 4).to(torch.bfloat16)[:, :VOCAB]
+            for change in ("", "penalties") if size == 4 else ("",):
+                changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}
+                ours(logits, sampling(torch.ones(size), **cut, **changes))
+                ours(logits, sampling(size=size, **changes))
+    assert {name for name, *_ in warmed} == KERNELS
+    assert not unexpected(served, warmed), "compiles while serving"
+    assert not unexpected(warmed, served), "compiled in vain"
+
+
 def test_a_gpu_worker_warms_up_before_vllm_watches_for_compilation(monkeypatch):
     """vLLM starts its monitor, which may be set to raise, at the end of its own warm-up."""
     order = []
     monkeypatch.setattr(plugin, "_active_config", lambda vllm_config: SpecoptConfig("exact"))
     monkeypatch.setattr("vllm_specopt.warm_up.warm_up", lambda runner: order.append(runner.rejection_sampler))
-    runner = SimpleNamespace(rejection_sampler=RejectionSampler(Sampler(), None, CPU))
+    runner = SimpleNamespace(rejection_sampler=RejectionSampler(Sampler(), None, CPU), sampler=Sampler())
     worker = SimpleNamespace(vllm_config=None, model_runner=runner)
     start = plugin._warm_up(lambda worker: order.append("vLLM's own"))
     for on_gpu in (False, True):

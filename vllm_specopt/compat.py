@@ -18,10 +18,14 @@ VERSIONS = ("0.32", "0.33")
 PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "V1": {
         ("v1/sample/rejection_sampler.py", "RejectionSampler"): ("bd764c28d3fbd20d", "8470298166e6b30a"),
+        ("v1/sample/sampler.py", "Sampler.__init__"): ("81bf193284cea11d",),
+        ("v1/sample/sampler.py", "Sampler.forward"): ("61e225a1c3acad7d", "863104fb603a0705"),
         ("v1/sample/sampler.py", "Sampler.apply_logits_processors"): ("a19d69d375599fb1",),
         ("v1/sample/sampler.py", "Sampler.sample"): ("df4b3caf2ec2e3b8",),
+        ("v1/sample/logits_processor/builtin.py", "MinPLogitsProcessor"): ("43971104c8f5fc77",),
         ("v1/sample/metadata.py", "SamplingMetadata"): ("4d5a48792a341df1",),
         ("v1/spec_decode/metadata.py", "SpecDecodeMetadata"): ("41bb36606eb19917",),
+        ("v1/worker/gpu_model_runner.py", "GPUModelRunner._prepare_inputs"): ("73af9736b3d259a3",),
         ("v1/worker/gpu_model_runner.py", "GPUModelRunner._sample"): ("0e5d07b1a03ebda7",),
         ("v1/worker/gpu_input_batch.py", "InputBatch.refresh_metadata"): ("da0b8a7683cd8970",),
         ("v1/engine/input_processor.py", "InputProcessor._validate_params"): ("1533e2351fe8e310",),
@@ -39,6 +43,8 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ),
         ("v1/worker/gpu/sample/sampler.py", "Sampler.__init__"): ("cf2fa1ee49f0b227",),
         ("v1/worker/gpu/sample/sampler.py", "Sampler.add_request"): ("8b5f51b6c5b3867e",),
+        ("v1/worker/gpu/sample/sampler.py", "Sampler.__call__"): ("89d6c6c4674b57e1",),
+        ("v1/worker/gpu/sample/sampler.py", "Sampler.sample"): ("24e061043fc493a0", "eddc78c51866df7b"),
         ("v1/worker/gpu/sample/sampler.py", "Sampler.apply_sampling_params"): ("78a3440d81e5c9ca",),
         ("v1/worker/gpu/sample/states.py", "SamplingStates.__init__"): ("cf003561df3e8019",),
         ("v1/worker/gpu/sample/states.py", "SamplingStates.add_request"): ("f82712eeadaaea99",),

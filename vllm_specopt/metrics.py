@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ TIMED_EVERY = 16
 BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
 
 COUNTERS = {
-    "verified_steps": "Batches verified by the drop-in.",
+    "verified_steps": "Batches with draft tokens, verified by the drop-in.",
+    "plain_steps": "Batches without draft tokens, drawn by the drop-in.",
     "tokens": "Tokens emitted by requests with draft tokens, by outcome: accepted, recovered or bonus.",
     "rows": "Rows of target logits by outcome: swept (read in full) or skipped (not needed, not read in full).",
     "fallback_batches": "Batches left to vLLM's own sampler, by reason.",
@@ -92,13 +93,35 @@ def is_exposed() -> bool:
     return os.path.isdir(os.environ.get(DIRECTORY, ""))
 
 
-def record(sampler, vllm_config, method: str, first: bool) -> None:
-    """Let a rejection sampler of ours publish its counters from now on, starting at 0.
+class Account:
+    """What the samplers of one worker count; those that draw for the same engine share one.
+
+    Attributes:
+        counters: Tokens and rows of steps with draft tokens as ``verify`` counts them, int64 ``[num_methods + 1, 8]``.
+        unpublished: The same for steps without draft tokens, which count as steps only.
+        bad_rows: Emitting rows without a usable logit so far, int64 ``[1]``.
+        fallbacks: Number of batches left to vLLM's own sampler, by reason.
+        recorder: Told of each step; publishes the counters where there is a ``/metrics``.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.fallbacks: Counter[str] = Counter()
+        self.recorder = NOT_RECORDED
+        self.restart(device)
+
+    def restart(self, device: torch.device | str) -> None:
+        """Count from 0 in fresh memory on a device."""
+        self.counters, self.bad_rows = new_counters(device)
+        self.unpublished, _ = new_counters(device)
+
+
+def record(account: Account, vllm_config, method: str, first: bool) -> None:
+    """Publish an account from now on, starting at 0.
 
     Tensor-parallel ranks verify the same requests, so only the first one records, unless each has its own share.
 
     Args:
-        sampler: A sampler with ``counters``, ``bad_rows``, ``fallbacks`` and ``recorder``.
+        account: What the worker's samplers count into.
         vllm_config: vLLM's configuration.
         method: The engine's method.
         first: Whether this is the first tensor-parallel rank.
@@ -107,12 +130,12 @@ def record(sampler, vllm_config, method: str, first: bool) -> None:
     if not first and not getattr(parallel, "enable_batch_sharded_sampling", False):
         return
     # Fresh memory: what was there before may lie in a pool that sleep mode discards.
-    sampler.counters, sampler.bad_rows = new_counters(sampler.counters.device)
+    account.restart(account.counters.device)
     labels = {
         "model_name": vllm_config.model_config.served_model_name,
         "engine": str(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)),
     }
-    sampler.recorder = Recorder(sampler, Path(os.environ[DIRECTORY]), labels, method, counts_steps=first)
+    account.recorder = Recorder(account, Path(os.environ[DIRECTORY]), labels, method, counts_steps=first)
 
 
 class _NotRecorded:
@@ -124,31 +147,34 @@ class _NotRecorded:
     def end_step(self) -> None:
         pass
 
+    def plain_step(self) -> None:
+        pass
+
 
 NOT_RECORDED = _NotRecorded()
 
 
 class Recorder:
-    """Publishes the counters of one rejection sampler.
+    """Publishes one account.
 
-    ``begin_step`` and ``end_step`` enclose a verification on the thread that launches it; everything else happens on a
-    daemon thread that touches host memory alone.
+    ``begin_step`` and ``end_step`` enclose a verification on the thread that launches it, and ``plain_step`` follows a
+    draw without drafts there; everything else happens on a daemon thread that touches host memory alone.
     """
 
-    def __init__(self, sampler, directory: Path, labels: dict[str, str], method: str, counts_steps: bool = True):
+    def __init__(self, account, directory: Path, labels: dict[str, str], method: str, counts_steps: bool = True):
         """Start publishing.
 
         Args:
-            sampler: As in :func:`record`, read but not held.
+            account: As in :func:`record`, read but not held.
             directory: Where the files go.
             labels: vLLM's own labels, ``model_name`` and ``engine``.
             method: Label of what is counted per step, not per request.
             counts_steps: Whether steps and their times are counted; false on all ranks but one.
         """
-        self.num_steps = 0
+        self.num_steps = self.num_plain_steps = 0
         self._labels, self._method, self._counts_steps = labels, method, counts_steps
-        self._fallbacks = sampler.fallbacks
-        self._buffer = sampler.counters
+        self._fallbacks = account.fallbacks
+        self._buffer = account.counters
         self._on_gpu = self._buffer.device.type == "cuda"
         self._host = torch.zeros_like(self._buffer, device="cpu", pin_memory=True) if self._on_gpu else self._buffer
         self._seconds: deque[float] = deque()
@@ -184,6 +210,12 @@ class Recorder:
             started, ended = self._events.popleft()
             self._seconds.append(started.elapsed_time(ended) / 1e3)
 
+    def plain_step(self) -> None:
+        """After a draw without draft tokens was launched: count it; the copy carries the bad rows."""
+        self.num_plain_steps += 1
+        if self._on_gpu:
+            self._host.copy_(self._buffer, non_blocking=True)
+
     def write(self) -> None:
         """Bring the files up to date."""
         values = self._host.tolist()
@@ -196,6 +228,7 @@ class Recorder:
             self._set("counter", "fallback_batches", count, "_total", method=self._method, reason=reason)
         if self._counts_steps:
             self._set("counter", "verified_steps", self.num_steps, "_total", method=self._method)
+            self._set("counter", "plain_steps", self.num_plain_steps, "_total", method=self._method)
             self._write_seconds()
 
     def _write_seconds(self) -> None:

@@ -5,7 +5,9 @@ configuration is made (so that mistakes stop the start, before a model is loaded
 installs the runner's hook in that process). Each original stays reachable as ``__wrapped__``.
 
 - V2: ``ModelState.custom_sampler``, which exists for this purpose; a model's own override is respected.
-- V1: the runner's ``rejection_sampler`` is replaced once it is built.
+- V1: the runner's ``sampler`` and ``rejection_sampler`` are replaced once they are built.
+
+Without speculation the sampler alone is ours.
 
 With the option there are two more, where requests are validated. One refuses a request whose own choice of method
 cannot be honoured. The other comes with an engine that runs ours on V2: vLLM refuses min-p and logit bias under
@@ -56,14 +58,17 @@ def validate(vllm_config) -> SpecoptConfig | None:
         The option; None if it is not given.
 
     Raises:
-        ValueError: The option is malformed, speculative decoding is off, the platform is neither CUDA nor CPU, or this
-            vLLM is unknown and the option does not allow for that.
+        ValueError: The option is malformed, or verifies inexactly where speculative decoding is off; the platform is
+            neither CUDA nor CPU; or this vLLM is unknown and the option does not allow for that.
     """
     config = parse(vllm_config.additional_config)
     if config is None:
         return None
-    if vllm_config.speculative_config is None:
-        raise ValueError("specopt is given without --speculative-config; add one, or remove the option")
+    if vllm_config.speculative_config is None and (config.method != "exact" or config.allow_per_request):
+        raise ValueError(
+            "specopt.method 'exact' alone, and no other for single requests, works without --speculative-config, as "
+            "there are no draft tokens to verify; add one, or change the option"
+        )
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise ValueError(
             f"specopt runs on CUDA GPUs and CPUs, not on {current_platform.device_name}; remove the option"
@@ -82,12 +87,13 @@ def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
     if config.on_unknown_vllm == "stock" and (unknown := _unknown_vllm(vllm_config)):
         return unknown
-    if speculative.rejection_sample_method != "standard":
-        return f"rejection_sample_method is {speculative.rejection_sample_method!r}"
-    if speculative.enable_adaptive_verification:
-        return "adaptive verification is on"
-    if speculative.num_speculative_tokens > MAX_DRAFT_TOKENS:
-        return f"num_speculative_tokens is above {MAX_DRAFT_TOKENS}"
+    if speculative is not None:
+        if speculative.rejection_sample_method != "standard":
+            return f"rejection_sample_method is {speculative.rejection_sample_method!r}"
+        if speculative.enable_adaptive_verification:
+            return "adaptive verification is on"
+        if speculative.num_speculative_tokens > MAX_DRAFT_TOKENS:
+            return f"num_speculative_tokens is above {MAX_DRAFT_TOKENS}"
     if getattr(vllm_config, "watermark_config", None) is not None:
         return "watermarking is on"
     for flag in ("return_sampling_mask", "use_fp64_gumbel"):
@@ -117,7 +123,8 @@ def _create_engine_config(original):
             from vllm.v1.engine.input_processor import InputProcessor
 
             _wrap(InputProcessor, "_validate_params", _validate_params)
-        if vllm_config.use_v2_model_runner and _active_config(vllm_config):
+        speculates = vllm_config.speculative_config is not None
+        if speculates and vllm_config.use_v2_model_runner and _active_config(vllm_config):
             from vllm.sampling_params import SamplingParams
 
             _wrap(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
@@ -188,18 +195,19 @@ def check_request(vllm_config, extra_args) -> None:
 def _warm_up(original):
     def compile_or_warm_up_model(self, *args, **kwargs):
         config = _active_config(self.vllm_config)
-        sampler = getattr(self.model_runner, "rejection_sampler", None)
+        sampler = getattr(self.model_runner, "rejection_sampler", None) or getattr(self.model_runner, "sampler", None)
         if config and current_platform.is_cuda() and hasattr(sampler, "warm_up"):
             from vllm_specopt.warm_up import warm_up
 
             # Before vLLM's own, at whose end it starts to watch for compilation in flight.
             warm_up(self.model_runner)
         result = original(self, *args, **kwargs)
-        if config and metrics.is_exposed() and hasattr(sampler, "recorder"):
+        if config and metrics.is_exposed() and hasattr(sampler, "account"):
             from vllm.distributed.parallel_state import get_tp_group
 
             # Not earlier: the steps of the warm-up are no requests.
-            metrics.record(sampler, self.vllm_config, config.method, first=get_tp_group().rank_in_group == 0)
+            first = get_tp_group().rank_in_group == 0
+            metrics.record(sampler.account, self.vllm_config, config.method, first)
         return result
 
     return compile_or_warm_up_model
@@ -221,6 +229,7 @@ def _install_runner_hook(vllm_config) -> None:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         _wrap(GPUModelRunner, "__init__", _v1_init)
+        _wrap(GPUModelRunner, "_calc_spec_decode_metadata", _calc_spec_decode_metadata)
 
 
 def _active_config(vllm_config) -> SpecoptConfig | None:
@@ -229,7 +238,7 @@ def _active_config(vllm_config) -> SpecoptConfig | None:
     Asked per runner: a process may hold several engines, and not all of them need to use the drop-in.
     """
     config = parse(vllm_config.additional_config)
-    if config is None or vllm_config.speculative_config is None or stock_reason(vllm_config, config):
+    if config is None or stock_reason(vllm_config, config):
         return None
     return config
 
@@ -240,9 +249,18 @@ def _custom_sampler(original):
         config = _active_config(self.vllm_config)
         if custom or config is None:
             return custom
-        from vllm_specopt.v2 import RejectionSampler
+        from vllm.v1.worker.gpu.sample.sampler import Sampler as Stock
 
-        return sampler, RejectionSampler(sampler, self.vllm_config.speculative_config, self.device, config)
+        from vllm_specopt.metrics import Account
+        from vllm_specopt.v2 import RejectionSampler
+        from vllm_specopt.v2_sampler import Sampler
+
+        if type(sampler) is Stock:
+            sampler = Sampler(sampler, Account(self.device))
+        speculative = self.vllm_config.speculative_config
+        if speculative is None:
+            return sampler, None
+        return sampler, RejectionSampler(sampler, speculative, self.device, config)
 
     return custom_sampler
 
@@ -253,12 +271,16 @@ def _v2_load_model(original):
         config = _active_config(self.vllm_config)
         if config is None:
             return
-        from vllm_specopt.v2 import BACKEND, RejectionSampler
+        from vllm_specopt.v2 import RejectionSampler
+        from vllm_specopt.v2_sampler import BACKEND, Sampler
 
-        if not isinstance(self.rejection_sampler, RejectionSampler):
-            _log_not_replaced(self.rejection_sampler)
+        replaced = self.sampler if self.speculative_config is None else self.rejection_sampler
+        if not isinstance(replaced, Sampler | RejectionSampler):
+            _log_not_replaced(replaced)
             return
         _log_active("V2", config, self.device, BACKEND, self.speculative_config)
+        if not isinstance(self.sampler, Sampler):
+            _log_unstable(self.sampler)
 
     return load_model
 
@@ -269,36 +291,52 @@ def _v1_init(original):
         config = _active_config(self.vllm_config)
         if config is None:
             return
+        from vllm.distributed.parallel_state import get_pp_group
         from vllm.v1.sample.rejection_sampler import RejectionSampler as Stock
 
         from vllm_specopt.v1 import RejectionSampler
+        from vllm_specopt.v1_sampler import Draws, Sampler, is_stock
 
-        current = getattr(self, "rejection_sampler", None)
-        if type(current) is not Stock:
-            _log_not_replaced(current)
+        samples = get_pp_group().is_last_rank and not self.is_pooling_model
+        speculative, own = self.speculative_config, is_stock(self.sampler)
+        current = self.sampler if speculative is None else getattr(self, "rejection_sampler", None)
+        if not samples or not (own if speculative is None else type(current) is Stock):
+            _log_not_replaced(current if samples else None)
             return
-        self.rejection_sampler = RejectionSampler(
-            self.sampler,
-            self.speculative_config,
-            self.device,
-            runner=self,
-            seed=self.model_config.seed or 0,
-            config=config,
-        )
+        seed = self.model_config.seed or 0
+        if own:
+            self.sampler = Sampler(self.sampler, Draws(self.device, self, seed))
+        if speculative is not None:
+            self.rejection_sampler = RejectionSampler(
+                self.sampler, speculative, self.device, runner=self, seed=seed, config=config
+            )
         backend = backend_name(self.device)
         if backend == "cpu":
             from vllm_specopt.cpu import warm_up
 
             warm_up(self.model_config.dtype)
-        _log_active("V1", config, self.device, backend, self.speculative_config)
+        _log_active("V1", config, self.device, backend, speculative)
+        if not own:
+            _log_unstable(self.sampler)
 
     return __init__
 
 
+def _calc_spec_decode_metadata(original):
+    def _calc_spec_decode_metadata(self, *args, **kwargs):
+        from vllm_specopt.v1 import BY_REQUEST
+
+        metadata = original(self, *args, **kwargs)
+        setattr(metadata, BY_REQUEST, True)
+        return metadata
+
+    return _calc_spec_decode_metadata
+
+
 def _log_active(runner: str, config: SpecoptConfig, device, backend: str, speculative) -> None:
-    choice = " per_request=allowed" if config.allow_per_request else ""
+    more = " per_request=allowed" if config.allow_per_request else " speculation=off" if speculative is None else ""
     logger.info(
-        "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, choice
+        "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, more
     )
     if config.sigmoid is None:
         return
@@ -320,3 +358,10 @@ def _log_not_replaced(current) -> None:
         logger.info("specopt: not active: this worker does not sample")
     else:
         logger.warning("specopt: not active: the model or another plugin brings its own %s", type(current).__qualname__)
+
+
+def _log_unstable(sampler) -> None:
+    logger.warning(
+        "specopt: seeds are not stable across steps without drafts: the model or another plugin brings its own %s",
+        type(sampler).__qualname__,
+    )

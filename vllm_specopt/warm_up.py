@@ -23,16 +23,18 @@ def warm_up(runner) -> None:
     """Launch all variants on a model runner's device; on every tensor-parallel rank at the same time.
 
     Args:
-        runner: vLLM's model runner, V1 or V2, with our rejection sampler and its model loaded.
+        runner: vLLM's model runner, V1 or V2, with samplers of ours and its model loaded.
     """
     start = time.perf_counter()
-    speculative, sampler = runner.speculative_config, runner.rejection_sampler
-    logits = example_logits(runner)
-    if runner.vllm_config.use_v2_model_runner:
-        sampler.warm_up(logits, runner.speculator.draft_logits)
-    else:
+    logits, speculative, v2 = example_logits(runner), runner.speculative_config, runner.vllm_config.use_v2_model_runner
+    # With speculation V1 sends steps without drafts to the rejection sampler, too.
+    if (v2 or speculative is None) and hasattr(runner.sampler, "warm_up"):
+        runner.sampler.warm_up(logits)
+    if speculative is not None and v2:
+        runner.rejection_sampler.warm_up(logits, runner.speculator.draft_logits)
+    elif speculative is not None:
         probabilistic = speculative.draft_sample_method == "probabilistic"
-        sampler.warm_up(logits, speculative.num_speculative_tokens, probabilistic)
+        runner.rejection_sampler.warm_up(logits, speculative.num_speculative_tokens, probabilistic)
     if logits.device.type == "cuda":
         torch.cuda.synchronize(logits.device)
     logger.info("specopt: warmed up in %.1f s", time.perf_counter() - start)

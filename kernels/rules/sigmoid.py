@@ -12,7 +12,7 @@ limit and 1 above the upper one; the limits are those of z / T, or of probabilit
 import triton
 import triton.language as tl
 
-from ..load import load_logits
+from ..load import draft_offset, load_logits
 from ..noise import acceptance_uniform
 
 DRAFT = tl.constexpr(4)
@@ -64,73 +64,57 @@ def _score(values, scaled, unit, constants_ptr):
 
 
 @triton.jit
-def first_rejection(
-    logits_ptr,
-    logits_stride,
-    draft_token_ids_ptr,
-    draft_probs_ptr,
-    draft_probs_stride,
-    draft_logits_ptr,
-    draft_logits_stride_0,
-    draft_logits_stride_1,
-    seeds_ptr,
-    positions_ptr,
-    sigmoid_ptr,
-    req_idx,
-    state,
-    start_row,
-    num_drafts,
-    temp,
-    vocab_size,
-    COMPACT_DRAFTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Index of the first draft token of a request that fails u <= target_score / draft_score; num_drafts if none."""
-    pos = tl.arange(0, BLOCK_K)
-    rows = start_row + pos
-    is_draft = pos < num_drafts
-    draft_start = start_row - req_idx if COMPACT_DRAFTS else start_row + 1
-    tokens = tl.load(draft_token_ids_ptr + draft_start + pos, mask=is_draft, other=-1).to(tl.int64)
-    valid = is_draft & (tokens >= 0) & (tokens < vocab_size)
-    logits = load_logits(logits_ptr, rows * logits_stride + tokens, valid)
+def _passes(logits, draft_values, temp, uniform, sigmoid_ptr, HAS_PROBS: tl.constexpr, HAS_LOGITS: tl.constexpr):
+    """u <= target_score / draft_score, given target logits and draft probabilities or logits (one-hot: score 1)."""
     target_score = _score(logits, logits / temp, temp, sigmoid_ptr)
-    if draft_probs_ptr is not None:
-        offsets = (rows - req_idx) * draft_probs_stride + tokens
-        probs = tl.load(draft_probs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        draft_score = _score(probs, _log_prob(probs), 1.0, sigmoid_ptr + DRAFT)
-    elif draft_logits_ptr is not None:
-        offsets = state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1 + tokens
-        draft_logits = load_logits(draft_logits_ptr, offsets, valid)
-        draft_score = _score(draft_logits, draft_logits / temp, temp, sigmoid_ptr + DRAFT)
+    if HAS_PROBS:
+        draft_score = _score(draft_values, _log_prob(draft_values), 1.0, sigmoid_ptr + DRAFT)
+    elif HAS_LOGITS:
+        draft_score = _score(draft_values, draft_values / temp, temp, sigmoid_ptr + DRAFT)
     else:
-        draft_score = tl.where(valid, 1.0, 0.0)
-    positions = pos.to(tl.int64)
-    if positions_ptr is not None:
-        positions = tl.load(positions_ptr + rows, mask=is_draft, other=0).to(tl.int64)
-    uniform = acceptance_uniform(tl.load(seeds_ptr + state), positions)
-    passes = valid & (draft_score > 0.0) & (target_score > 0.0) & (uniform * draft_score <= target_score)
-    return tl.min(tl.where(is_draft & (passes == 0), pos, num_drafts), axis=0)
+        draft_score = tl.zeros_like(target_score) + 1.0
+    return (draft_score > 0.0) & (target_score > 0.0) & (uniform * draft_score <= target_score)
 
 
 @triton.jit
-def passes_alone(
-    logit,
-    draft_value,
-    temp,
-    uniform,
-    sigmoid_ptr,
-    HAS_PROBS: tl.constexpr,
-    HAS_LOGITS: tl.constexpr,
-):
-    """The same test for one draft token, given its target logit and its draft probability or logit."""
-    target_score = _score(logit, logit / temp, temp, sigmoid_ptr)
-    if HAS_PROBS:
-        draft_score = _score(draft_value, _log_prob(draft_value), 1.0, sigmoid_ptr + DRAFT)
-    elif HAS_LOGITS:
-        draft_score = _score(draft_value, draft_value / temp, temp, sigmoid_ptr + DRAFT)
+def passes(rows, drafts, noise, sigmoid_ptr, request, pos, tokens):
+    """Which draft tokens (a scalar or a block, at positions ``pos`` of a request) survive; those below 0 do not."""
+    valid = tokens >= 0
+    row = request.start_row + pos
+    logits = load_logits(rows.ptr, row * rows.stride + tokens, valid)
+    if drafts.probs_ptr is not None:
+        offsets = (row - request.index) * drafts.probs_stride + tokens
+        draft_values = tl.load(drafts.probs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+    elif drafts.logits_ptr is not None:
+        draft_values = load_logits(drafts.logits_ptr, draft_offset(drafts, request, pos) + tokens, valid)
     else:
-        draft_score = tl.full((), 1.0, tl.float32)
-    return (draft_score > 0.0) & (target_score > 0.0) & (uniform * draft_score <= target_score)
+        draft_values = logits
+    position = pos.to(tl.int64)
+    if noise.positions_ptr is not None:
+        position = tl.load(noise.positions_ptr + row, mask=valid, other=0).to(tl.int64)
+    uniform = acceptance_uniform(tl.load(noise.seeds_ptr + request.state), position)
+    survives = _passes(
+        logits,
+        draft_values,
+        request.temperature,
+        uniform,
+        sigmoid_ptr,
+        drafts.probs_ptr is not None,
+        drafts.logits_ptr is not None,
+    )
+    return valid & survives
+
+
+@triton.jit
+def first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Index of the first draft token of a request that does not survive; num_drafts if all do."""
+    pos = tl.arange(0, BLOCK_K)
+    is_draft = pos < request.num_drafts
+    start = request.start_row - request.index if COMPACT_DRAFTS else request.start_row + 1
+    tokens = tl.load(drafts.token_ids_ptr + start + pos, mask=is_draft, other=-1).to(tl.int64)
+    tokens = tl.where((tokens >= 0) & (tokens < rows.vocab_size), tokens, -1)
+    survives = passes(rows, drafts, noise, sigmoid_ptr, request, pos, tokens)
+    return tl.min(tl.where(is_draft & (survives == 0), pos, request.num_drafts), axis=0)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Run vLLM engines one after another in this process and write down what they emitted.
 
 Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists engines; each has the keyword arguments of
-``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its sampler's class, how often the
-stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine warms up
-first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not before.
+``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its samplers' classes, how often
+the stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine
+warms up first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not
+before.
 With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
 """
 
@@ -37,8 +38,10 @@ def main(request_path: str, result_path: str) -> None:
         sys.modules.pop("llvmlite.binding.ffi", None)
         llm = LLM(**engine["llm"])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        sampler = runner.rejection_sampler
-        result = {"sampler": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "batches": {}}
+        # With drafts, and without; an engine that does not speculate has no other.
+        samplers = getattr(runner, "rejection_sampler", None) or runner.sampler, runner.sampler
+        names = [f"{type(sampler).__module__}.{type(sampler).__qualname__}" for sampler in samplers]
+        result = {"sampler": names[0], "plain_sampler": names[1], "batches": {}}
         for batch in engine["batches"]:
             params = batch["sampling"]
             params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
@@ -56,9 +59,9 @@ def main(request_path: str, result_path: str) -> None:
                 ],
             }
         result["stock_calls"] = dict(calls)
-        result["fallbacks"] = dict(getattr(sampler, "fallbacks", {}))
+        result["fallbacks"] = dict(account.fallbacks) if (account := getattr(samplers[0], "account", None)) else {}
         results[engine["name"]] = result
-        del llm, runner, sampler
+        del llm, runner, samplers
         gc.collect()
     with open(result_path, "w") as file:
         json.dump(results, file, default=len)

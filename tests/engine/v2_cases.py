@@ -22,7 +22,9 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_specopt import testing, verify
 from vllm_specopt.config import PAPER, SpecoptConfig
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.metrics import Account
 from vllm_specopt.v2 import RejectionSampler
+from vllm_specopt.v2_sampler import Sampler as PlainSampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from launch_keys import recorded, unexpected
@@ -123,6 +125,16 @@ class Step:
         assert ids.dtype == torch.int64 and ids.shape == (len(self.counts), DRAFTS + 1)
         return [row[:n] for row, n in zip(ids.tolist(), numbers, strict=True)], output
 
+    def draw(self, ours=True):
+        """Tokens and output of the sampler for a step in which no request has a draft."""
+        sampler = PlainSampler(self.sampler, Account(CPU)) if ours else self.sampler
+        rows = torch.empty_strided(self.logits.shape, self.logits.stride(), dtype=self.logits.dtype).copy_(self.logits)
+        output = sampler(rows, self.batch())
+        assert torch.equal(rows, self.logits), "the logits were modified"
+        assert output.sampled_token_ids.dtype == torch.int64 and output.sampled_token_ids.shape == (self.rows, 1)
+        assert not ours or not sampler.account.counters.any()
+        return output.sampled_token_ids.tolist(), output
+
     def reference(self, rows=None, draft=False, **changes):
         states = self.sampler.sampling_states
         parameters = {
@@ -201,14 +213,14 @@ PROCESSED = {
 }
 
 
-def processed_step(what, temperature, used=True):
+def processed_step(what, temperature, used=True, counts=COUNTS):
     params = sampling([{"temperature": temperature, **(PROCESSED[what] if used and i % 2 else {})} for i in range(6)])
-    step = Step(params, COUNTS, seed=len(what))
+    step = Step(params, counts, seed=len(what))
     if what == "bad-words" and used:
         for param in params[1::2]:
             param._bad_words_token_ids = [[int(token)] for token in step.logits.float().argmax(1)]
-        step = Step(params, COUNTS, seed=len(what))
-    return Step(params, COUNTS, seed=len(what), custom=True) if what == "custom" else step
+        step = Step(params, counts, seed=len(what))
+    return Step(params, counts, seed=len(what), custom=True) if what == "custom" else step
 
 
 @pytest.mark.parametrize("what", PROCESSED)
@@ -253,7 +265,6 @@ def case_log_probabilities_equal_stock(mode):
     greedy = {"temperature": 0.0, "logprobs": 2}
     step = Step(sampling([greedy, *[greedy | PROCESSED["penalties"]] * 5]), COUNTS, mode=mode)
     ours, output = step.run(RejectionSampler)
-    fallbacks = dict(step.rejection_sampler.fallbacks)
     theirs, expected = step.run(stock.RejectionSampler)
     assert ours == theirs
     emitted = step.local < output.num_sampled[step.request]
@@ -261,8 +272,66 @@ def case_log_probabilities_equal_stock(mode):
         torch.testing.assert_close(
             getattr(output.logprobs_tensors, name)[emitted], getattr(expected.logprobs_tensors, name)[emitted]
         )
-    reason = "log probabilities after sampling parameters are requested"
-    assert fallbacks == ({reason: 1} if mode == "processed_logprobs" else {})
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dicts", [PLAIN, MIXED], ids=["plain", "filters"])
+def case_a_step_without_drafts_equals_reference_and_verification(seed, dicts):
+    step = Step(sampling(dicts, seed), [0] * 6, seed=seed, dtype=[torch.bfloat16, torch.float32][seed % 2])
+    drawn, _ = step.draw()
+    assert_follows(drawn, step.reference())
+    assert step.run(RejectionSampler)[0] == drawn
+
+
+@pytest.mark.parametrize("what", PROCESSED)
+def case_a_step_without_drafts_runs_vllms_processors(what):
+    step = processed_step(what, 0.0, counts=[0] * 6)
+    drawn, _ = step.draw()
+    assert drawn == step.draw(ours=False)[0]
+    assert drawn != processed_step(what, 0.0, used=False, counts=[0] * 6).draw()[0]
+    step = processed_step(what, 1.0, counts=[0] * 6)
+    assert step.draw()[0] == step.run(RejectionSampler)[0]
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def case_log_probabilities_without_drafts(mode, temperature):
+    sampled = {"temperature": temperature, "logprobs": 2}
+    params = sampling([sampled, *[sampled | PROCESSED["penalties"]] * 5])
+    step = Step(params, [0] * 6, mode=mode)
+    drawn, output = step.draw()
+    assert drawn == Step(params, [0] * 6).draw()[0]
+    assert output.logprobs_tensors.logprobs[:, 0].isfinite().all()
+    assert output.logprobs_tensors.logprob_token_ids[:, 0].tolist() == [token for (token,) in drawn]
+    if temperature == 0:
+        theirs, expected = step.draw(ours=False)
+        assert drawn == theirs
+        torch.testing.assert_close(output.logprobs_tensors.logprobs, expected.logprobs_tensors.logprobs)
+
+
+def case_processed_log_probabilities_follow_the_temperature_of_both_models():
+    """Sampled drafts, a temperature, and log probabilities after it: the tokens are those without log probabilities."""
+    params = [{"temperature": t, "logprobs": 1} for t in (0.6, 1.0, 1.4, 0.0, 0.8, 1.1)]
+    for draft in (False, True):
+        step = Step(sampling(params), COUNTS, mode="processed_logprobs", dtype=torch.float32)
+        lists, _ = step.run(RejectionSampler, draft)
+        assert_follows(lists, step.reference(draft=draft))
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def case_warm_up_launches_what_draws_without_drafts_do(pad):
+    with recorded(run=False) as served:
+        for dicts in ([{"temperature": 0.0}] * 6, PLAIN, MIXED):
+            for also in ({}, PROCESSED["penalties"]):
+                params = sampling([d | (also if i % 2 else {}) for i, d in enumerate(dicts)])
+                Step(params, [0] * 6, pad=pad).draw()
+    step = Step(sampling(PLAIN), [0] * 6, pad=pad)
+    ours = PlainSampler(step.sampler, Account(CPU))
+    with recorded() as warmed:
+        ours.warm_up(torch.zeros(3, VOCAB + pad, dtype=torch.bfloat16)[:, :VOCAB])
+    assert not unexpected(served, warmed), "compiles while serving"
+    assert not unexpected(warmed, served), "compiled in vain"
+    assert not ours.account.bad_rows.any() and not ours.account.counters.any(), "the dummy requests were counted"
 
 
 def case_chunks_do_not_matter(monkeypatch):
@@ -346,11 +415,10 @@ def case_warm_up_launches_what_serving_does(monkeypatch, choice, draft, pad):
     with recorded() as warmed:
         example = torch.zeros(3, VOCAB + pad, dtype=torch.bfloat16)[:, :VOCAB]
         step.rejection_sampler.warm_up(example, step.draft_logits if draft else None)
-    assert {name for name, *_ in warmed} == {
-        "row_statistics_kernel", "filter_threshold_kernel", "emission_kernel", "token_output_kernel",
-    }  # fmt: skip
+    expected = {"statistics_kernel", "decide_kernel"} | ({"residual_kernel"} if draft else set())
+    assert {name for name, *_ in warmed} == expected
     assert not unexpected(served, warmed), "compiles while serving"
     if pad:
         # Without padding, rows after the first start at 16 bytes or not, and these few steps lack some of the cases.
         assert not unexpected(warmed, served), "compiled in vain"
-    assert not step.rejection_sampler.counters.any(), "the dummy requests were counted"
+    assert not step.rejection_sampler.account.counters.any(), "the dummy requests were counted"

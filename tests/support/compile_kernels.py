@@ -1,129 +1,113 @@
 """Compile the kernels' variants at V = 151,936 for one architecture; print a JSON line for each.
 
 Usage: compile_kernels.py ARCHITECTURE [all], where ARCHITECTURE is 80, 90 or 100. Needs no GPU: Triton brings ptxas.
-Without `all`, the sigmoid method's variants are compiled on 90 only, for bf16, runner V2 and no filters: they take most
-of the time.
+Without `all`, variants with filters or the sigmoid method are compiled for bf16 and runner V2 only: they take most of
+the time.
 """
 
-import contextlib
-import io
 import itertools
 import json
-import re
 import sys
 
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
 
-from vllm_specopt.kernels import arguments, emission, exact, filters, row_statistics, token_output
+from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
+from vllm_specopt.kernels import constants, decide, launch, one_launch, residual, statistics
 
 VOCAB_SIZE = 151936
-BY_SCORES = ("sigmoid", "mixed")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+BLOCK_K = 8
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
+INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
+INTS += ("row_arrived_ptr", "stopped_ptr")
+SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
+ALIGNED = SCALARS
+SCALARS += ("num_tiles", "num_reqs", "rows_per_req", "num_groups", "token_ids_stride")
 COMMON = {
-    **{name: "*fp32" for name in ("tile_max_ptr", "tile_sum_ptr", "candidate_score_ptr")},
-    **{name: "*i32" for name in ("cu_num_logits_ptr", "tile_argmax_ptr", "num_accepted_ptr", "candidate_token_ptr")},
-    **{name: "*i32" for name in ("num_sampled_ptr",)},
-    **{name: "i32" for name in ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "vocab_size")},
-    **{name: "i32" for name in ("draft_probs_stride", "num_tiles", "rows_per_req", "width", "token_ids_stride")},
-    "bad_row_counter_ptr": "*i64",
-    "counters_ptr": "*i64",
+    **dict.fromkeys(FLOATS, "*fp32"),
+    **dict.fromkeys(INTS, "*i32"),
+    **dict.fromkeys(SCALARS, "i32"),
+    **dict.fromkeys(("seeds_ptr", "positions_ptr", "bad_row_counter_ptr", "counters_ptr"), "*i64"),
 }
-ALIGNED = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 
 
-def variants(with_all_sigmoid: bool, architecture: int):
-    """Yield (variant name, argument types, launches) for the combinations that serving can produce."""
-    padded_tiles = triton.next_power_of_2(triton.cdiv(VOCAB_SIZE, exact.TILE))
-    greedy_below = {"GREEDY_BELOW": exact.GREEDY_BELOW}
+def variants(with_all: bool):
+    """Yield (variant name, argument types, constants, launches) for the combinations that serving can produce."""
+    tile, steps, _, _, padded_tiles = launch.tiling(VOCAB_SIZE)
     for dtype, runner, draft, filtered, method in itertools.product(
-        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", *BY_SCORES)
+        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", "sigmoid", "mixed")
     ):
         greedy = method == "greedy"
         if (greedy and (filtered or draft != "one-hot")) or draft == ("logits" if runner == "v1" else "probs"):
             continue
-        serves_most = (dtype, runner, filtered, architecture) == ("bf16", "v2", False, 90)
-        if method in BY_SCORES and not (with_all_sigmoid or serves_most):
+        if (filtered or method in ("sigmoid", "mixed")) and (dtype, runner) != ("bf16", "v2") and not with_all:
             continue
-        types = dict(COMMON, logits_ptr="*" + dtype)
-        types["draft_token_ids_ptr"] = "*i32"
-        types["token_ids_ptr"] = "*i32" if runner == "v1" else "*i64"
+        if filtered and method in ("sigmoid", "mixed") and not with_all:
+            continue
+        types = dict(COMMON, logits_ptr="*" + dtype, token_ids_ptr="*i32" if runner == "v1" else "*i64")
         if runner == "v2":
             types["state_indices_ptr"] = "*i64"
-        if not greedy:
-            types.update(temperature_ptr="*fp32", seeds_ptr="*i64", positions_ptr="*i64")
+        if greedy:
+            for name in ("temperature_ptr", "seeds_ptr", "positions_ptr"):
+                del types[name]
         if draft == "probs":
             types["draft_probs_ptr"] = "*fp32"
         if draft == "logits":
-            types.update(draft_logits_ptr="*" + dtype, draft_tile_max_ptr="*fp32", draft_tile_sum_ptr="*fp32")
-        if method in BY_SCORES:
-            types.update(sigmoid_ptr="*fp32")
+            types |= {"draft_logits_ptr": "*" + dtype, "draft_tile_max_ptr": "*fp32", "draft_tile_sum_ptr": "*fp32"}
+        if draft != "one-hot":
+            types |= {"residual_ptr": "*fp32", "row_ptr": "*fp32", "pending_ptr": "*i32"}
+        if method in ("sigmoid", "mixed"):
+            types["sigmoid_ptr"] = "*fp32"
         if method == "mixed":
-            types.update(sigmoid_requests_ptr="*i1")
-        if draft != "one-hot" or "sigmoid_ptr" in types:
-            types.update(target_score_ptr="*fp32", target_token_ptr="*i32")
-        compact, tiles = {"COMPACT_DRAFTS": runner == "v1"}, {"PADDED_TILES": padded_tiles}
+            types["sigmoid_requests_ptr"] = "*i1"
         if filtered:
-            types.update(top_k_ptr="*i32", top_p_ptr="*fp32", min_p_ptr="*fp32", threshold_ptr="*fp32")
+            types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+            types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32"}
         launches = [
-            (row_statistics.row_statistics_kernel, greedy_below | {"TILE": exact.TILE}, exact.NUM_WARPS),
-            (
-                emission.emission_kernel,
-                greedy_below | compact | tiles | {"TILE": exact.TILE, "BLOCK_K": exact.BLOCK_K},
-                exact.NUM_WARPS,
-            ),
-            (token_output.token_output_kernel, compact | tiles | {"PADDED_WIDTH": exact.BLOCK_K}, 1),
+            (statistics.statistics_kernel, 1),
+            (decide.decide_kernel, launch.FILTER_WARPS if filtered else launch.ROW_WARPS),
         ]
-        if filtered:
-            digits = filters.RADIX_DIGITS[DTYPES[dtype]]
-            constants = greedy_below | tiles | {"DIGITS": digits, "BLOCK": exact.FILTER_BLOCK}
-            launches.append((filters.filter_threshold_kernel, constants, exact.FILTER_NUM_WARPS))
-        name = "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method]))
-        yield name, types, launches
-
-
-def compile_kernel(kernel, types: dict, constants: dict, num_warps: int, architecture: int) -> dict:
-    """Compile one kernel; arguments without a type are None. Returns registers, spilled bytes and shared memory."""
-    signature, constexprs, attrs = {}, dict(constants), {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = types[name]
-            if name in ALIGNED or (name.endswith("_ptr") and name not in arguments.UNALIGNED):
-                attrs[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name], constexprs[name] = "constexpr", None
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
-    registers = re.search(r"Used (\d+) registers", log.getvalue())
-    spills = re.findall(r"(\d+) bytes spill", log.getvalue())
-    return {
-        "registers": int(registers[1]),
-        "spilled_bytes": sum(map(int, spills)),
-        "shared_bytes": binary.metadata.shared,
-        "cubin_bytes": len(binary.asm["cubin"]),
-    }
+        if draft != "one-hot":
+            launches.append((residual.residual_kernel, launch.RESIDUAL_WARPS))
+        if draft == "one-hot" and method == "exact" and not filtered:
+            launches.append((one_launch.one_launch_kernel, launch.ROW_WARPS))
+        known = {
+            "COMPACT_DRAFTS": runner == "v1",
+            "KEY_STEP": launch.KEY_STEPS[DTYPES[dtype]],
+            "TILE": tile,
+            "STEPS": steps,
+            "PADDED_TILES": padded_tiles,
+            "BLOCK_K": BLOCK_K,
+        }
+        yield (
+            "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method])),
+            types,
+            known,
+            launches,
+        )
 
 
 def main() -> None:
     architecture = int(sys.argv[1])
-    knobs.compilation.always_compile = True
-    knobs.nvidia.dump_ptxas_log = True
     seen = set()
-    for variant, types, launches in variants(sys.argv[2:] == ["all"], architecture):
-        for kernel, constants, num_warps in launches:
-            used = {name: types.get(name) for name in kernel.arg_names if name not in constants}
-            key = (kernel.__name__, tuple(sorted(used.items(), key=str)), tuple(constants.items()))
+    for variant, types, known, launches in variants(sys.argv[2:] == ["all"]):
+        for kernel, num_warps in launches:
+            known_here = {name: known[name] for name in kernel.arg_names if name in known}
+            used = {name: types.get(name) for name in kernel.arg_names if name not in known}
+            key = (kernel.__name__, num_warps, tuple(sorted((used | known_here).items(), key=str)))
             if key in seen:
                 continue
             seen.add(key)
-            result = compile_kernel(kernel, types, constants, num_warps, architecture)
-            print(json.dumps({"kernel": kernel.__name__, "variant": variant, **result}), flush=True)
+            aligned = {name for name in used if name in ALIGNED or name.endswith("_ptr")} - set(constants.UNALIGNED)
+            compiled = compile_kernel(kernel, types, known_here, num_warps, architecture, aligned)
+            result = {
+                "kernel": compiled.name,
+                "variant": variant,
+                "registers": compiled.registers,
+                "spilled_bytes": compiled.spilled,
+                "cubin_bytes": len(compiled.cubin),
+            }
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

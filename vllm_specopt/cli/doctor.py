@@ -146,8 +146,10 @@ def configuration(arguments: dict) -> tuple[str | None, list[Check]]:
     if reason := hooks.stock_reason(vllm_config, option):
         return runner, [*checks, Check("active", PROBLEM, "no", f"vLLM's own sampler would stay in place: {reason}.")]
     speculative = vllm_config.speculative_config
-    found = f"method {option.method}, {speculative.method} drafts, {speculative.num_speculative_tokens} per step"
-    return runner, [*checks, Check("active", OK, found)]
+    drafts = "no drafts"
+    if speculative is not None:
+        drafts = f"{speculative.method} drafts, {speculative.num_speculative_tokens} per step"
+    return runner, [*checks, Check("active", OK, f"method {option.method}, {drafts}")]
 
 
 def correct(device: str) -> Check:

@@ -61,6 +61,7 @@ def demo(
 
 
 app.command()(measuring.bench)
+app.command()(measuring.cost)
 app.command()(measuring.bench_engine)
 app.command()(measuring.ab)
 app.command()(measuring.quality)

@@ -39,6 +39,23 @@ def bench(
     raise typer.Exit(code)
 
 
+def cost(
+    out: Annotated[Path, typer.Option(help="Folder for cost.csv and cost.json.")] = Path("reports/cost"),
+    case: Annotated[str | None, typer.Option(help="Only settings whose name contains this.")] = None,
+    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; repeat it. (default: all three)")] = None,
+) -> None:
+    """Count what verification costs on a GPU, ours beside vLLM's V2 kernels, from machine code; needs no GPU.
+
+    Compiles every kernel, counts the instructions it issues by pipe, and models a time per card, which is never a
+    measurement. Exit status: 0, 1 one of our kernels exceeds its budget, 2 bad input.
+    """
+    from vllm_specopt.cli.cost import run
+
+    with told("cost"):
+        code = run(out, case, arch or [80, 90, 100])
+    raise typer.Exit(code)
+
+
 def bench_engine(
     arm: Annotated[
         list[str] | None,

@@ -1,0 +1,89 @@
+"""Upper bounds for what our kernels may cost, counted from machine code at V = 151,936.
+
+Unit ``element``: instructions per logit that a sweep of all rows reads; ``pair``: per target logit and draft logit of
+the rejected rows; ``row``: warp instructions per target row; ``step``: instructions of all launches per target logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_specopt.benchmarks.grid import LOGITS
+from vllm_specopt.benchmarks.kernels.cost import Counted
+from vllm_specopt.benchmarks.kernels.counting import Count
+
+# What a logit of another dtype may cost more.
+DTYPE_FACTOR = {"bf16": 1.0, "fp16": 1.5, "fp32": 1.5}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound for the kernels of a step whose names contain ``kernel``; an empty one means all of them.
+
+    settings: Beginnings of the settings it holds for.
+    least_warps: Warps that an SM must be able to hold.
+    """
+
+    kernel: str
+    settings: tuple[str, ...]
+    unit: str
+    limit: float
+    least_warps: int = 0
+    flat: bool = False
+
+
+FILTERED = ("top-p", "top-k", "min-p")
+BUDGETS = (
+    Budget("statistics", ("one-hot",), "element", 10.0, least_warps=24),
+    Budget("statistics", ("draft logits",), "element", 10.0),
+    Budget("draw", ("one-hot",), "row", 3000.0),
+    Budget("residual", ("draft logits",), "pair", 20.0),
+    Budget("", FILTERED, "step", 30.0),
+    Budget("", FILTERED, "step", 90.0, flat=True),
+)
+
+
+def violations(counted: Iterable[Counted]) -> list[str]:
+    """What exceeds its budget, spills, or is nowhere to be found; empty if all is well."""
+    found = []
+    for step in counted:
+        for count in step.counts:
+            if count.spilled:
+                found.append(f"{_where(step)}: {count.kernel} spills {count.spilled} bytes")
+        for budget in BUDGETS:
+            if not step.setting.startswith(budget.settings) or budget.flat != step.step.flat:
+                continue
+            counts = [count for count in step.counts if budget.kernel in count.kernel and count.num_warps]
+            if not counts:
+                found.append(f"{_where(step)}: no kernel is called {budget.kernel}")
+                continue
+            used = spent(step, counts, budget.unit)
+            limit = budget.limit * DTYPE_FACTOR[step.step.case.dtype]
+            if used > limit:
+                found.append(f"{_where(step)}: {budget.kernel or 'all'} {used:.1f} per {budget.unit}, budget {limit:g}")
+            fewest = min(count.warps for count in counts)
+            if fewest < budget.least_warps:
+                found.append(f"{_where(step)}: {budget.kernel} {fewest} warps per SM, budget {budget.least_warps}")
+    return found
+
+
+def spent(step: Counted, counts: Iterable[Count], unit: str) -> float:
+    """Instructions in a budget's unit."""
+    counts, case = list(counts), step.step.case
+    warp_instructions = sum(count.warp_instructions for count in counts)
+    rows = case.batch * (case.num_drafts + 1)
+    if unit == "row":
+        return warp_instructions / rows
+    read = step.elements
+    if unit == "element" and case.draft == LOGITS:
+        read += case.batch * case.num_drafts * case.vocab
+    if unit == "pair":
+        # Programs of a rejected row read two rows; those of a request without a rejection read none.
+        read = sum(count.loaded for count in counts) / 2 / (4 if case.dtype == "fp32" else 2)
+    return warp_instructions * 32 / read
+
+
+def _where(step: Counted) -> str:
+    case = step.step.case
+    return f"{step.setting}, B = {case.batch}, K = {case.num_drafts}, sm_{step.architecture}"

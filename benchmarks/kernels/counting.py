@@ -1,0 +1,153 @@
+"""Compile a recorded launch for an architecture and count the instructions that its programs issue."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from unittest import mock
+
+import triton
+from triton import backends
+
+from vllm_specopt.benchmarks.kernels.compiling import WARP, compile_kernel
+from vllm_specopt.benchmarks.kernels.machine_code import MachineCode, pipe
+from vllm_specopt.benchmarks.kernels.watching import Launch
+from vllm_specopt.benchmarks.kernels.weights import Frequency, counted, weigh
+
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "bool": "i1",
+    "uint8": "u8",
+    "int32": "i32",
+    "int64": "i64",
+}
+# Constants that a host sets differently in the interpreter, which has no inline assembly.
+ON_A_GPU = {"FAST": True}
+LOAD_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one launch costs on an architecture.
+
+    pipes: Warp instructions of all programs, by what issues them.
+    per_thread: Instructions that a thread of a program issues in the mean: a program's length.
+    """
+
+    kernel: str
+    programs: int
+    num_warps: int
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    per_thread: float
+    pipes: Mapping[str, float]
+    loaded: float
+    stored: float
+
+    @property
+    def warp_instructions(self) -> float:
+        return sum(self.pipes.values())
+
+    @property
+    def bytes(self) -> float:
+        return self.loaded + self.stored
+
+
+def count_launch(launch: Launch, architecture: int) -> Count:
+    """Count a launch; one of torch's own operations has bytes only.
+
+    Raises:
+        Undescribed: the machine code holds a loop that the source lacks.
+        ValueError: the instructions counted load less than the interpreter did, so a body's weight must be wrong.
+    """
+    if not launch.module:
+        return Count(launch.kernel, 1, 0, 0, 0, 0, 0, 0.0, {}, launch.loaded, launch.stored)
+    code = machine_code(launch, architecture)
+    compiled = code.compiled
+    pipes, loaded = instructions(code, counted(launch.counts))
+    threads = launch.programs * launch.num_warps * WARP
+    if loaded * threads < 0.95 * launch.loaded:
+        raise ValueError(
+            f"{launch.kernel}: its instructions load {loaded * threads:.0f} bytes, the interpreter {launch.loaded:.0f}"
+        )
+    return Count(
+        kernel=launch.kernel,
+        programs=launch.programs,
+        num_warps=launch.num_warps,
+        registers=compiled.registers,
+        spilled=compiled.spilled,
+        shared=compiled.shared,
+        warps=compiled.warps,
+        per_thread=sum(pipes.values()),
+        pipes={name: number * launch.programs * launch.num_warps for name, number in pipes.items()},
+        loaded=launch.loaded,
+        stored=launch.stored,
+    )
+
+
+def instructions(code: MachineCode, frequency: Frequency) -> tuple[dict[str, float], float]:
+    """Instructions that a thread issues in the mean, by pipe, and the bytes that these load from global memory."""
+    pipes: collections.Counter[str] = collections.Counter()
+    loaded = 0.0
+    for weighted in weigh(code, frequency):
+        for instruction in weighted.block.instructions:
+            kind = pipe(instruction.name)
+            pipes[kind] += weighted.weight
+            if kind == "load" or instruction.name.startswith("ATOM"):
+                sizes = [LOAD_BYTES[part] for part in instruction.name.split(".") if part in LOAD_BYTES]
+                loaded += weighted.weight * (sizes[0] if sizes else 4)
+    return dict(pipes), loaded
+
+
+def machine_code(launch: Launch, architecture: int) -> MachineCode:
+    """Compile what a launch would make Triton compile: same types, alignment and constants."""
+    kernel = _kernel(launch.module, launch.kernel)
+    signature, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        kind, *value = launch.arguments.get(parameter.name, ("default", parameter.default))
+        specialised = not parameter.do_not_specialize
+        alignable = specialised and not parameter.do_not_specialize_on_alignment
+        if kind in ("constant", "default"):
+            constants[parameter.name] = ON_A_GPU.get(parameter.name, value[0])
+        elif kind == "none":
+            constants[parameter.name] = None
+        elif kind == "pointer":
+            signature[parameter.name] = "*" + TYPES[value[0]]
+            aligned += [parameter.name] * (value[1] and alignable)
+        elif kind == "float":
+            signature[parameter.name] = "fp32"
+        elif isinstance(value[0], bool):
+            signature[parameter.name] = "i1"
+        elif value[0] == 1 and specialised:
+            constants[parameter.name] = 1
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value[0] < 2**31 else "i64"
+            aligned += [parameter.name] * (value[0] % 16 == 0 and alignable)
+    frozen = (tuple(signature.items()), tuple(constants.items()), tuple(aligned))
+    return _machine_code(launch.module, launch.kernel, *frozen, launch.num_warps, launch.num_stages, architecture)
+
+
+@cache
+def _machine_code(module, name, signature, constants, aligned, num_warps, num_stages, architecture) -> MachineCode:
+    arguments = (_kernel(module, name), dict(signature), dict(constants))
+    return MachineCode(compile_kernel(*arguments, num_warps, architecture, aligned, num_stages))
+
+
+@cache
+def _kernel(module: str, name: str) -> triton.JITFunction:
+    # vLLM leaves Triton alone where no backend is active; the stand-in must be gone when Triton compiles.
+    driver = types.SimpleNamespace(is_active=lambda: True)
+    with mock.patch.dict(backends.backends, cpu=types.SimpleNamespace(driver=driver, compiler=None)):
+        kernel = getattr(importlib.import_module(module), name)
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(f"{module}.{name} is {type(kernel).__name__}, expected a JITFunction")
+    return kernel

@@ -1,0 +1,91 @@
+"""Seeded requests whose text must not depend on speculation, and the engines that they are put to."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+# What the requests take in turn, so that batches are mixed.
+KINDS = (
+    {"temperature": 0.7},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 20},
+    {"temperature": 0.8, "top_p": 0.95, "top_k": 40},
+    {"temperature": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    {"temperature": 0.0},
+    {"temperature": 1.0, "presence_penalty": 0.5, "top_p": 0.95},
+)
+MIN_P = {"temperature": 1.0, "min_p": 0.05}
+
+
+def drafting(num_drafts: dict[str, int]) -> dict[str, dict | None]:
+    """Speculative configurations by name: ``off``, ``ngram`` and ``draft-K``; the numbers are of draft tokens."""
+    draft_model = str(ROOT / "models" / "specopt-draft")
+    return {
+        name: None
+        if name == "off"
+        else NGRAM | {"num_speculative_tokens": number}
+        if name == "ngram"
+        else {"model": draft_model, "num_speculative_tokens": number}
+        for name, number in num_drafts.items()
+    }
+
+
+def requests(number: int, max_tokens: int, kinds=KINDS) -> tuple[list[str], list[dict]]:
+    """Prompts and sampling parameters of so many requests, each with its own seed."""
+    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:number]
+    assert len(lines) == number
+    sampling = [
+        kinds[index % len(kinds)] | {"seed": 1000 + index, "max_tokens": max_tokens, "ignore_eos": True}
+        for index in range(number)
+    ]
+    return [json.loads(line)["prompt"] for line in lines], sampling
+
+
+def engine(name: str, speculative: dict | None, batches: list[dict], **llm) -> dict:
+    """An engine with the option, as ``run_engines.py`` takes it; the shipped pair, always in single precision."""
+    return {
+        "name": name,
+        "llm": {
+            "model": str(ROOT / "models" / "specopt-target"),
+            "speculative_config": speculative,
+            "additional_config": {"specopt": {"method": "exact"}},
+            "dtype": "float32",
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "enable_prefix_caching": False,
+            "max_model_len": 512,
+            **llm,
+        },
+        "batches": batches,
+    }
+
+
+def batches(prompts: list[str], sampling: list[dict], alone: int, noise: dict | None = None) -> list[dict]:
+    """All requests at once; reversed, between others without seeds; and the first ones each on its own."""
+    noise = noise or {"temperature": 1.0, "max_tokens": 7}
+    mixed = [(p, s) for pair in zip(prompts, sampling, strict=True) for p, s in (pair, (pair[0], noise))][::-1]
+    return [
+        {"name": "together", "prompts": prompts, "sampling": sampling},
+        {"name": "mixed", "prompts": [p for p, _ in mixed], "sampling": [s for _, s in mixed]},
+        *(
+            {"name": f"alone {index}", "prompts": [prompts[index]], "sampling": [sampling[index]]}
+            for index in range(alone)
+        ),
+    ]
+
+
+def differing(result: dict, expected: list[list[int]], alone: int) -> list[str]:
+    """Which requests of an engine's batches have other tokens than expected, and where they part."""
+    found = []
+    together = result["batches"]["together"]["token_ids"]
+    mixed = result["batches"]["mixed"]["token_ids"][::-1][::2]
+    parts = [("together", index, tokens) for index, tokens in enumerate(together)]
+    parts += [("mixed", index, tokens) for index, tokens in enumerate(mixed)]
+    parts += [("alone", index, result["batches"][f"alone {index}"]["token_ids"][0]) for index in range(alone)]
+    for batch, index, tokens in parts:
+        if tokens != expected[index]:
+            at = next((i for i, (a, b) in enumerate(zip(tokens, expected[index], strict=False)) if a != b), "length")
+            found.append(f"request {index} {batch}, token {at}")
+    return found

@@ -1,0 +1,225 @@
+"""Model runner V2, steps without draft tokens: every token is drawn as a verified row's is.
+
+Only the draw is ours. Log probabilities, penalties, logit bias, bad words, thinking budgets, forced traces and the
+count of NaNs are the stock class's code.
+"""
+
+import numpy as np
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.sample import sampler as stock
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
+from vllm.v1.worker.gpu.sample.states import SamplingStates
+
+from vllm_specopt.config import SpecoptConfig, requested_method
+from vllm_specopt.metrics import Account, new_counters
+from vllm_specopt.verify import verify
+
+# V2 runs on Triton only; on a CPU that is Triton's interpreter.
+BACKEND = "triton"
+
+
+class RequestedMethods(LogitsProcessor):
+    """Which request slots follow the sigmoid method; leaves the logits alone.
+
+    A logits processor, because these are told of every request that takes a slot, and when to copy to the device.
+    """
+
+    def __init__(self, config: SpecoptConfig, max_num_reqs: int):
+        self._default = config.method
+        self.sigmoid = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+
+    def add_request(self, req_idx: int, sampling_params) -> bool:
+        method = requested_method(sampling_params.extra_args) or self._default
+        self.sigmoid.np[req_idx] = method == "sigmoid"
+        return False
+
+    def apply_staged_writes(self) -> None:
+        self.sigmoid.copy_to_uva()
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        return logits
+
+
+# Which requests a processor has work for, [max_num_reqs] on the host.
+USES = {
+    LogitBiasState: lambda state: state.use_logit_bias,
+    PenaltiesState: lambda state: state.use_penalty,
+    BadWordsState: lambda state: state.num_bad_words.np,
+    RequestedMethods: lambda state: np.zeros_like(state.sigmoid.np),
+}
+# Of the batches there are: whether some request samples, and whether some of those filter. All three filters or none:
+# each combination would be one more variant to compile.
+KINDS = ((False, False), (True, False), (True, True))
+
+
+class Sampler(stock.Sampler):
+    """vLLM's sampler, but the token comes from the draw that verification makes at that position."""
+
+    def __init__(self, sampler: stock.Sampler, account: Account):
+        """Take over the states of the stock sampler that this one replaces; both see the same requests."""
+        vars(self).update(vars(sampler))
+        self.account = account
+        device = account.counters.device
+        self._starts = torch.arange(self.sampling_states.max_num_reqs + 1, dtype=torch.int32, device=device)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        expanded_idx_mapping: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        pos: torch.Tensor,
+        input_ids: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        return_logprobs: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one token per row.
+
+        Args:
+            logits: ``[num_rows, vocab]`` raw logits; not modified.
+            expanded_idx_mapping: ``[num_rows]``, the slot of each row.
+            idx_mapping: ``[num_reqs]``, the slot of each request; ``idx_mapping_np`` is the same on the host.
+            pos: ``[num_rows]``, absolute positions.
+            input_ids: ``[num_rows]``, the token fed to the model at each row.
+            expanded_local_pos: ``[num_rows]``, each row's index within its request.
+            seq_lens_upper_bound_np: ``[num_reqs]``, on the host.
+            return_logprobs: Whether a request asks for log probabilities.
+
+        Returns:
+            Token ids ``[num_rows]`` int64, and logits for log probabilities.
+        """
+        context = LogitsContext(
+            expanded_idx_mapping=expanded_idx_mapping,
+            idx_mapping=idx_mapping,
+            idx_mapping_np=idx_mapping_np,
+            expanded_local_pos=expanded_local_pos,
+            input_ids=input_ids,
+            pos=pos,
+            seq_lens_upper_bound_np=seq_lens_upper_bound_np,
+        )
+        rows, parameters, shown = prepare(self, logits, context, return_logprobs)
+        account = self.account
+        sampled = self._launch(
+            rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished
+        )
+        account.recorder.plain_step()
+        return sampled, shown
+
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Launch, on a dummy request, every kernel variant that serving can, so that none compiles in a request's way.
+
+        Args:
+            logits: ``[1, vocab]`` or more rows as the model gives them; the values do not matter.
+        """
+        zeros = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        counters, bad_rows = new_counters(logits.device)
+        for rows in (logits[:1], processed(logits[:1])):
+            for random, filtered in KINDS:
+                parameters = parameters_of(self.sampling_states, random, filtered)
+                self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters)
+
+    def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters) -> torch.Tensor:
+        num_rows = len(rows)
+        if num_rows < len(self._starts):
+            starts = self._starts[: num_rows + 1]
+        else:
+            starts = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
+        token_ids, _ = verify(
+            rows,
+            starts,
+            input_ids,
+            0,
+            positions=pos,
+            state_indices=slots,
+            bad_row_counter=bad_rows,
+            counters=counters,
+            backend=BACKEND,
+            **parameters,
+        )
+        return token_ids.view(-1)
+
+
+def prepare(
+    sampler: stock.Sampler, logits: torch.Tensor, context: LogitsContext, return_logprobs: bool
+) -> tuple[torch.Tensor, dict, torch.Tensor]:
+    """What to draw from, after vLLM's logits processors where the batch needs them.
+
+    Args:
+        sampler: vLLM's sampler, or ours.
+        logits: ``[num_rows, vocab]`` raw logits; not modified.
+        context: Which request each row belongs to.
+        return_logprobs: Whether a request of the batch asks for log probabilities.
+
+    Returns:
+        Rows ``[num_rows, vocab]``, the sampling parameters that ``verify`` is to apply to them, and the logits that log
+        probabilities after sampling parameters are those of.
+    """
+    states, slots = sampler.sampling_states, context.idx_mapping_np
+
+    def used(parameter, unused):
+        return bool(np.any(parameter.np[slots] != unused))
+
+    random = used(states.temperature, 0.0)
+    if return_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+        shown = sampler.apply_sampling_params(
+            logits,
+            context.expanded_idx_mapping,
+            context.idx_mapping,
+            slots,
+            context.pos,
+            context.input_ids,
+            context.expanded_local_pos,
+            context.seq_lens_upper_bound_np,
+        )
+        rows = shown
+        if random:
+            # A token must be one whose reported probability is not 0, so vLLM's filters decide. The temperature is
+            # taken out again, as the kernels need it for the draft's logits, too.
+            temperature = states.temperature.gpu[context.expanded_idx_mapping].unsqueeze(1)
+            rows = shown * torch.where(temperature == 0, 1.0, temperature)
+        return rows, parameters_of(states, random, False), shown
+
+    rows = logits
+    if _needs_processors(sampler, slots):
+        rows = processed(logits)
+        for processor in sampler.logits_processors:
+            rows = processor.apply(rows, context)
+        sampler.thinking_budget_state.apply(rows, context)
+    filtered = random and (used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0))
+    return rows, parameters_of(states, random, filtered), rows
+
+
+def parameters_of(states: SamplingStates, random: bool, filtered: bool) -> dict:
+    """Arguments of ``verify`` for a batch of which some request samples (``random``) and some of those filter."""
+    return {
+        "temperature": states.temperature.gpu if random else None,
+        "seeds": states.seeds.gpu if random else None,
+        "top_k": states.top_k.gpu if filtered else None,
+        "top_p": states.top_p.gpu if filtered else None,
+        "min_p": states.min_p.gpu if filtered else None,
+    }
+
+
+def processed(logits: torch.Tensor) -> torch.Tensor:
+    """A copy for logits processors to change, fp32; contiguous, so that it is laid out alike whatever the batch."""
+    return logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _needs_processors(sampler: stock.Sampler, slots: np.ndarray) -> bool:
+    """Whether a logits processor has something to do in this batch; temperature and filters do not count."""
+    if not np.any(sampler.needs_logits_processing[slots]):
+        return False
+    budget = sampler.thinking_budget_state
+    if budget.enabled and np.any(budget.use_thinking_budget[slots]):
+        return True
+    # A processor we do not know may have work whenever any request does.
+    return any(
+        type(processor) not in USES or np.any(USES[type(processor)](processor)[slots])
+        for processor in sampler.logits_processors
+    )
