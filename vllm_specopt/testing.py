@@ -8,8 +8,9 @@ from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.verify import Verified, verify
 
 MARGIN = 1e-5
-"""Two outcomes closer than this (relative) may come out either way in single precision: fp32 sums over a row of 2e5
-tokens and their logarithms carry relative errors of about 1e-6, and scores of up to 30 nats 2e-6."""
+"""Two outcomes closer than this may come out either way in single precision: a draw within this probability of a
+boundary between two tokens, a test within this part of its ratio. Rounding moves a row's boundaries by up to 1e-6, and
+scores of up to 30 nats by 2e-6."""
 
 NO_DRAFT, PROBS, LOGITS = "one-hot", "probs", "logits"
 
@@ -137,17 +138,21 @@ def assert_matches_reference(batch: Batch, backend: str, device: str = "cpu") ->
         The outputs, and the number of requests left out.
 
     Raises:
-        AssertionError: A token id or count differs, or an id is out of range.
+        AssertionError: A token id or count differs, an id is out of range, or an argument was modified.
     """
     reference = verify_ref(
         *batch.args(), **{k: v for k, v in batch.kwargs.items() if k not in ("token_dtype", "bad_row_counter")}
     )
     on_device = batch.to(device)
+    inputs = [t for t in (*on_device.args(), *on_device.kwargs.values()) if isinstance(t, torch.Tensor)]
+    inputs = [t for t in inputs if t is not on_device.kwargs.get("bad_row_counter")]
+    before = [t.clone() for t in inputs]
     torch.empty = poisoned_empty
     try:
         verified = verify(*on_device.args(), **on_device.kwargs, backend=backend)
     finally:
         torch.empty = _EMPTY
+    assert all(map(_same_bits, inputs, before)), "an argument was modified"
     token_ids, num_sampled = verified.token_ids.cpu(), verified.num_sampled.cpu()
     columns = torch.arange(token_ids.shape[1])
     emitted = columns[None, :] < num_sampled[:, None]
@@ -161,3 +166,20 @@ def assert_matches_reference(batch: Batch, backend: str, device: str = "cpu") ->
         f"instead of {reference.token_ids[wrong[0]].tolist()} (margin {reference.margin[wrong[0]]:.2g})"
     )
     return verified, int(close.sum())
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def is_drawn(weights: torch.Tensor, uniform: float, token: int, tolerance: float) -> bool:
+    """Whether a token may be the one drawn by inversion, for rows on which too many boundaries lie within MARGIN.
+
+    Args:
+        weights: ``[vocab]`` float64, as the reference draws from.
+        uniform: The u of the draw.
+        tolerance: How far, in probability, u may lie outside the token's interval of the running sum.
+    """
+    running = weights.cumsum(0) / weights.sum()
+    before = float(running[token - 1]) if token else 0.0
+    return bool(weights[token] > 0) and before - tolerance <= uniform <= float(running[token]) + tolerance

@@ -22,7 +22,7 @@ class Draft(NamedTuple):
     mass: float
 
 
-class _Rest(NamedTuple):
+class Rest(NamedTuple):
     """A draft's row at the places of the target's, and one over its mass."""
 
     mode: int
@@ -70,7 +70,7 @@ def _sum_residual(target, draft, start, scratch):
 
 
 @jit
-def _weigh_residual(target, draft, start, scratch):
+def weigh_residual(target, draft, start, scratch):
     """Write a tile's residual."""
     address, kind = tile_at(target.row, start, scratch.tile)
     draft_address, draft_kind = tile_at(draft.row, start, scratch.draft_tile)
@@ -80,7 +80,7 @@ def _weigh_residual(target, draft, start, scratch):
         store(scratch.weights + 4 * i, _residual(target, draft, draft.mode, True, x, y))
 
 
-_draw_residual = drawing_from(_sum_residual, _weigh_residual)
+_draw_residual = drawing_from(_sum_residual, weigh_residual)
 
 
 @jit
@@ -96,5 +96,5 @@ def exact_rule(target, draft, token, seed, position, scratch):
     if draft_prob > 0.0 and acceptance_uniform(seed, position) * draft_prob <= target_prob:
         return np.int64(-1)
     inverse = np.float32(1.0 / draft.mass) if draft.mass > 0.0 else ZERO
-    rest = _Rest(draft.mode, gather(target, draft.row, scratch.pool_draft, scratch), draft.frame, inverse)
+    rest = Rest(draft.mode, gather(target, draft.row, scratch.pool_draft, scratch), draft.frame, inverse)
     return _draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)
