@@ -37,7 +37,7 @@ FILTERED = ("top-p", "top-k", "min-p")
 BUDGETS = (
     Budget("statistics", ("one-hot",), "element", 10.0, least_warps=24),
     Budget("statistics", ("draft logits",), "element", 10.0),
-    Budget("draw", ("one-hot",), "row", 3000.0),
+    Budget("decide", ("one-hot",), "row", 3000.0),
     Budget("residual", ("draft logits",), "pair", 20.0),
     Budget("", FILTERED, "step", 30.0),
     Budget("", FILTERED, "step", 90.0, flat=True),

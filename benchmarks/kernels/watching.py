@@ -28,7 +28,8 @@ from triton.runtime import interpreter
 
 LIBRARY = str(Path(triton.__file__).parent)
 COUNTER = "_specopt_seen"
-# A grid of more programs than this along something that is neither requests nor rows is run in part.
+OUR_KERNELS = "vllm_specopt.kernels"
+# A grid of others with more programs than this along something that is neither requests nor rows is run in part.
 MOST_PROGRAMS = 64
 FEW_PROGRAMS = 2
 
@@ -79,8 +80,14 @@ class _Recorder:
         self.share = sampled_requests / batch
         self.scaled_lengths = {batch, num_rows, num_rows - batch} if sampled_requests < batch else set()
 
-    def sample(self, grid: tuple[int, ...]) -> list[range]:
-        """Programs to run along each axis: those of the first requests where an axis counts requests or rows."""
+    def sample(self, module: str, grid: tuple[int, ...]) -> list[range]:
+        """Programs to run along each axis: those of the first requests where an axis counts requests or rows.
+
+        Our kernels have one axis, in which the programs of a request follow each other.
+        """
+        if module.startswith(OUR_KERNELS):
+            (programs,) = grid
+            return [range(round(programs * self.share))]
         ranges = [range(round(n * self.share)) if n in self.scaled_lengths and n > 1 else range(n) for n in grid]
         if len(grid) == 1 and ranges[0] == range(grid[0]) and grid[0] > MOST_PROGRAMS:
             ranges = [range(FEW_PROGRAMS)]
@@ -149,7 +156,7 @@ def _run(self, *args, grid, warmup, **kwargs):
         num_stages=kwargs.get("num_stages", 3),
         grid=shape,
     )
-    ranges = _recorder.sample(shape)
+    ranges = _recorder.sample(launch.module, shape)
     launch.sampled = int(np.prod([len(each) for each in ranges]))
     _recorder.launches.append(launch)
     _recorder.current = launch

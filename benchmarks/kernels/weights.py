@@ -124,7 +124,7 @@ class Weigher:
         self.frequency = frequency
         self.missing: set[str] = set()
         self.postdominators = _postdominators(code)
-        self.shares = {block.number: _shares(block.instructions) for block in code.blocks}
+        self.shares = _chained_shares(code)
         self.source_loop: dict[int, Visit] = {}
         self.unrolled: dict[int, int] = {}
         for loop in code.loops:
@@ -228,8 +228,29 @@ def _shares(instructions: list[Instruction]) -> dict[Visit, float]:
     return {visit: counts[visit] / known for visit in sorted(counts, key=depth.__getitem__)}
 
 
+def _chained_shares(code: MachineCode) -> dict[int, dict[Visit, float]]:
+    """Shares of every block, over all blocks of its chain: those that nothing leaves or enters in between.
+
+    A rare way that leaves and joins a chain splits off blocks too short to tell where they come from.
+    """
+    found: dict[int, dict[Visit, float]] = {}
+    follows: dict[int, int] = {}
+    for block in code.blocks:
+        if block.runs and len(block.successors) == 1:
+            (after,) = block.successors
+            if [n for n in code.blocks[after].predecessors if code.blocks[n].runs] == [block.number]:
+                follows[block.number] = after
+    for number in {block.number for block in code.blocks if block.runs} - set(follows.values()):
+        chain = [number]
+        while chain[-1] in follows:
+            chain.append(follows[chain[-1]])
+        shares = _shares([i for n in chain for i in code.blocks[n].instructions])
+        found |= dict.fromkeys(chain, shares)
+    return found
+
+
 def _postdominators(code: MachineCode) -> dict[int, set[int]]:
-    numbers = [block.number for block in code.blocks if block.reachable]
+    numbers = [block.number for block in code.blocks if block.runs]
     everything = set(numbers)
     found = {n: set(everything) for n in numbers}
     changed = True

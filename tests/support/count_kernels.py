@@ -27,7 +27,7 @@ def record() -> None:
     rounds = torch.tensor(ROUNDS, dtype=torch.int32)
     out, found = torch.empty(len(ROUNDS), BLOCK), torch.empty(1, dtype=torch.int32)
     with watch(1, 1, 1) as launches:
-        toy_kernel[(len(ROUNDS),)](x, rounds, out, BLOCK=BLOCK, FAST=False)
+        toy_kernel[(len(ROUNDS),)](x, rounds, out, BLOCK=BLOCK)
         x.mul_(20)
         search_kernel[(1,)](x, found, 16, BLOCK=128)
     print(json.dumps([launch.as_json() for launch in launches]))
