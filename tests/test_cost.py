@@ -55,7 +55,8 @@ def test_counts_are_those_known_by_hand(architecture: int, tmp_path: Path) -> No
 
 
 def test_our_kernels_keep_within_their_budgets(tmp_path: Path) -> None:
-    settings = ("one-hot T=0.7", "draft logits", "top-p 0.9", "top-k 50, top-p 0.9")
+    filtered = "top-k 50, top-p 0.9"
+    settings = ("one-hot T=0.7", "one-hot T=0.7, fp32", "draft logits", filtered, f"{filtered}, flat rows")
     assert run(tmp_path, "ours", *settings).splitlines() == []
 
 

@@ -79,7 +79,7 @@ class Instruction:
     frames: tuple[Frame, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
     """Instructions that run one after the other.
 
@@ -97,6 +97,11 @@ class Block:
     def runs(self) -> bool:
         """Whether a usual run can reach it."""
         return self.reachable and not self.slow
+
+    @property
+    def leaves(self) -> bool:
+        """Whether threads may end here."""
+        return self.instructions[-1].name == "EXIT"
 
 
 @dataclass
