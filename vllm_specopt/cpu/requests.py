@@ -173,8 +173,12 @@ def _count(counters, num_accepted, num_drafts, num_read):
     fetch_add(counters + 32, num_drafts + 1 - num_read)
 
 
-@jit
-def _verify_requests(job):
+PLAN_LENGTH = len(Plan._fields)
+
+
+@compile_entry
+def verify_requests(job):
+    """Verify requests of a job (its address) until none is left; threads may share a job."""
     plan = Plan(*to_fixed_tuple(carray(pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH), PLAN_LENGTH))
     worker = fetch_add(job + 8 * JOB_WORKERS, np.int64(1))
     scratch, _ = scratch_at(plan.memory + worker * plan.memory_per_worker, plan.vocab)
@@ -186,12 +190,3 @@ def _verify_requests(job):
         elif bad > 0:
             fetch_add(job + 8 * JOB_BAD_ROWS, np.int64(bad))
         request = fetch_add(job + 8 * JOB_REQUESTS, np.int64(1))
-
-
-PLAN_LENGTH = len(Plan._fields)
-
-
-@compile_entry
-def verify_requests(job):
-    """Verify requests of a job (its address) until none is left; threads may share a job."""
-    _verify_requests(job)
