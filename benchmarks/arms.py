@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from vllm_specopt.config import METHODS, parse
+from vllm_specopt.integration.config import METHODS, parse
 
 STOCK, REPAIRED = "stock", "stock-repaired"
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 
 from vllm_specopt.benchmarks.inputs import Inputs
 from vllm_specopt.benchmarks.peers import Implementation
-from vllm_specopt.config import PAPER
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.rules import PAPER
 from vllm_specopt.testing import MARGIN
 from vllm_specopt.verify import Verified
 
-NUM_REFERENCED = 3
+NUM_REFERENCED, REFERENCE_SECONDS = 3, 1.0
 # vLLM's top-p on a GPU is an approximation: its kept set may differ from the exact one by some per cent of the mass.
 ACCEPTANCE_SLACK = 0.03
 
@@ -25,14 +26,17 @@ class GateError(Exception):
 def check_reference(inputs: Inputs, implementation: Implementation) -> None:
     """Compare some requests of round 0 with the float64 reference of the method, token for token.
 
-    Requests with an outcome too close to call in single precision are left out.
+    The first request always, two more while REFERENCE_SECONDS have not passed; an outcome too close to call in single
+    precision is not compared.
 
     Raises:
         GateError: A token or a count differs.
     """
     found = implementation.read(implementation.call(0))
-    step = max(1, inputs.case.batch // NUM_REFERENCED)
-    for request in range(0, inputs.case.batch, step):
+    began = time.monotonic()
+    for request in range(0, inputs.case.batch, -(-inputs.case.batch // NUM_REFERENCED)):
+        if request and time.monotonic() - began > REFERENCE_SECONDS:
+            break
         arguments, keywords = _request(inputs, request)
         reference = verify_ref(*arguments, **keywords, sigmoid=PAPER if implementation.is_lossy else None)
         emitted = _tokens(found, request)
@@ -81,7 +85,7 @@ def check_acceptance(inputs: Inputs, implementation: Implementation, accepted: l
 
 
 def count_accepted(verified: Verified, num_drafts: int) -> tuple[int, int]:
-    """Return how many draft tokens survived, and how many were judged: up to each request's first rejection."""
+    """Return how many draft tokens survived, and how many were verified: up to each request's first rejection."""
     accepted = verified.num_sampled.long() - 1
     return int(accepted.sum()), int((accepted + 1).clamp(max=num_drafts).sum())
 

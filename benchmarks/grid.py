@@ -21,7 +21,7 @@ ONE_HOT, PROBS, LOGITS = "one-hot", "probs", "logits"
 class Case:
     """One batch: every request has the same parameters and ``num_drafts`` draft tokens.
 
-    acceptance: What the inputs are built for: probability that a draft token survives, given that it is judged.
+    acceptance: What the inputs are built for: probability that a draft token survives, given that it is verified.
     draft: Form of the draft distribution. Model runner V1 knows one-hot and probs, V2 one-hot and logits.
     """
 
@@ -99,7 +99,7 @@ def _cpu() -> list[Case]:
 
 def _cpu_lines() -> list[Case]:
     plain, filtered = {}, {"temperature": 0.8, "top_p": 0.9}
-    # Nearly everything is accepted along K, so that nearly every row is judged.
+    # Nearly everything is accepted along K, so that nearly every row is verified.
     drafts = [Case(2, num_drafts, acceptance=0.99, **line) for line in (plain, filtered) for num_drafts in DRAFTS]
     vocabs = [Case(8, 4, vocab, **line) for line in (plain, filtered) for vocab in VOCABS]
     acceptances = [Case(8, 4, acceptance=a) for a in ACCEPTANCE.values()]

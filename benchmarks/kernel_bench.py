@@ -108,7 +108,7 @@ def measure_case(case: Case, options: Options, flusher: torch.Tensor, copy_gbps:
     for implementation in passed:
         taken = samples[implementation.name]
         counts = [gate.count_accepted(implementation.read(output), case.num_drafts) for output in taken.outputs]
-        accepted, judged = ([count[place] for count in counts] for place in (0, 1))
+        accepted, verified = ([count[place] for count in counts] for place in (0, 1))
         check = partial(gate.check_acceptance, inputs, implementation, accepted)
         # The lossy method accepts otherwise than the tensors imply.
         problem = None if implementation.is_lossy else _problem(implementation.name, check)
@@ -120,8 +120,8 @@ def measure_case(case: Case, options: Options, flusher: torch.Tensor, copy_gbps:
             continue
         row = base | _times(taken) | {
             "implementation": implementation.name,
-            "acceptance": round(sum(accepted) / sum(judged), 4),
-            "rows_judged": round(sum(judged) / case.batch / len(judged), 3),
+            "acceptance": round(sum(accepted) / sum(verified), 4),
+            "rows_verified": round(sum(verified) / case.batch / len(verified), 3),
             "launches": launches.get(implementation.name),
             "extra_bytes": measure.extra_memory(implementation, options.device),
         }  # fmt: skip

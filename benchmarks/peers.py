@@ -28,7 +28,7 @@ import torch
 
 from vllm_specopt.benchmarks.grid import LOGITS, PROBS
 from vllm_specopt.benchmarks.inputs import NUM_ROUNDS, Inputs
-from vllm_specopt.config import PAPER
+from vllm_specopt.rules import PAPER
 from vllm_specopt.verify import Verified, verify
 
 
@@ -165,7 +165,7 @@ def v1(name: str, inputs: Inputs) -> Implementation:
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from vllm_specopt.v1 import BY_REQUEST, RejectionSampler
+    from vllm_specopt.integration.v1 import BY_REQUEST, RejectionSampler
 
     case, device, batch = inputs.case, inputs.device, inputs.batch
     rows = torch.arange(len(batch.logits), dtype=torch.int32, device=device)
@@ -241,7 +241,7 @@ def v2(name: str, inputs: Inputs) -> Implementation:
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler as Stock
     from vllm.v1.worker.gpu.states import RequestState
 
-    from vllm_specopt.v2 import RejectionSampler
+    from vllm_specopt.integration.v2 import RejectionSampler
 
     case, device, batch = inputs.case, inputs.device, inputs.batch
     states = RequestState(case.batch, 64, 64, case.num_drafts, case.vocab, device)

@@ -12,9 +12,9 @@ import numpy as np
 from scipy.special import expit, logsumexp
 
 from vllm_specopt.benchmarks.quality_rows import Reservoir, Row
-from vllm_specopt.config import SpecoptConfig
+from vllm_specopt.integration.config import SpecoptConfig
 
-FORMS = {"vllm_specopt.v1": "probs", "vllm_specopt.v2": "logits"}
+FORMS = {"vllm_specopt.integration.v1": "probs", "vllm_specopt.integration.v2": "logits"}
 LOWEST = -1e4
 """Stands for a logit that is ruled out, so that no difference is undefined."""
 

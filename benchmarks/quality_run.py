@@ -56,7 +56,7 @@ def measure_law(llm, request: dict, sampler: type, temperature: float, seed: int
     """Write some of the items again, not timed, and compute the law that they were drawn from."""
     from vllm_specopt.benchmarks.quality_law import law
     from vllm_specopt.benchmarks.quality_rows import verified_rows
-    from vllm_specopt.config import parse
+    from vllm_specopt.integration.config import parse
 
     vocab_size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
     number = request["law_items"]

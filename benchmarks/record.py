@@ -38,7 +38,7 @@ COLUMNS = (
     "acceptance_asked",
     "acceptance_implied",
     "acceptance",
-    "rows_judged",
+    "rows_verified",
     "time_us",
     "p20_us",
     "p80_us",
@@ -74,8 +74,8 @@ COLUMNS = (
 )
 """In this order. Times are microseconds; an empty cell was not measured or does not apply.
 
-acceptance: accepted over judged draft tokens in the timed calls; acceptance_implied: what the tensors imply.
-rows_judged: mean draft tokens judged per request, up to its first rejection.
+acceptance: accepted over verified draft tokens in the timed calls; acceptance_implied: what the tensors imply.
+rows_verified: mean draft tokens verified per request, up to its first rejection; the Triton kernels read all rows.
 time_us, p20_us, p80_us: median and percentiles over ``repeats``; host_us, wall_us, cpu_us: medians, see measure.py.
 speedup_over_stock_*: median over rounds of stock's time over this one's; on a CPU stock V1 is ``stock-repaired``.
 cpu_ratio_to_stock_v1: the same of processor times, which a busy machine disturbs less.
@@ -90,7 +90,7 @@ class RecordError(Exception):
 def counted_bytes(case: Case) -> int:
     """Bytes a case counts for every implementation alike: what a verification has to read, each row once.
 
-    Per request: the K judged target rows and the row that emits; of the draft, K rows of logits (their sums of
+    Per request: its K + 1 target rows; of the draft, K rows of logits (their sums of
     exponentials are needed), or one row of probabilities (only the rejected row matters beyond single values), or
     nothing. An implementation that stops at a request's first rejection reads less, one that writes rows moves more:
     GB/s are these bytes over the time, and may exceed what a copy reaches.

@@ -25,7 +25,7 @@ HEADINGS = (
     "ratio",
     "`verify()` alone, ms",
     "the same by sigmoid, ms",
-    "µs per judged row",
+    "µs per verified row",
     "% of a copy's GB/s",
     "extra memory, stock / here",
 )
@@ -42,10 +42,10 @@ def write(folder: Path) -> Path:
         "# Kernel benchmark",
         "",
         "Median (20th - 80th percentile) per call; the ratio is the median over rounds in which the implementations",
-        "take turns. A judged row is one a request reached before its first rejection; its time is that of `verify()`",
-        "divided by all of the batch's. Bytes are counted as if every row were read, so a backend that stops early can",
-        "exceed a copy's bandwidth. Sigmoid is the lossy method with its paper's constants: without filters it sweeps",
-        "the emitting rows alone, and it emits another law.",
+        "take turns. A verified row is one a request reached before its first rejection; its time is that of",
+        "`verify()` divided by all of the batch's. Bytes are counted as if every row were read, so a backend that",
+        "stops early can exceed a copy's bandwidth. Sigmoid is the lossy method with its paper's constants: without",
+        "filters it sweeps the emitting rows alone, and it emits another distribution.",
     ]
     sections = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -117,7 +117,7 @@ def _digits(value: float) -> str:
 def _per_row(row: dict | None) -> str:
     if not row or not row["time_us"]:
         return ""
-    return f"{float(row['time_us']) / (float(row['rows_judged']) * int(row['batch'])):.3g}"
+    return f"{float(row['time_us']) / (float(row['rows_verified']) * int(row['batch'])):.3g}"
 
 
 def _memory(row: dict | None) -> str:

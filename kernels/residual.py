@@ -32,7 +32,7 @@ def _probs(x, scale, top, factor):
     w = weights(x, scale, shift) * factor
     if top == float("inf"):
         w = (x == float("inf")).to(tl.float32) * factor
-    return tl.where(top > float("-inf"), w, 0.0)
+    return w
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _tile_residual(
     else:
         y = load_logits(draft_logits_row_ptr, token_ids, mask)
     threshold = tl.load(row_ptr + THRESHOLD)
-    kept = mask & (x >= threshold)
+    kept = x >= threshold
     result = tl.zeros([TILE], tl.float32)
     if by_scores:
         if sigmoid_ptr is not None:

@@ -176,7 +176,7 @@ def _gone(marker: str, seconds: float) -> bool:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_two_real_arms(tmp_path):
     """One small run with real servers; what is finished is not run again."""
     marker = str(tmp_path)

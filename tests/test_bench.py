@@ -312,7 +312,7 @@ def test_rehearsal_runs_every_peer_end_to_end(tmp_path):
 
 def write_rows_along_batch(folder):
     numbers = {"time_us": 5, "p20_us": 4, "p80_us": 9, "bytes": 8e6, "copy_gbps": 20, "vllm": "0.33.0"}
-    numbers |= {"rows_judged": 1.5, "speedup_over_stock_v2": 2.5}
+    numbers |= {"rows_verified": 1.5, "speedup_over_stock_v2": 2.5}
     for batch in (1, 2, 4):
         names = ("ours", "ours-v2", "stock-v2")
         record.write(folder, [row(small(batch=batch), name, **numbers) for name in names])

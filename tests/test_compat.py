@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specopt import compat
+from vllm_specopt.integration import compat
 
 vllm = pytest.importorskip("vllm")
 ROOT = Path(vllm.__file__).parent

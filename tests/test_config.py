@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from vllm_specopt.config import PAPER, SigmoidConstants, SpecoptConfig, parse, requested_method
+from vllm_specopt.integration.config import SpecoptConfig, parse, requested_method
+from vllm_specopt.rules import PAPER, SigmoidConstants
 
 
 @pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"specopt": None}, object()])
@@ -135,6 +136,6 @@ def test_option_cannot_be_changed_later():
 
 
 def test_config_needs_neither_torch_nor_vllm():
-    code = "import sys, vllm_specopt.config; print([m for m in ('torch', 'vllm', 'triton') if m in sys.modules])"
+    code = "import sys, vllm_specopt.integration.config; print({'torch', 'vllm', 'triton'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.strip() == "set()"

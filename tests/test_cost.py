@@ -55,7 +55,8 @@ def test_counts_are_those_known_by_hand(architecture: int, tmp_path: Path) -> No
 
 
 def test_our_kernels_keep_within_their_budgets(tmp_path: Path) -> None:
-    settings = ("one-hot T=0.7", "draft logits", "top-p 0.9", "top-k 50, top-p 0.9")
+    filtered = "top-k 50, top-p 0.9"
+    settings = ("one-hot T=0.7", "one-hot T=0.7, fp32", "draft logits", filtered, f"{filtered}, flat rows")
     assert run(tmp_path, "ours", *settings).splitlines() == []
 
 
@@ -84,14 +85,14 @@ def counted(setting: str, counts: list[Count], case: Case, flat: bool = False) -
 
 def test_budgets_catch_what_exceeds_them() -> None:
     case = Case(64, 7, temperature=0.7)
-    fine = [count("statistics_kernel", 9.9, case=case), count("draw_kernel", 0.6, case=case)]
+    fine = [count("statistics_kernel", 9.9, case=case), count("decide_kernel", 0.6, case=case)]
     assert budgets.violations([counted("one-hot T=0.7", fine, case)]) == []
     worse = {
         "10.1 per element": [count("statistics_kernel", 10.1, case=case), fine[1]],
         "23 warps per SM": [replace(fine[0], warps=23), fine[1]],
         "spills 8 bytes": [fine[0], replace(fine[1], spilled=8)],
-        "per row, budget 3000": [fine[0], count("draw_kernel", 0.7, case=case)],
-        "no kernel is called draw": [fine[0]],
+        "per row, budget 3000": [fine[0], count("decide_kernel", 0.7, case=case)],
+        "no kernel is called decide": [fine[0]],
     }
     for words, counts in worse.items():
         (line,) = budgets.violations([counted("one-hot T=0.7", counts, case)])
@@ -107,7 +108,7 @@ def test_budgets_catch_what_exceeds_them() -> None:
     for flat, limit in ((False, 30), (True, 90)):
         for used, exceeded in ((limit - 1, False), (limit + 1, True)):
             lines = budgets.violations(
-                [counted("top-p 0.9", [count("draw_kernel", used, case=filtered)], filtered, flat)]
+                [counted("top-p 0.9", [count("decide_kernel", used, case=filtered)], filtered, flat)]
             )
             assert bool(lines) == exceeded
 

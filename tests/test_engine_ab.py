@@ -179,7 +179,7 @@ def test_a_gpu_has_no_repaired_arm():
 def test_a_run_that_is_not_of_its_arm_is_refused():
     stock, repaired, exact = plan().arms
     result = {"sampler": "vllm.v1.RejectionSampler", "fallbacks": {}, "expands_parameters": False}
-    ours = result | {"sampler": "vllm_specopt.v1.RejectionSampler"}
+    ours = result | {"sampler": "vllm_specopt.integration.v1.RejectionSampler"}
     assert engine_ab.problem(stock, result) is None and engine_ab.problem(exact, ours) is None
     assert "ran the sampler" in engine_ab.problem(exact, result)
     assert "ran the sampler" in engine_ab.problem(stock, ours)

@@ -85,7 +85,7 @@ def test_draws_of_unfinished_prompts_are_discarded(ran):
 
 def test_only_ours_draws_and_says_so(ran):
     runner, results, logs = ran
-    module = f"vllm_specopt.{runner.lower()}"
+    module = f"vllm_specopt.integration.{runner.lower()}"
     for name, result in results.items():
         off = name in ("off", "chunked", "logprobs")
         assert result["plain_sampler"] == f"{module}_sampler.Sampler"

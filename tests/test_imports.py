@@ -33,7 +33,7 @@ for module in modules:
 after = snapshot()
 changed = [where for where, value in before.items() if after.get(where) is not value]
 assert not changed, changed
-assert {"vllm_specopt.plugin", "vllm_specopt.benchmarks.serving_repaired"} <= set(modules)
+assert {"vllm_specopt.integration.plugin", "vllm_specopt.benchmarks.serving_repaired"} <= set(modules)
 assert any(module.startswith("vllm_specopt.kernels.") for module in modules)
 assert len(before) > 5000, len(before)
 if "repair" in sys.argv:

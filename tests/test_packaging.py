@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_specopt"
 KERNELS = ROOT / "kernels"
-MAY_IMPORT_VLLM = {"plugin.py", "compat.py", "v1.py", "v1_sampler.py", "v2.py", "v2_sampler.py", "warm_up.py"}
+MAY_IMPORT_VLLM = {"plugin.py", "v1.py", "v1_sampler.py", "v2.py", "v2_sampler.py", "warm_up.py"}
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 MAPPED = {ROOT / folder: name.replace(".", "/") for name, folder in SETUPTOOLS["package-dir"].items()}
 
@@ -66,7 +66,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
 def test_every_folder_with_modules_is_listed() -> None:
     folders = {str(path.parent.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     for folder, package in MAPPED.items():
-        assert not list(folder.rglob("__init__.py"))
+        # `import kernels` from a checkout must find whatever else is called so.
+        assert not (folder / "__init__.py").exists()
         folders |= {str(Path(package) / path.parent.relative_to(folder)) for path in folder.rglob("*.py")}
     assert {folder.replace("/", ".") for folder in folders} == set(SETUPTOOLS["packages"])
 
@@ -98,7 +99,7 @@ def test_imports_point_one_way(path: Path) -> None:
     in_cli = path.parent.name == "cli"
     assert not tops & {"tests", "benchmarks", "kernels"}
     if not in_cli:
-        assert path.name in MAY_IMPORT_VLLM or "vllm" not in tops
+        assert (path.parent.name == "integration" and path.name in MAY_IMPORT_VLLM) or "vllm" not in tops
         assert not any(name.startswith(("vllm_specopt.cli", "vllm_specopt.benchmarks")) for name in names)
 
 
@@ -138,7 +139,7 @@ def test_kernels_is_never_ours_and_our_modules_are_found(
     script = """
 import importlib.util, kernels
 assert kernels.OWNER == "Hugging Face", kernels
-assert importlib.util.find_spec("vllm_specopt.kernels.reference").origin.endswith("kernels/reference.py")
+assert importlib.util.find_spec("vllm_specopt.kernels.reference").origin.endswith("kernels/reference/__init__.py")
 assert importlib.util.find_spec("kernels.reference") is None
 """
     folder = tree if folder_on_path == "root" else tmp_path

@@ -43,7 +43,7 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
     from pathlib import Path
     from unittest import mock
     import vllm
-    from vllm_specopt import compat
+    from vllm_specopt.integration import compat
     from vllm.platforms import current_platform
 
     def error(*args, **kwargs):
@@ -123,8 +123,9 @@ def test_without_the_option_a_worker_changes_nothing():
     code = """
     worker(None)
     worker(None, speculative=None)
-    from vllm_specopt import plugin
-    print(json.dumps([snapshot(), "vllm_specopt.v1" in sys.modules, "vllm_specopt.v2" in sys.modules]))
+    from vllm_specopt.integration import plugin
+    ours = [f"vllm_specopt.integration.{runner}" in sys.modules for runner in ("v1", "v2")]
+    print(json.dumps([snapshot(), *ours]))
     """
     assert python(textwrap.dedent(WORKERS) + textwrap.dedent(code)) == [[False, False, False], False, False]
 
@@ -133,7 +134,7 @@ def test_without_the_option_a_worker_changes_nothing():
 def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
     code = """
     from unittest import mock
-    from vllm_specopt import plugin
+    from vllm_specopt.integration import plugin
     HAS_TRITON = mock.patch("vllm.config.vllm.HAS_TRITON", True)
     with HAS_TRITON:
         worker("exact")
@@ -172,7 +173,7 @@ def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
     ],
 )
 def test_a_configuration_we_do_not_cover_keeps_stock(changes, reason, engine_config):
-    from vllm_specopt import plugin
+    from vllm_specopt.integration import plugin
 
     config = engine_config
     exec(changes)
@@ -197,7 +198,7 @@ def engine_config(monkeypatch):
 
 
 def test_nothing_stands_against_the_plain_configuration(engine_config):
-    from vllm_specopt import plugin
+    from vllm_specopt.integration import plugin
 
     option = plugin.parse(engine_config.additional_config)
     assert plugin.stock_reason(engine_config, option) is None
@@ -205,7 +206,7 @@ def test_nothing_stands_against_the_plain_configuration(engine_config):
 
 
 def test_an_unknown_vllm_runs_stock_if_asked_to(engine_config, monkeypatch):
-    from vllm_specopt import plugin
+    from vllm_specopt.integration import plugin
 
     engine_config.additional_config = {"specopt": {"method": "exact", "on_unknown_vllm": "stock"}}
     monkeypatch.setattr(plugin.vllm, "__version__", "0.40.1")
@@ -227,7 +228,7 @@ def test_the_allow_list_is_an_off_switch():
 def test_model_inspection_processes_are_left_alone(monkeypatch):
     from types import SimpleNamespace
 
-    from vllm_specopt import plugin
+    from vllm_specopt.integration import plugin
 
     spec = SimpleNamespace(name="vllm.model_executor.models.registry")
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))

@@ -17,7 +17,7 @@ from vllm_specopt.cli import quality_report
 from vllm_specopt.cli.main import app
 from vllm_specopt.cli.quality import is_done, key
 from vllm_specopt.cli.quality_input import Options, plans, read_items
-from vllm_specopt.config import SpecoptConfig, parse
+from vllm_specopt.integration.config import SpecoptConfig, parse
 
 ROOT = Path(__file__).parents[1]
 TASKS = ROOT / "models" / "tasks"
@@ -90,7 +90,8 @@ def result(texts, law=None):
     counts = {"num_drafts": 10, "num_draft_tokens": 40, "num_accepted_tokens": 30}
     run = {"seconds": 2.0, "tokens": 8, "cut": 0, "texts": texts, "law": law, **counts}
     return {
-        "engine_seconds": 1.0, "sampler": "vllm_specopt.v1.RejectionSampler", "dtype": "float32", "fallbacks": {},
+        "engine_seconds": 1.0, "dtype": "float32", "fallbacks": {},
+        "sampler": "vllm_specopt.integration.v1.RejectionSampler",
         "runs": [run | {"temperature": t, "seed": s} for t, s in ((0.0, 0), (1.0, 0), (1.0, 1))],
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from vllm_specopt.benchmarks import serving_ray
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 TARGET, DRAFT = (str(ROOT / "models" / f"specopt-{role}") for role in ("target", "draft"))
-OURS = "vllm_specopt.v1.RejectionSampler"
+OURS = "vllm_specopt.integration.v1.RejectionSampler"
 EXACT = {"specopt": {"method": "exact"}}
 ACTIVE = "specopt: active: runner=V1 method=exact backend=cpu device=cpu"
 NUM_PROMPTS, MAX_TOKENS = 8, 16

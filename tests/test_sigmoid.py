@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vllm_specopt.config import PAPER, SigmoidConstants
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.kernels.reference.sigmoid import sigmoid_score_ref
+from vllm_specopt.rules import PAPER, SigmoidConstants
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, assert_matches_reference, random_batch
 from vllm_specopt.verify import verify
 

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.cli.process import Server, free_port
-from vllm_specopt.config import SpecoptConfig
+from vllm_specopt.integration.config import SpecoptConfig
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
@@ -174,7 +174,7 @@ def test_a_malformed_choice_is_refused_with_400(server, value, message):
 def test_a_choice_the_server_does_not_allow_is_refused(monkeypatch, config, message):
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_specopt import plugin
+    from vllm_specopt.integration import plugin
 
     monkeypatch.setattr(plugin, "_active_config", lambda vllm_config: config)
     plugin.check_request(None, {"specopt": None})

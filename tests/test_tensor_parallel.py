@@ -31,7 +31,7 @@ def test_both_ranks_emit_the_same_tokens(result):
     first, second = result["ranks"]
     assert (first.pop("rank"), second.pop("rank")) == (0, 1)
     assert first == second
-    assert first["sampler"] == "vllm_specopt.v1"
+    assert first["sampler"] == "vllm_specopt.integration.v1"
     assert first["steps"] >= STEPS
     assert 0 < first["accepted"] < first["drafted"]
     assert first["mixed_steps"] > STEPS / 2

@@ -22,8 +22,8 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler as StockRejectionS
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_specopt import v1
-from vllm_specopt.v1 import RejectionSampler
+from vllm_specopt.integration import v1
+from vllm_specopt.integration.v1 import RejectionSampler
 
 CPU = torch.device("cpu")
 

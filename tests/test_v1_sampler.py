@@ -16,8 +16,8 @@ from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
 from vllm.v1.sample.sampler import Sampler as Stock
 
 from vllm_specopt import testing
+from vllm_specopt.integration.v1_sampler import Draws, Sampler, is_stock
 from vllm_specopt.kernels.reference import verify_ref
-from vllm_specopt.v1_sampler import Draws, Sampler, is_stock
 
 VOCAB = 211
 

@@ -8,6 +8,6 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """vLLM's plugin entry point (group ``vllm.general_plugins``): installs the hooks; safe to call repeatedly."""
-    from vllm_specopt.plugin import register as install
+    from vllm_specopt.integration.plugin import register as install
 
     install()

@@ -4,10 +4,11 @@ One function, :func:`verify`, stands between vLLM's model runners and the backen
 the outputs and picks the backend by device: Triton kernels on a GPU (and under Triton's interpreter), compiled loops on
 a CPU. Nothing of size ``[rows, vocab]`` is allocated here or below.
 
-Two methods: exact, which keeps the target's law, and sigmoid (arXiv 2406.11016), which does not.
+Two methods (``vllm_specopt.rules``): exact, which keeps the target's distribution, and sigmoid (arXiv 2406.11016),
+which does not.
 
-A request with ``K_r`` draft tokens owns ``K_r + 1`` consecutive rows of target logits (``K_r = 0`` is allowed): row
-``i`` judges draft token ``i``, the last row gives the bonus token.
+A request with ``K_r`` draft tokens owns ``K_r + 1`` consecutive rows of target logits (``K_r = 0`` is allowed: one
+token is drawn): row ``i`` verifies draft token ``i``, the last row gives the bonus token.
 """
 
 import functools
@@ -16,12 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_specopt.config import SigmoidConstants
-
-MAX_DRAFT_TOKENS = 128
-BACKENDS = ("triton", "cpu")
-LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-INDEX_DTYPES = (torch.int32, torch.int64)
+from vllm_specopt.checks import BACKENDS, INDEX_DTYPES, check_arguments, names
+from vllm_specopt.rules import SigmoidConstants
 
 
 class Verified(NamedTuple):
@@ -60,29 +57,31 @@ def verify(
 ) -> Verified:
     """Verify draft tokens, exactly unless ``sigmoid`` is given.
 
-    Exact (Leviathan et al. 2211.17192, Chen et al. 2302.01318): draft token x at row i survives when
-    ``u_i <= target_prob_i(x) / draft_prob_i(x)``. At the first rejection one recovered token is drawn from the
-    normalised ``max(target_prob_i - draft_prob_i, 0)``; if all survive, one bonus token is drawn from the last row.
-    Target probabilities are those after temperature, min-p, top-k and top-p (in this order; every token equal to a
-    threshold value is kept). With temperature 0 a draft token survives when it is the row's argmax, and the token that
-    follows is the argmax of its row. The emitted tokens follow the target's law.
+    Exact: each row has a token, drawn by inversion from its distribution after temperature, min-p, top-k and top-p (in
+    this order; every token equal to a threshold value is kept), with a random number that is a function of (seed,
+    absolute position) alone. A one-hot draft survives where it equals the row's token; at the first row where it does
+    not, that token is emitted. So what is emitted at a position depends neither on the drafts nor on their number.
+    A sampled draft x (``draft_probs`` or ``draft_logits``) survives when ``u_i <= target_prob_i(x) / draft_prob_i(x)``
+    (Leviathan et al. 2211.17192, Chen et al. 2302.01318); at the first rejection one recovered token is drawn from the
+    normalised ``max(target_prob_i - draft_prob_i, 0)``. If all survive, the last row's token is the bonus token. With
+    temperature 0 a row's token is its argmax. The emitted tokens follow the target's distribution.
 
     Sigmoid (Wagner et al. 2406.11016): the element-wise ``score(z) = sigmoid((z / T - alpha) / (beta - alpha))`` takes
-    the place of both probabilities, so that judging a draft token reads two numbers and no row. The token that follows
-    a rejection is drawn from the normalised ``max(target_score_i - draft_score_i, 0)``, or from the target's law where
-    that is empty. The emitted tokens do NOT follow the target's law.
+    the place of both probabilities, so that testing a draft token reads two numbers and no row. The token that follows
+    a rejection is drawn from the normalised ``max(target_score_i - draft_score_i, 0)``, or from the target's
+    distribution where that is empty. The emitted tokens do NOT follow the target's distribution.
 
     Args:
         logits: Raw target logits, bf16, fp16 or fp32; unit stride along the vocabulary, any row stride. Not modified.
         cu_num_logits: First row of each request, then the number of rows; int32 or int64.
         draft_token_ids: int32 or int64. Either ``[num_rows - num_reqs]``, the draft tokens alone, or ``[num_rows]``,
-            the token fed to the target at each row, so that row i judges entry i + 1. A negative or out-of-range id is
-            a placeholder: it is rejected and the token that follows comes from the full target row.
+            the token fed to the target at each row, so that row i verifies entry i + 1. A negative or out-of-range id
+            is a placeholder: it is rejected and the token that follows comes from the full target row.
         max_num_draft_tokens: Upper bound of K_r, 0..128; fixes the width of the output.
         temperature: fp32, 0 (or anything below 1e-5) = greedy. None: all requests are greedy.
         seeds: int64, one per request; required unless all requests are greedy.
-        positions: Absolute position of each row, int64 or int32. Random draws are a pure function of (seed, position,
-            purpose, token id). None: the row's index within its request.
+        positions: Absolute position of each row, int64 or int32. Random numbers are a pure function of (seed, position,
+            purpose). None: the row's index within its request.
         state_indices: Where each request's entry is in ``temperature``, ``seeds``, ``top_k``, ``top_p``, ``min_p`` and
             ``draft_logits``; int32 or int64. None: request r is entry r.
         draft_probs: Distribution each draft token was drawn from, fp32, bf16 or fp16.
@@ -97,10 +96,11 @@ def verify(
         sigmoid: Constants of the sigmoid method, which requests then follow instead of the exact one. None: all
             requests are exact. These stay as they are: temperature 0; placeholders; min-p, top-k and top-p (a draft
             token they remove is rejected, and the token that follows is one they keep); and the bonus token, drawn
-            from the target's law. A token with logit -inf or NaN, or probability 0, scores 0, and a draft token that
-            scores 0 on either side is rejected. With ``draft_probs`` their logarithm stands in for z / T. With
-            one-hot drafts, a case the paper does not have, the draft token's own score is 1: it survives with
-            probability ``target_score(x)``, and the token that follows a rejection has the target's law without x.
+            from the target's distribution. A token with logit -inf or NaN, or probability 0, scores 0, and a draft
+            token that scores 0 on either side is rejected. With ``draft_probs`` their logarithm stands in for z / T.
+            With one-hot drafts, a case the paper does not have, the draft token's own score is 1: it survives with
+            probability ``target_score(x)``, and the token that follows a rejection has the target's distribution
+            without x.
         sigmoid_requests: bool, which entries follow the sigmoid method. None: all. Needs ``sigmoid``.
         counters: int64, row 0 (requests verified exactly, the greedy ones included) and row 1 (by sigmoid) increased
             by the number of draft tokens accepted, of recovered tokens, of bonus tokens (of requests with draft
@@ -113,14 +113,14 @@ def verify(
         ValueError: A shape, dtype, device or stride is wrong; the message names the argument, what it is and what it
             should be.
     """
-    num_reqs = _check(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend", "sigmoid")})
+    num_reqs = check_arguments(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend", "sigmoid")})
     if sigmoid is None and sigmoid_requests is not None:
         raise ValueError("sigmoid is None, expected SigmoidConstants (sigmoid_requests is given)")
     constants = None
     if sigmoid is not None:
-        constants = _sigmoid_tensor(sigmoid, draft_probs is not None, logits.device)
+        constants = _pack_sigmoid(sigmoid, draft_probs is not None, logits.device)
     if token_dtype not in INDEX_DTYPES:
-        raise ValueError(f"token_dtype is {token_dtype}, expected one of {_names(INDEX_DTYPES)}")
+        raise ValueError(f"token_dtype is {token_dtype}, expected one of {names(INDEX_DTYPES)}")
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
@@ -172,11 +172,14 @@ def _backend(name: str):
 
 
 @functools.lru_cache(maxsize=32)
-def _sigmoid_tensor(constants: SigmoidConstants, draft_is_probs: bool, device: torch.device) -> torch.Tensor:
+def _pack_sigmoid(constants: SigmoidConstants, draft_is_probs: bool, device: torch.device) -> torch.Tensor:
     """What the backends compute scores with, fp32 ``[10]``; kept, so that only a first call copies to the device.
 
     Target scale, shift, lower and upper limit; the same for the draft; draft scale - target scale, and the same for
     the shifts. A score is sigmoid(z / T * scale + shift); limits are compared with z / T, or with draft probabilities.
+
+    Raises:
+        ValueError: A constant is not finite, or alpha is not below beta.
     """
     sides = []
     for side in ("target", "draft"):
@@ -190,94 +193,3 @@ def _sigmoid_tensor(constants: SigmoidConstants, draft_is_probs: bool, device: t
     target, draft = sides
     values = [*target, *draft, draft[0] - target[0], draft[1] - target[1]]
     return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)
-
-
-def _names(dtypes) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def _check(
-    *,
-    logits,
-    cu_num_logits,
-    draft_token_ids,
-    max_num_draft_tokens,
-    temperature,
-    seeds,
-    positions,
-    state_indices,
-    draft_probs,
-    draft_logits,
-    top_k,
-    top_p,
-    min_p,
-    bonus_token_ids,
-    bad_row_counter,
-    sigmoid_requests,
-    counters,
-) -> int:
-    """Raise ValueError on the first argument that breaks the contract; return the number of requests."""
-
-    def check(name, tensor, ndim, dtypes, size=None, unit_stride=True):
-        if tensor is None:
-            return
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name} has {tensor.ndim} dimensions, expected {ndim}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} has dtype {_names([tensor.dtype])}, expected one of {_names(dtypes)}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {logits.device} (the device of logits)")
-        if size is not None and tensor.shape[0] != size:
-            raise ValueError(f"{name} has length {tensor.shape[0]}, expected {size}")
-        if unit_stride and tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last dimension, expected 1")
-
-    check("logits", logits, 2, LOGIT_DTYPES)
-    num_rows, vocab_size = logits.shape
-    check("cu_num_logits", cu_num_logits, 1, INDEX_DTYPES)
-    num_reqs = cu_num_logits.shape[0] - 1
-    if num_reqs < 0:
-        raise ValueError("cu_num_logits has length 0, expected at least 1 (a leading 0)")
-    if not 0 <= max_num_draft_tokens <= MAX_DRAFT_TOKENS:
-        raise ValueError(f"max_num_draft_tokens is {max_num_draft_tokens}, expected 0 to {MAX_DRAFT_TOKENS}")
-    if not num_reqs <= num_rows <= num_reqs * (max_num_draft_tokens + 1):
-        raise ValueError(
-            f"logits has {num_rows} rows, expected {num_reqs} to {num_reqs * (max_num_draft_tokens + 1)} "
-            f"({num_reqs} requests with at most {max_num_draft_tokens} draft tokens each)"
-        )
-    if vocab_size < 1:
-        raise ValueError("logits has a vocabulary of 0 tokens, expected at least 1")
-    check("draft_token_ids", draft_token_ids, 1, INDEX_DTYPES)
-    num_tokens = num_rows - num_reqs
-    if draft_token_ids.shape[0] not in (num_rows, num_tokens):
-        raise ValueError(
-            f"draft_token_ids has length {draft_token_ids.shape[0]}, expected {num_tokens} (draft tokens) "
-            f"or {num_rows} (rows)"
-        )
-    check("state_indices", state_indices, 1, INDEX_DTYPES, num_reqs)
-    check("positions", positions, 1, INDEX_DTYPES, num_rows)
-    check("bonus_token_ids", bonus_token_ids, 1, INDEX_DTYPES, num_reqs)
-    check("bad_row_counter", bad_row_counter, 1, (torch.int64,), 1)
-    check("counters", counters, 2, (torch.int64,))
-    if counters is not None and counters.shape[1] != 8:
-        raise ValueError(f"counters has {counters.shape[1]} columns, expected 8")
-    if counters is not None and counters.shape[0] < 2:
-        raise ValueError(f"counters has {counters.shape[0]} rows, expected at least 2")
-    per_request = None if state_indices is not None else num_reqs
-    check("temperature", temperature, 1, (torch.float32,), per_request)
-    check("seeds", seeds, 1, (torch.int64,), per_request)
-    check("top_k", top_k, 1, INDEX_DTYPES, per_request)
-    check("top_p", top_p, 1, (torch.float32,), per_request)
-    check("min_p", min_p, 1, (torch.float32,), per_request)
-    check("sigmoid_requests", sigmoid_requests, 1, (torch.bool,), per_request)
-    if temperature is not None and seeds is None:
-        raise ValueError("seeds is None, expected a tensor (temperature is given)")
-    if draft_probs is not None and draft_logits is not None:
-        raise ValueError("draft_probs and draft_logits are both given, expected at most one")
-    check("draft_probs", draft_probs, 2, LOGIT_DTYPES, num_tokens)
-    check("draft_logits", draft_logits, 3, LOGIT_DTYPES, per_request)
-    if draft_logits is not None and draft_logits.shape[1] < max_num_draft_tokens:
-        raise ValueError(
-            f"draft_logits has {draft_logits.shape[1]} positions, expected at least {max_num_draft_tokens}"
-        )
-    return num_reqs

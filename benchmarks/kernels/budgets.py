@@ -1,7 +1,7 @@
 """Upper bounds for what our kernels may cost, counted from machine code at V = 151,936.
 
 Unit ``element``: instructions per logit that a sweep of all rows reads; ``pair``: per target logit and draft logit of
-the rejected rows; ``row``: warp instructions per target row; ``step``: instructions of all launches per target logit.
+the rejected rows; ``row``: warp instructions per target row; ``logit``: per logit of all target rows, read or not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Budget:
     """A bound for the kernels of a step whose names contain ``kernel``; an empty one means all of them.
 
     settings: Beginnings of the settings it holds for.
-    least_warps: Warps that an SM must be able to hold.
+    least_warps: Warps that an SM must be able to hold, where logits are bf16.
     """
 
     kernel: str
@@ -37,10 +37,10 @@ FILTERED = ("top-p", "top-k", "min-p")
 BUDGETS = (
     Budget("statistics", ("one-hot",), "element", 10.0, least_warps=24),
     Budget("statistics", ("draft logits",), "element", 10.0),
-    Budget("draw", ("one-hot",), "row", 3000.0),
-    Budget("residual", ("draft logits",), "pair", 20.0),
-    Budget("", FILTERED, "step", 30.0),
-    Budget("", FILTERED, "step", 90.0, flat=True),
+    Budget("decide", ("one-hot",), "row", 3000.0),
+    Budget("residual", ("draft logits",), "pair", 24.0),
+    Budget("decide", FILTERED, "logit", 30.0),
+    Budget("decide", FILTERED, "logit", 90.0, flat=True),
 )
 
 
@@ -59,17 +59,19 @@ def violations(counted: Iterable[Counted]) -> list[str]:
                 found.append(f"{_where(step)}: no kernel is called {budget.kernel}")
                 continue
             used = spent(step, counts, budget.unit)
+            if used is None:
+                continue
             limit = budget.limit * DTYPE_FACTOR[step.step.case.dtype]
             if used > limit:
                 found.append(f"{_where(step)}: {budget.kernel or 'all'} {used:.1f} per {budget.unit}, budget {limit:g}")
             fewest = min(count.warps for count in counts)
-            if fewest < budget.least_warps:
+            if step.step.case.dtype == "bf16" and fewest < budget.least_warps:
                 found.append(f"{_where(step)}: {budget.kernel} {fewest} warps per SM, budget {budget.least_warps}")
     return found
 
 
-def spent(step: Counted, counts: Iterable[Count], unit: str) -> float:
-    """Instructions in a budget's unit."""
+def spent(step: Counted, counts: Iterable[Count], unit: str) -> float | None:
+    """Instructions in a budget's unit; None where no row was rejected, so that there is no pair."""
     counts, case = list(counts), step.step.case
     warp_instructions = sum(count.warp_instructions for count in counts)
     rows = case.batch * (case.num_drafts + 1)
@@ -81,6 +83,8 @@ def spent(step: Counted, counts: Iterable[Count], unit: str) -> float:
     if unit == "pair":
         # Programs of a rejected row read two rows; those of a request without a rejection read none.
         read = sum(count.loaded for count in counts) / 2 / (4 if case.dtype == "fp32" else 2)
+        if read < case.vocab:
+            return None
     return warp_instructions * 32 / read
 
 

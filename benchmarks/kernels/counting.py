@@ -28,8 +28,6 @@ TYPES = {
     "int32": "i32",
     "int64": "i64",
 }
-# Constants that a host sets differently in the interpreter, which has no inline assembly.
-ON_A_GPU = {"FAST": True}
 LOAD_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
@@ -109,7 +107,10 @@ def instructions(code: MachineCode, frequency: Frequency) -> tuple[dict[str, flo
 
 
 def machine_code(launch: Launch, architecture: int) -> MachineCode:
-    """Compile what a launch would make Triton compile: same types, alignment and constants."""
+    """Compile what a launch would make Triton compile: same types, alignment and constants.
+
+    What modules decide for the interpreter, such as ``HAS_PTX``, they decide anew in this process, which compiles.
+    """
     kernel = _kernel(launch.module, launch.kernel)
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
@@ -117,7 +118,7 @@ def machine_code(launch: Launch, architecture: int) -> MachineCode:
         specialised = not parameter.do_not_specialize
         alignable = specialised and not parameter.do_not_specialize_on_alignment
         if kind in ("constant", "default"):
-            constants[parameter.name] = ON_A_GPU.get(parameter.name, value[0])
+            constants[parameter.name] = value[0]
         elif kind == "none":
             constants[parameter.name] = None
         elif kind == "pointer":

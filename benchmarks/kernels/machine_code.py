@@ -6,6 +6,7 @@ source line and the calls it was inlined through.
 
 from __future__ import annotations
 
+import graphlib
 import re
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ PIPES = {
     "local": r"LDL|STL",
     "constant": r"LDC|LDCU|ULDC",
     "shuffle": r"SHFL|VOTE|MATCH|REDUX|CREDUX",
-    "barrier": r"ENDCOLLECTIVE|BAR|DEPBAR|MEMBAR|ERRBAR|WARPSYNC|FENCE|CCTL|SYNCS|ACQBULK|B2R",
+    "barrier": r"ENDCOLLECTIVE|BAR|DEPBAR|MEMBAR|ERRBAR|WARPSYNC|FENCE|CCTL|SYNCS|ACQBULK|B2R|CGAERRBAR",
     "control": r"BRA|BRX|EXIT|RET|CALL|BSSY|BSYNC|BREAK|NOP|JMP|BPT|NANOSLEEP|YIELD|BMOV|WARPSYNC|PREEXIT",
     "uniform": r"U[A-Z0-9]+|R2UR|VOTEU|S2UR",
     "integer": r"LOP3|PLOP3|LOP|SHF|SHL|SHR|ISETP|IMNMX|VIMNMX|VIMNMX3|IADD3|IADD|SEL|LEA|PRMT|IABS|SGXT|BMSK|ICMP|"
@@ -78,9 +79,12 @@ class Instruction:
     frames: tuple[Frame, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Block:
-    """Instructions that run one after the other. Numbers of other blocks: successors, innermost loop's header."""
+    """Instructions that run one after the other.
+
+    successors, predecessors: Numbers of other blocks. slow: the rare way of the compiler's own that alone leads here.
+    """
 
     number: int
     instructions: list[Instruction]
@@ -88,6 +92,16 @@ class Block:
     predecessors: list[int] = field(default_factory=list)
     reachable: bool = False
     slow: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether a usual run can reach it."""
+        return self.reachable and not self.slow
+
+    @property
+    def leaves(self) -> bool:
+        """Whether threads may end here."""
+        return self.instructions[-1].name == "EXIT"
 
 
 @dataclass
@@ -122,36 +136,43 @@ class MachineCode:
                 pending += [n for n in block.successors if slow or not self.blocks[n].slow]
 
     def _dominators(self) -> dict[int, set[int]]:
-        everything = {block.number for block in self.blocks if block.reachable}
+        """Of blocks that run. A rare way joins them again, but no edge that leads into it is known."""
+        everything = {block.number for block in self.blocks if block.runs}
         found = {number: set(everything) for number in everything}
         found[0] = {0}
         changed = True
         while changed:
             changed = False
-            for block in self.blocks[1:]:
-                if not block.reachable:
-                    continue
-                before = [found[n] for n in block.predecessors if n in everything]
-                now = (set.intersection(*before) if before else set()) | {block.number}
-                if now != found[block.number]:
-                    found[block.number], changed = now, True
+            for number in sorted(everything - {0}):
+                before = [found[n] for n in self.blocks[number].predecessors if n in everything]
+                now = set.intersection(*before) | {number}
+                if now != found[number]:
+                    found[number], changed = now, True
         return found
 
     def _loops(self) -> list[Loop]:
+        """Natural loops, the largest first.
+
+        Raises:
+            ValueError: blocks that follow each other in a circle are no natural loop.
+        """
         bodies: dict[int, set[int]] = {}
-        for block in self.blocks:
-            if not block.reachable:
-                continue
-            for header in block.successors:
-                if header not in self.dominators[block.number]:
-                    continue
-                body, pending = {header}, [block.number]
+        forward: dict[int, list[int]] = {}
+        for number, dominators in self.dominators.items():
+            successors = self.blocks[number].successors
+            forward[number] = [n for n in successors if n not in dominators]
+            for header in dominators.intersection(successors):
+                body, pending = {header}, [number]
                 while pending:
-                    number = pending.pop()
-                    if number not in body:
-                        body.add(number)
-                        pending += [n for n in self.blocks[number].predecessors if self.blocks[n].reachable]
+                    inside = pending.pop()
+                    if inside not in body:
+                        body.add(inside)
+                        pending += [n for n in self.blocks[inside].predecessors if self.blocks[n].runs]
                 bodies.setdefault(header, set()).update(body)
+        try:
+            graphlib.TopologicalSorter(forward).prepare()
+        except graphlib.CycleError as error:
+            raise ValueError(f"{self.compiled.name}: a circle of blocks without a header, {error.args[1]}") from None
         return sorted((Loop(header, body) for header, body in bodies.items()), key=lambda loop: -len(loop.blocks))
 
     def loops_around(self, number: int) -> list[Loop]:

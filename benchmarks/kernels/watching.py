@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from triton.runtime import interpreter
 
 LIBRARY = str(Path(triton.__file__).parent)
 COUNTER = "_specopt_seen"
-# A grid of more programs than this along something that is neither requests nor rows is run in part.
+OUR_KERNELS = "vllm_specopt.kernels"
+# A grid of others with more programs than this along something that is neither requests nor rows is run in part.
 MOST_PROGRAMS = 64
 FEW_PROGRAMS = 2
 
@@ -79,8 +81,14 @@ class _Recorder:
         self.share = sampled_requests / batch
         self.scaled_lengths = {batch, num_rows, num_rows - batch} if sampled_requests < batch else set()
 
-    def sample(self, grid: tuple[int, ...]) -> list[range]:
-        """Programs to run along each axis: those of the first requests where an axis counts requests or rows."""
+    def sample(self, module: str, grid: tuple[int, ...]) -> list[range]:
+        """Programs to run along each axis: those of the first requests where an axis counts requests or rows.
+
+        Our kernels have one axis, in which the programs of a request follow each other.
+        """
+        if module.startswith(OUR_KERNELS):
+            (programs,) = grid
+            return [range(round(programs * self.share))]
         ranges = [range(round(n * self.share)) if n in self.scaled_lengths and n > 1 else range(n) for n in grid]
         if len(grid) == 1 and ranges[0] == range(grid[0]) and grid[0] > MOST_PROGRAMS:
             ranges = [range(FEW_PROGRAMS)]
@@ -149,12 +157,13 @@ def _run(self, *args, grid, warmup, **kwargs):
         num_stages=kwargs.get("num_stages", 3),
         grid=shape,
     )
-    ranges = _recorder.sample(shape)
+    ranges = _recorder.sample(launch.module, shape)
     launch.sampled = int(np.prod([len(each) for each in ranges]))
     _recorder.launches.append(launch)
     _recorder.current = launch
     try:
-        _run_programs(function, self.arg_names, names, shape, ranges)
+        with mock.patch.object(interpreter, "_patch_lang", _once_per_module(interpreter._patch_lang)):
+            _run_programs(function, self.arg_names, names, shape, ranges)
     finally:
         _recorder.current = None
     scale = launch.programs / launch.sampled
@@ -179,6 +188,19 @@ def _run_programs(function, arg_names, names, shape, ranges):
     finally:
         if scope is not None:
             scope.restore()
+
+
+def _once_per_module(original):
+    """Triton patches its language before each call of a function, which takes longer than most calls."""
+    patched = set()
+
+    def patch(function):
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return original(function)
+
+    return patch
 
 
 def _argument(value: object, is_constant: bool) -> tuple:

@@ -84,11 +84,15 @@ def described(runs: Mapping[str, float]) -> Frequency:
 
 @dataclass
 class Weighted:
-    """A block with the number of times a thread runs it, and why."""
+    """A block with the number of times a thread runs it, and why.
+
+    is_rest: Of an unrolled loop, all of whose rounds count as the unrolled body's.
+    """
 
     block: Block
     weight: float
     reasons: list[str] = field(default_factory=list)
+    is_rest: bool = False
 
 
 @cache
@@ -122,9 +126,11 @@ class Weigher:
     def __init__(self, code: MachineCode, frequency: Frequency) -> None:
         self.code = code
         self.frequency = frequency
+        self.weighted = cache(self.weighted)
         self.missing: set[str] = set()
         self.postdominators = _postdominators(code)
-        self.shares = {block.number: _shares(block.instructions) for block in code.blocks}
+        self.shares = _chained_shares(code)
+        self._place_the_nameless()
         self.source_loop: dict[int, Visit] = {}
         self.unrolled: dict[int, int] = {}
         for loop in code.loops:
@@ -132,6 +138,55 @@ class Weigher:
 
     def weighted(self, block: Block) -> Weighted:
         """A block with its weight."""
+        result = self._from_its_places(block)
+        bound = self._bound(block)
+        if result.weight > bound:
+            result.weight = bound
+            result.reasons.append(f"at most {bound:g}, by what leads to it")
+        return result
+
+    def _bound(self, block: Block) -> float:
+        """A block runs at most as often as one that always runs before it, times the rounds of loops in between."""
+        if not block.runs:
+            return 0.0
+        around = self.code.loops_around(block.number)
+        for number in sorted(self.code.dominators[block.number] - {block.number}, key=self._depth, reverse=True):
+            before = self.code.loops_around(number)
+            leading = self.weighted(self.code.blocks[number])
+            if all(loop in around for loop in before) and not leading.is_rest:
+                between = Weighted(block, leading.weight)
+                for loop in around:
+                    if loop not in before:
+                        self._apply_loop(loop, between)
+                return between.weight
+        return 1.0
+
+    def _depth(self, number: int) -> int:
+        return len(self.code.dominators[number])
+
+    def _place_the_nameless(self) -> None:
+        """Blocks of which no instruction has a place run as often as one that runs exactly when they do, or at most as
+        often as the last one before them."""
+        for number in sorted((n for n, shares in self.shares.items() if not shares), key=self._depth):
+            dominators, around = self.code.dominators, self.code.loops_around(number)
+            alike = [
+                n
+                for n, shares in self.shares.items()
+                if shares
+                and self.code.loops_around(n) == around
+                and (
+                    (number in dominators[n] and n in self.postdominators[number])
+                    or (n in dominators[number] and number in self.postdominators[n])
+                )
+            ]
+            before = dominators[number] - {number}
+            nearest = min(alike, key=lambda n: abs(self._depth(n) - self._depth(number)), default=None)
+            if nearest is None and before:
+                nearest = max(before, key=self._depth)
+            if nearest is not None:
+                self.shares[number] = self.shares[nearest]
+
+    def _from_its_places(self, block: Block) -> Weighted:
         result = Weighted(block, 1.0)
         if block.slow:
             result.weight, result.reasons = 0.0, [f"reached through {block.slow}"]
@@ -144,7 +199,7 @@ class Weigher:
             if visit.region.kind == LOOP:
                 unrolled = any(v == visit and self.unrolled[h] > 1 for h, v in self.source_loop.items())
                 if visit not in machine_loops and unrolled:
-                    result.weight, result.reasons = 0.0, [f"rest of the unrolled {visit.text}"]
+                    result.weight, result.reasons, result.is_rest = 0.0, [f"rest of the unrolled {visit.text}"], True
             elif self._is_branch(block, visit):
                 share = self._lookup(visit)
                 share = 1 - share if visit.region.kind == ELSE else share
@@ -182,7 +237,7 @@ class Weigher:
         rounds = self._lookup(visit)
         factor = self.unrolled[loop.header]
         if factor < max(self.unrolled[header] for header, other in self.source_loop.items() if other == visit):
-            result.weight = 0.0
+            result.weight, result.is_rest = 0.0, True
             result.reasons.append(f"rest of the unrolled {visit.text}")
             return
         result.weight *= rounds / factor
@@ -201,7 +256,7 @@ class Weigher:
 
     def _last_dominator_without(self, block: Block, visit: Visit) -> int | None:
         lacking = [n for n in self.code.dominators[block.number] if self.shares[n].get(visit, 0) < MOSTLY]
-        return max(lacking, key=lambda n: len(self.code.dominators[n]), default=None)
+        return max(lacking, key=self._depth, default=None)
 
     def _lookup(self, visit: Visit) -> float:
         found = self.frequency(visit)
@@ -228,8 +283,29 @@ def _shares(instructions: list[Instruction]) -> dict[Visit, float]:
     return {visit: counts[visit] / known for visit in sorted(counts, key=depth.__getitem__)}
 
 
+def _chained_shares(code: MachineCode) -> dict[int, dict[Visit, float]]:
+    """Shares of every block, over all blocks of its chain: those that nothing leaves or enters in between.
+
+    A rare way that leaves and joins a chain splits off blocks too short to tell where they come from.
+    """
+    found: dict[int, dict[Visit, float]] = {}
+    follows: dict[int, int] = {}
+    for block in code.blocks:
+        if block.runs and len(block.successors) == 1 and not block.leaves:
+            (after,) = block.successors
+            if [n for n in code.blocks[after].predecessors if code.blocks[n].runs] == [block.number]:
+                follows[block.number] = after
+    for number in {block.number for block in code.blocks if block.runs} - set(follows.values()):
+        chain = [number]
+        while chain[-1] in follows:
+            chain.append(follows[chain[-1]])
+        shares = _shares([i for n in chain for i in code.blocks[n].instructions])
+        found |= dict.fromkeys(chain, shares)
+    return found
+
+
 def _postdominators(code: MachineCode) -> dict[int, set[int]]:
-    numbers = [block.number for block in code.blocks if block.reachable]
+    numbers = [block.number for block in code.blocks if block.runs]
     everything = set(numbers)
     found = {n: set(everything) for n in numbers}
     changed = True
@@ -237,7 +313,7 @@ def _postdominators(code: MachineCode) -> dict[int, set[int]]:
         changed = False
         for number in reversed(numbers):
             after = [found[n] for n in code.blocks[number].successors if n in everything]
-            leaves = code.blocks[number].instructions[-1].name == "EXIT"
+            leaves = code.blocks[number].leaves
             now = (set.intersection(*after) if after and not leaves else set()) | {number}
             if now != found[number]:
                 found[number], changed = now, True

@@ -44,6 +44,10 @@ def main(request_path: str, result_path: str) -> None:
         result = {"sampler": names[0], "plain_sampler": names[1], "batches": {}}
         for batch in engine["batches"]:
             params = batch["sampling"]
+            for given in params if isinstance(params, list) else [params]:
+                # JSON has no integer keys.
+                if bias := given.get("logit_bias"):
+                    given["logit_bias"] = {int(token): value for token, value in bias.items()}
             params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
             with contextlib.ExitStack() as stack:
                 if "warm_up" in engine:
@@ -74,7 +78,7 @@ def watched_launches(runner, result: dict, engine: dict):
     from launch_keys import recorded, unexpected
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
-    from vllm_specopt.warm_up import warm_up
+    from vllm_specopt.integration.warm_up import warm_up
 
     if "launches" not in result:
         stock.MAX_CHUNK_BYTES = engine["warm_up"] * runner.vocab_size * 4
@@ -94,7 +98,8 @@ def compared_with_reference(result: dict):
 
     ``close``: requests that the reference calls too close to tell. ``accepted`` and ``recovered`` tokens, ``bonus``.
     """
-    from vllm_specopt import testing, v2
+    from vllm_specopt import testing
+    from vllm_specopt.integration import v2
     from vllm_specopt.kernels.reference import verify_ref
 
     found = result.setdefault(

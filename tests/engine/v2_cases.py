@@ -20,11 +20,12 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_specopt import testing, verify
-from vllm_specopt.config import PAPER, SpecoptConfig
+from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.integration.metrics import Account
+from vllm_specopt.integration.v2 import RejectionSampler
+from vllm_specopt.integration.v2_sampler import Sampler as PlainSampler
 from vllm_specopt.kernels.reference import verify_ref
-from vllm_specopt.metrics import Account
-from vllm_specopt.v2 import RejectionSampler
-from vllm_specopt.v2_sampler import Sampler as PlainSampler
+from vllm_specopt.rules import PAPER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from launch_keys import recorded, unexpected

@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put our class in, and leave out the tests of what is not ours."""
-    from vllm_specopt.v1 import RejectionSampler
+    from vllm_specopt.integration.v1 import RejectionSampler
 
     for module in {item.module for item in items}:
         module.RejectionSampler, module.DEVICE_TYPE = RejectionSampler, "cpu"

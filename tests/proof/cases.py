@@ -1,8 +1,8 @@
-"""What is drawn: cases with known laws.
+"""What is drawn: cases with known distributions.
 
-A case is a small language: the next token's target law depends on the position and on the class (token modulo
-``num_classes``) of the token before it, and so does the draft's. The law of everything a verification step emits is
-then known exactly. Laws come from the tensors that the verifier is given, after rounding to their dtype.
+A case is a small language: the next token's target distribution depends on the position and on the class (token modulo
+``num_classes``) of the token before it, and so does the draft's. The distribution of everything a verification step
+emits is then known exactly. It comes from the tensors that the verifier is given, after rounding to their dtype.
 """
 
 import math
@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from vllm_specopt.kernels.reference import target_row_ref
+from vllm_specopt.kernels.reference.rows import target_row_ref
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS
 
 PAIR_GROUPS = 61
@@ -26,7 +26,7 @@ class Case:
     target: raw logits ``[num_drafts + 2, num_classes, vocab]``; position ``num_drafts + 1`` is read by a second step.
     draft: ``[num_drafts + 1, num_classes, draft_vocab]``, logits (also where the verifier is given none: they are
         then only what drafts are drawn from, at temperature 1) or probabilities, as ``draft_form`` says.
-    stationary: all positions and classes share one law, so that all rows can be one row in memory (stride 0).
+    stationary: all positions and classes share one distribution, so that all rows can be one row in memory (stride 0).
     placeholders: share of draft tokens replaced by -1. greedy_every: every n-th request is greedy.
     one_seed: one seed and many positions, in place of many seeds and one position.
     """
@@ -60,7 +60,7 @@ class Case:
     def target_probs(self) -> np.ndarray:
         """``[num_drafts + 2, num_classes, vocab]`` float64, after temperature and filters."""
         options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | dict(self.filters)
-        return self._laws(self.target[..., : self.vocab_size], **options)
+        return self._distributions(self.target[..., : self.vocab_size], **options)
 
     @cached_property
     def draft_probs(self) -> np.ndarray:
@@ -68,15 +68,15 @@ class Case:
         draft = self.draft[..., : self.vocab_size]
         if self.draft_form == PROBS:
             return draft.double().numpy() / draft.double().sum(-1, keepdim=True).numpy()
-        return self._laws(draft, top_k=0, top_p=1.0, min_p=0.0)
+        return self._distributions(draft, top_k=0, top_p=1.0, min_p=0.0)
 
-    def _laws(self, logits: torch.Tensor, **options) -> np.ndarray:
+    def _distributions(self, logits: torch.Tensor, **options) -> np.ndarray:
         if self.stationary:
-            law = target_row_ref(logits[0, 0], self.temperature, **options)[1].numpy()
-            return np.broadcast_to(law, logits.shape)
+            distribution = target_row_ref(logits[0, 0], self.temperature, **options)[1].numpy()
+            return np.broadcast_to(distribution, logits.shape)
         rows = logits.reshape(-1, logits.shape[-1])
-        laws = [target_row_ref(row, self.temperature, **options)[1].numpy() for row in rows]
-        return np.stack(laws).reshape(logits.shape)
+        distributions = [target_row_ref(row, self.temperature, **options)[1].numpy() for row in rows]
+        return np.stack(distributions).reshape(logits.shape)
 
     @cached_property
     def accepted_mass(self) -> np.ndarray:
@@ -98,39 +98,39 @@ class Case:
         groups = min(self.vocab_size, PAIR_GROUPS)
         return np.arange(self.vocab_size) % groups
 
-    def first_law(self) -> np.ndarray:
-        """Law of the first emitted token: the target's, ``[vocab]``."""
+    def first_distribution(self) -> np.ndarray:
+        """Distribution of the first emitted token: the target's, ``[vocab]``."""
         return self.target_probs[0, 0]
 
-    def pair_law(self) -> np.ndarray:
-        """Law of the first two tokens' groups: the target's joint law, ``[groups * groups]``.
+    def pair_distribution(self) -> np.ndarray:
+        """Distribution of the first two tokens' groups: the target's joint distribution, ``[groups * groups]``.
 
         The second token comes from the same step if the first draft was accepted, else from the next step.
         """
         groups = int(self.pair_group.max()) + 1
-        law = np.zeros((groups, groups))
+        distribution = np.zeros((groups, groups))
         for token_class in range(self.num_classes):
             members = self.token_class == token_class
-            first = np.bincount(self.pair_group[members], self.first_law()[members], groups)
+            first = np.bincount(self.pair_group[members], self.first_distribution()[members], groups)
             second = np.bincount(self.pair_group, self.target_probs[1, token_class], groups)
-            law += np.outer(first, second)
-        return law.ravel()
+            distribution += np.outer(first, second)
+        return distribution.ravel()
 
-    def length_law(self) -> np.ndarray:
-        """Joint law of the number of accepted drafts and the token emitted after them, ``[(num_drafts + 1) * vocab]``.
+    def length_distribution(self) -> np.ndarray:
+        """Joint distribution of the number of accepted drafts and the token after them, ``[(num_drafts + 1) * vocab]``.
 
         Summed over the class of the last accepted draft: reached[c] = P(n drafts accepted, the last one of class c).
         """
         reached = np.zeros(self.num_classes)
         reached[0] = 1.0
-        law = []
+        distribution = []
         for i in range(self.num_drafts):
             rejected = np.clip(self.target_probs[i] - self.accepted_mass[i], 0, None)
-            law.append(reached @ rejected)
+            distribution.append(reached @ rejected)
             accepted = reached @ self.accepted_mass[i]
             reached = np.bincount(self.token_class, accepted, self.num_classes)
-        law.append(reached @ self.target_probs[self.num_drafts])
-        return np.concatenate(law)
+        distribution.append(reached @ self.target_probs[self.num_drafts])
+        return np.concatenate(distribution)
 
 
 def _random_logits(rng, num_positions, num_classes, vocab_size, spread):
@@ -179,7 +179,7 @@ def _disjoint(target, draft):
 
 
 def _one_token(target, draft):
-    """The target's law is one token, another at each position and class."""
+    """The target's distribution is one token, another at each position and class."""
     rows = target.view(-1, target.shape[-1])
     only = torch.full_like(rows, -math.inf)
     only[torch.arange(len(rows)), torch.arange(len(rows)) % rows.shape[-1]] = 0.0

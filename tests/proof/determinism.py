@@ -1,12 +1,13 @@
-"""A seeded request's tokens are its own: they do not change with anything around it."""
+"""A seeded request's tokens are its own: they change neither with anything around it nor with one-hot drafts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from proof.fuzz import build, random_plan
-from vllm_specopt.testing import LOGITS, Batch
+from vllm_specopt.testing import LOGITS, NO_DRAFT, Batch
 from vllm_specopt.verify import verify
 
 
@@ -103,6 +104,44 @@ CHANGES = {
 }
 
 
+def _one_by_one(batch: Batch) -> Batch:
+    """Every row as a request without drafts: the tokens of a server that does not speculate."""
+    num_rows, kwargs = batch.logits.shape[0], dict(batch.kwargs)
+    req_of_row = torch.repeat_interleave(torch.arange(batch.num_reqs), batch.cu_num_logits.diff().long())
+    state = kwargs.get("state_indices")
+    kwargs["state_indices"] = req_of_row if state is None else state[req_of_row]
+    if kwargs.get("positions") is None:
+        kwargs["positions"] = torch.arange(num_rows) - batch.cu_num_logits[req_of_row].long()
+    return Batch(batch.logits, torch.arange(num_rows + 1), torch.zeros(0, dtype=torch.long), 0, kwargs)
+
+
+def _step(plain: Batch, starts: list[int], counts: list[int], drafts: list[int]) -> Batch:
+    """One step of requests that read so many consecutive rows each, given their drafts."""
+    rows = torch.tensor(
+        [row for start, count in zip(starts, counts, strict=True) for row in range(start, start + count)]
+    )
+    kwargs = plain.kwargs | {
+        "positions": plain.kwargs["positions"][rows],
+        "state_indices": plain.kwargs["state_indices"][torch.tensor(starts)],
+    }
+    cu = torch.tensor([0, *counts]).cumsum(0)
+    return Batch(plain.logits[rows], cu, torch.tensor(drafts, dtype=torch.long), max(counts) - 1, kwargs)
+
+
+def _mixed(rng: np.random.Generator, right: int, vocab: int) -> int:
+    return DRAFTS[list(DRAFTS)[rng.integers(4)]](rng, right, vocab)
+
+
+DRAFTS = {
+    "right drafts": lambda rng, right, vocab: right,
+    "wrong drafts": lambda rng, right, vocab: (right + 1) % vocab,
+    "any drafts": lambda rng, right, vocab: int(rng.integers(vocab)),
+    "placeholders": lambda rng, right, vocab: int(rng.choice([-1, -5, vocab, vocab + 7])),
+    "mixed drafts": _mixed,
+}
+"""One-hot drafts, given the token that the row emits without any."""
+
+
 @dataclass
 class DeterminismResult:
     """batches compared, and requests compared (each once per change)."""
@@ -126,6 +165,45 @@ def check_batches(change: str, seed: int, indices: range, backend: str, device: 
         expected = _tokens(batch, backend, device)
         got = CHANGES[change](batch, lambda b: _tokens(b, backend, device))
         assert got == expected, f"tokens changed with {change}: seed {seed}, batch {index}, {plan}"
+        result.batches += 1
+        result.requests += batch.num_reqs
+    return result
+
+
+def check_drafts(kind: str, seed: int, indices: range, backend: str, device: str) -> DeterminismResult:
+    """Requests that speculate with one of DRAFTS, step by step, emit what they emit without speculation.
+
+    Each request has fixed logits for its positions. Without drafts they are drawn from one by one; then in steps of up
+    to 8 rows, each beginning where the last one ended.
+
+    Raises:
+        AssertionError: A token differs, or a draft that is the row's own token was rejected.
+    """
+    result = DeterminismResult()
+    for index in indices:
+        rng = np.random.default_rng([5, seed, index])
+        plan = replace(random_plan(seed, index, backend), far=False, draft=NO_DRAFT, bonus=False, greedy="mixed")
+        plan = replace(plan, draft_vocab=plan.vocab, num_drafts=tuple(int(k) for k in rng.integers(1, 7, 2)))
+        batch = build(plan)
+        plain = _one_by_one(batch)
+        expected = [ids[0] for ids in _tokens(plain, backend, device)]
+        place, ends = batch.cu_num_logits.tolist()[:-1], batch.cu_num_logits.tolist()[1:]
+        while running := [req for req, end in enumerate(ends) if place[req] < end]:
+            starts = [place[req] for req in running]
+            counts = [int(rng.integers(1, min(8, ends[req] - place[req]) + 1)) for req in running]
+            drafts = [
+                DRAFTS[kind](rng, expected[row], plan.vocab)
+                for start, count in zip(starts, counts, strict=True)
+                for row in range(start, start + count - 1)
+            ]
+            emitted = _tokens(_step(plain, starts, counts, drafts), backend, device)
+            for req, start, ids in zip(running, starts, emitted, strict=True):
+                assert ids == expected[start : start + len(ids)], (
+                    f"tokens changed with {kind}: seed {seed}, batch {index}, request {req}, {plan}"
+                )
+                if kind == "right drafts" and not plan.poison:
+                    assert len(ids) == counts[running.index(req)], f"a right draft was rejected: batch {index}, {plan}"
+                place[req] += len(ids)
         result.batches += 1
         result.requests += batch.num_reqs
     return result

@@ -77,7 +77,7 @@ def backend_verifier(backend: str, device: str = "cpu", **method) -> Verifier:
 
 
 def independent_drafter(case, offset, classes, seeds, positions, rng) -> np.ndarray:
-    """Draft tokens from the case's draft law by inverse transform; the verifier's generator has no part in it."""
+    """Draft tokens from the case's draft distribution; the verifier's generator has no part in them."""
     uniform = rng.random(len(classes))
     tokens = np.empty(len(classes), np.int64)
     for token_class in range(case.num_classes):
@@ -94,7 +94,7 @@ def make_step(case, offset, first_class, seeds, positions, rng, drafter: Drafter
     classes[:, 0] = first_class
     drafts = np.empty((num_reqs, num_drafts), np.int64)
     for i in range(num_drafts):
-        # A second step has one row more than the case has draft positions; its last draft may come from any law.
+        # A second step has one row more than the case has draft positions; any drafter will do for its last draft.
         position = min(offset + i, num_drafts)
         drafts[:, i] = drafter(case, position, classes[:, i], seeds, positions + i, rng)
         classes[:, i + 1] = drafts[:, i] % case.num_classes
@@ -178,6 +178,7 @@ def draw_case(
 
 
 def judge_case(case: Case, counts: dict[str, np.ndarray], alpha: float) -> dict[str, Judgement]:
-    """Each statistic against its law; ``alpha``: chance of failing, per test."""
-    laws = dict(zip(STATISTICS, (case.first_law(), case.pair_law(), case.length_law()), strict=True))
-    return {name: judge(counts[name], laws[name], alpha, strict=name != STATISTICS[2]) for name in STATISTICS}
+    """Each statistic against its distribution; ``alpha``: chance of failing, per test."""
+    known = (case.first_distribution(), case.pair_distribution(), case.length_distribution())
+    distributions = dict(zip(STATISTICS, known, strict=True))
+    return {name: judge(counts[name], distributions[name], alpha, strict=name != STATISTICS[2]) for name in STATISTICS}

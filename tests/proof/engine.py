@@ -1,4 +1,4 @@
-"""The law end to end: real V1 engines, drafts drawn by vLLM's own drafter, texts against the target model's law.
+"""End to end: real V1 engines, drafts drawn by vLLM's own drafter, texts against the target model's distribution.
 
 A verifier can be right and the engine's output still biased: by drafts that are not drawn from the distribution handed
 over, or that share their noise with the verifier. Only the emitted text shows that. Many requests continue one prompt;
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from proof.judgement import Judgement, judge
-from vllm_specopt.kernels.reference import filter_row_ref
+from vllm_specopt.kernels.reference.rows import filter_row_ref
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
@@ -36,7 +36,7 @@ STATISTICS = (
     "third token, after an accepted draft",
     "third token, after a recovered one",
 )
-SHARED_NOISE = "drafter shares the recovery noise"
+SHARED_NOISE = "drafter shares the residual's u"
 
 
 @dataclass(frozen=True)
@@ -142,31 +142,31 @@ def _scaled(name: str, prefixes: np.ndarray, temperature: float) -> torch.Tensor
         return torch.cat([_model(name)(part).logits[:, -1] for part in ids.split(1024)]).double() / temperature
 
 
-def target_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
-    """The target's law of the token after the prompt and each prefix ``[n, length]``: ``[n, vocab]`` float64."""
+def target_distribution(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    """The target's distribution after the prompt and each prefix ``[n, length]``: ``[n, vocab]`` float64."""
     scaled = _scaled("specopt-target", prefixes, sampling["temperature"])
     return (
         torch.stack([filter_row_ref(row, 0, sampling.get("top_p", 1.0), 0.0)[0] for row in scaled]).softmax(1).numpy()
     )
 
 
-def draft_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+def draft_distribution(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
     """The same of the drafter, to which vLLM applies the temperature alone."""
     return _scaled("specopt-draft", prefixes, sampling["temperature"]).softmax(1).numpy()
 
 
-def _accepted_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
-    return np.minimum(target_law(prefixes, sampling), draft_law(prefixes, sampling))
+def _accepted_distribution(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    return np.minimum(target_distribution(prefixes, sampling), draft_distribution(prefixes, sampling))
 
 
-def _recovered_law(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
-    return np.clip(target_law(prefixes, sampling) - draft_law(prefixes, sampling), 0, None)
+def _recovered_distribution(prefixes: np.ndarray, sampling: dict) -> np.ndarray:
+    return np.clip(target_distribution(prefixes, sampling) - draft_distribution(prefixes, sampling), 0, None)
 
 
-def judge_next(prefixes: np.ndarray, tokens: np.ndarray, law, sampling: dict, alpha: float) -> Judgement:
-    """Test tokens ``[n]`` against a law given the prefixes ``[n, length]``, all prefixes in one table."""
+def judge_next(prefixes: np.ndarray, tokens: np.ndarray, distribution, sampling: dict, alpha: float) -> Judgement:
+    """Test tokens ``[n]`` against a distribution given the prefixes ``[n, length]``, all prefixes in one table."""
     distinct, which, counts = np.unique(prefixes, axis=0, return_inverse=True, return_counts=True)
-    expected = law(distinct, sampling)
+    expected = distribution(distinct, sampling)
     expected *= (counts / len(tokens) / expected.sum(1))[:, None]
     observed = np.zeros(expected.shape)
     np.add.at(observed, (which.ravel(), tokens), 1)
@@ -177,19 +177,19 @@ def judge_next(prefixes: np.ndarray, tokens: np.ndarray, law, sampling: dict, al
 def judge_draws(draws: Draws, sampling: dict, alpha: float) -> dict[str, Judgement]:
     """All statistics of one batch.
 
-    How the second token came about must not matter for the third, so that has the target's law in either case.
+    How the second token came about must not matter for the third, so that has the target's distribution in either case.
     """
     first, both = draws.tokens[:, :1], draws.tokens[:, :2]
     everything, accepted = np.ones(len(first), bool), draws.accepted > 0
     tests = (
-        (first, 1, target_law, everything),
-        (first, 1, _accepted_law, accepted),
-        (first, 1, _recovered_law, ~accepted),
-        (both, 2, target_law, everything),
-        (both, 2, target_law, accepted),
-        (both, 2, target_law, ~accepted),
+        (first, 1, target_distribution, everything),
+        (first, 1, _accepted_distribution, accepted),
+        (first, 1, _recovered_distribution, ~accepted),
+        (both, 2, target_distribution, everything),
+        (both, 2, target_distribution, accepted),
+        (both, 2, target_distribution, ~accepted),
     )
     return {
-        name: judge_next(prefixes[group], draws.tokens[group, column], law, sampling, alpha)
-        for name, (prefixes, column, law, group) in zip(STATISTICS, tests, strict=True)
+        name: judge_next(prefixes[group], draws.tokens[group, column], distribution, sampling, alpha)
+        for name, (prefixes, column, distribution, group) in zip(STATISTICS, tests, strict=True)
     }

@@ -3,8 +3,8 @@
 Usage: ``python engine_draws.py REQUEST.json RESULT.npz``, by ``engine.py``, in a process of its own. Each row of the
 result is a request: its first tokens, and how many drafts its first verification accepted.
 
-In the batch named by ``"shared_noise"`` recovered tokens are drawn with the noise that chose the draft token they
-replace, as if drafter and verifier shared a stream: drafts, acceptance and both distributions are as they should be.
+In the batch named by ``"shared_noise"`` recovered tokens are drawn with the u that chose the draft token they replace,
+as if drafter and verifier shared a stream: drafts, acceptance and both distributions are as they should be.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 
-from vllm_specopt import v1
+from vllm_specopt.integration import v1
 
 
 class Recorder:
@@ -36,26 +36,31 @@ class Recorder:
         return output
 
 
+def by_inversion(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token of each row at which the running sum passes so much of it; ``uniform``: ``[rows, 1]``."""
+    running = weights.double().cumsum(1)
+    return (running <= uniform * running[:, -1:]).sum(1).clamp(max=weights.shape[1] - 1)
+
+
 def share_noise(runner) -> None:
-    """Make the verifier draw recovered tokens with the drafter's noise."""
+    """Draw each draft token by inversion of the u with which the token that replaces it is drawn."""
     from vllm.v1.spec_decode import llm_base_proposer as proposer
 
-    original_draft, original_probs, original_verify = (
-        proposer.sample_with_exponential_noise, runner._get_spec_decode_draft_probs, v1.verify,
-    )  # fmt: skip
+    original_probs, original_verify = runner._get_spec_decode_draft_probs, v1.verify
+    generator = torch.Generator().manual_seed(0)
     drawn: list[torch.Tensor] = []
     rows: list[torch.Tensor] = []
     drafts = runner.speculative_config.num_speculative_tokens
 
     def draft(probs, noise):
-        drawn.append(noise.clone())
-        return original_draft(probs, noise)
+        drawn.append(torch.rand(len(probs), 1, generator=generator, dtype=torch.float64))
+        return by_inversion(probs, drawn[-1])
 
     def draft_probs(metadata):
         probs = original_probs(metadata)
         rows.clear()
         if probs is not None:
-            # As the runner's probabilities: [requests, drafts, vocab], of the last time it drafted.
+            # As the runner's probabilities: [requests, drafts, 1], of the last time it drafted.
             kept, runner._draft_probs = runner._draft_probs, torch.stack(drawn[-drafts:], 1)
             rows.append(original_probs(metadata))
             runner._draft_probs = kept
@@ -72,7 +77,8 @@ def share_noise(runner) -> None:
         row, compact = (starts + stop)[lost], (starts + stop)[lost] - lost
         target = (logits[row].float() / kwargs["temperature"][lost, None]).softmax(1)
         weights = (target - kwargs["draft_probs"][compact]).clamp(min=0)
-        verified.token_ids[lost, stop[lost]] = (weights / rows[0][compact]).argmax(1).to(verified.token_ids.dtype)
+        recovered = by_inversion(weights, rows[0][compact])
+        verified.token_ids[lost, stop[lost]] = recovered.to(verified.token_ids.dtype)
         return verified
 
     proposer.sample_with_exponential_noise = draft

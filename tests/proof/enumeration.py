@@ -1,82 +1,156 @@
-"""The reference's law without sampling: every draft, every outcome, summed in double precision."""
+"""The distribution of the reference without sampling: every draft, every outcome, every uniform, in double precision.
+
+The rule under test is the reference's own code. What it does with a row is a function of one or two uniforms that is
+constant between a few boundaries; these are found by bisection, down to neighbouring doubles.
+"""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
-from vllm_specopt.kernels.reference import acceptance_probability_ref, residual_ref
+from vllm_specopt.kernels.reference import exact
+from vllm_specopt.kernels.reference.noise import DRAW, RESIDUAL
 
-KINDS = ("flat", "peaked", "sparse", "identical", "one-hot")
+KINDS = ("flat", "peaked", "sparse", "identical", "chosen drafts")
+"""Shapes of the distributions; with ``chosen drafts`` these are one-hot, any token or a placeholder at any position."""
 SHAPES = ((2, 4), (3, 3), (4, 2), (5, 1))
 """(vocabulary, draft tokens) small enough to enumerate: at most 5 tokens and 4 drafts."""
 BOUND = 1e-12
+PURPOSES = {DRAW: "draw", RESIDUAL: "residual"}
+
+Step = Callable[[torch.Tensor, torch.Tensor | None, int, dict[str, float]], int | None]
+"""(target probabilities, draft probabilities or None, draft token, uniforms) -> None if it survives, else a token."""
 
 
-def conditional_laws(vocab_size: int, depth: int, gen: torch.Generator, kind: str) -> dict:
-    """A next-token law for every prefix up to ``depth`` tokens."""
+def exact_step(target: torch.Tensor, draft: torch.Tensor | None, token: int, uniforms: dict[str, float]) -> int | None:
+    """The reference's rule with given uniforms: ``draw``, ``acceptance`` and ``residual``."""
+    originals = exact.draw_uniform_ref, exact.acceptance_uniform_ref
+    exact.draw_uniform_ref = lambda _seed, _position, purpose: uniforms[PURPOSES[purpose]]
+    exact.acceptance_uniform_ref = lambda _seed, _position: uniforms["acceptance"]
+    try:
+        if draft is None:
+            return exact.match_ref(target, token, 0, 0)[0]
+        return exact.ratio_test_ref(target, draft, token, 0, 0)[0]
+    finally:
+        exact.draw_uniform_ref, exact.acceptance_uniform_ref = originals
 
-    def law():
+
+def measures(outcome: Callable[[float], Hashable]) -> dict[Hashable, float]:
+    """How much of (0, 1) leads to each outcome, for a function that does not return to an outcome it has left."""
+    found: dict[Hashable, float] = {}
+
+    def split(low, high, at_low, at_high):
+        middle = (low + high) / 2
+        if at_low == at_high:
+            found[at_low] = found.get(at_low, 0.0) + high - low
+        elif not low < middle < high:
+            found[at_high] = found.get(at_high, 0.0) + high - low
+        else:
+            at_middle = outcome(middle)
+            split(low, middle, at_low, at_middle)
+            split(middle, high, at_middle, at_high)
+
+    split(0.0, 1.0, outcome(2.0**-60), outcome(1 - 2.0**-53))
+    return found
+
+
+def outcomes(step: Step, target: torch.Tensor, draft: torch.Tensor | None, token: int) -> dict[int | None, float]:
+    """Probability of each outcome of one draft token: None if it survives, else the token emitted in its place."""
+    if draft is None:
+        return measures(lambda u: step(target, None, token, {"draw": u}))
+    accepted = measures(lambda u: step(target, draft, token, {"acceptance": u, "residual": 0.5}) is None).get(True, 0.0)
+    if accepted == 1:
+        return {None: 1.0}
+    recovered = measures(lambda u: step(target, draft, token, {"acceptance": 1 - 2.0**-53, "residual": u}))
+    return {None: accepted} | {found: (1 - accepted) * share for found, share in recovered.items()}
+
+
+def conditional_distributions(vocab_size: int, depth: int, gen: torch.Generator, kind: str) -> dict:
+    """A distribution of the next token for every prefix up to ``depth`` tokens."""
+
+    def distribution():
         logits = torch.randn(vocab_size, generator=gen, dtype=torch.float64) * (6 if kind == "peaked" else 1)
         if kind == "sparse":
             logits[torch.randperm(vocab_size, generator=gen)[: vocab_size // 2]] = -math.inf
         return logits.softmax(0)
 
     prefixes = (p for n in range(depth + 1) for p in itertools.product(range(vocab_size), repeat=n))
-    return {prefix: law() for prefix in prefixes}
+    return {prefix: distribution() for prefix in prefixes}
 
 
-def sequence_law(laws: dict, vocab_size: int, length: int) -> dict:
-    """Joint law of the first ``length`` tokens."""
-    joint = {}
-    for sequence in itertools.product(range(vocab_size), repeat=length):
-        joint[sequence] = math.prod(float(laws[sequence[:i]][sequence[i]]) for i in range(length))
-    return joint
+def continued(target: dict, prefix: tuple, probability: float, length: int) -> dict:
+    """Probabilities of all sequences of ``length`` tokens that the target makes of a prefix."""
+    found = {prefix: probability}
+    for _ in range(length - len(prefix)):
+        found = {(*p, t): mass * share for p, mass in found.items() for t, share in enumerate(target[p].tolist())}
+    return found
 
 
-def emitted_law(
-    target: dict,
-    draft: dict,
-    vocab_size: int,
-    num_drafts: int,
-    acceptance: Callable = acceptance_probability_ref,
-    residual: Callable = residual_ref,
+def emitted_distribution(
+    target: dict, draft: dict | None, drafts: tuple, probability: float, step: Step, cache: dict
 ) -> dict:
-    """Joint law of what one step emits, continued by the target to ``num_drafts + 1`` tokens.
+    """Joint distribution of what one step emits for given drafts, continued by the target to one token more than them.
 
-    ``acceptance(target_prob, draft_prob)`` and ``residual(target_probs, draft_probs)`` are the rule under test.
+    draft: what the drafts were drawn from, by prefix; None if they were chosen. probability: that of these drafts.
     """
-    length = num_drafts + 1
-    emitted = dict.fromkeys(itertools.product(range(vocab_size), repeat=length), 0.0)
+    emitted: dict = {}
+    length = len(drafts) + 1
 
-    def continue_with_target(prefix, probability):
-        for tail in itertools.product(range(vocab_size), repeat=length - len(prefix)):
-            sequence = prefix + tail
-            steps = range(len(prefix), length)
-            emitted[sequence] += probability * math.prod(float(target[sequence[:i]][sequence[i]]) for i in steps)
+    def emit(prefix, mass):
+        for sequence, share in continued(target, prefix, mass, length).items():
+            emitted[sequence] = emitted.get(sequence, 0.0) + share
 
-    for drafts in itertools.product(range(vocab_size), repeat=num_drafts):
-        reached = math.prod(float(draft[drafts[:i]][drafts[i]]) for i in range(num_drafts))
-        for i in range(num_drafts):
-            target_law, draft_law = target[drafts[:i]], draft[drafts[:i]]
-            accept = acceptance(target_law[drafts[i]], draft_law[drafts[i]])
-            weights = residual(target_law, draft_law)
-            for token in range(vocab_size):
-                recovered = float(weights[token] / weights.sum())
-                continue_with_target((*drafts[:i], token), reached * (1 - accept) * recovered)
-            reached *= accept
-        continue_with_target(drafts, reached)
+    reached = probability
+    for i, token in enumerate((*drafts, -1)):
+        prefix = drafts[:i]
+        key = (prefix, token)
+        if key not in cache:
+            row = None if draft is None or token < 0 else draft[prefix]
+            cache[key] = outcomes(step, target[prefix], row, token)
+        for found, share in cache[key].items():
+            if found is not None:
+                emit((*prefix, found), reached * share)
+        reached *= cache[key].get(None, 0.0)
+        if reached == 0:
+            break
     return emitted
 
 
-def total_variation(kind: str, vocab_size: int, num_drafts: int, **rule: Callable) -> float:
-    """Distance between the emitted law and the target's joint law of ``num_drafts + 1`` tokens."""
+def total_variation(kind: str, vocab_size: int, num_drafts: int, step: Step = exact_step) -> float:
+    """Distance between the emitted distribution and the target's joint one of ``num_drafts + 1`` tokens.
+
+    With chosen drafts it is the largest over all choices: no average over drafts may be needed.
+    """
     gen = torch.Generator().manual_seed(vocab_size)
-    target = conditional_laws(vocab_size, num_drafts, gen, "flat" if kind == "identical" else kind)
-    draft = target if kind == "identical" else conditional_laws(vocab_size, num_drafts, gen, kind)
-    if kind == "one-hot":
-        draft = {prefix: torch.eye(vocab_size, dtype=torch.float64)[law.argmax()] for prefix, law in draft.items()}
-    expected = sequence_law(target, vocab_size, num_drafts + 1)
-    emitted = emitted_law(target, draft, vocab_size, num_drafts, **rule)
-    return sum(abs(emitted[s] - expected[s]) for s in expected) / 2
+    target = conditional_distributions(vocab_size, num_drafts, gen, "flat" if kind == "identical" else kind)
+    draft = target if kind == "identical" else conditional_distributions(vocab_size, num_drafts, gen, kind)
+    expected = continued(target, (), 1.0, num_drafts + 1)
+
+    def distance(emitted):
+        return sum(abs(emitted.get(s, 0.0) - expected[s]) for s in expected) / 2
+
+    cache: dict = {}
+    if kind == "chosen drafts":
+        choices = itertools.product(range(-1, vocab_size), repeat=num_drafts)
+        return max(distance(emitted_distribution(target, None, drafts, 1.0, step, cache)) for drafts in choices)
+    total: dict = {}
+    for drafts, mass in continued(draft, (), 1.0, num_drafts).items():
+        for sequence, share in emitted_distribution(target, draft, drafts, mass, step, cache).items():
+            total[sequence] = total.get(sequence, 0.0) + share
+    return distance(total)
+
+
+def acceptance_error(vocab_size: int, step: Step = exact_step) -> float:
+    """Largest distance of a chosen draft's acceptance from p(x), and of what follows a rejection from p without x."""
+    gen = torch.Generator().manual_seed(vocab_size)
+    worst = 0.0
+    for kind in ("flat", "peaked", "sparse"):
+        target = conditional_distributions(vocab_size, 0, gen, kind)[()]
+        for token, prob in enumerate(target.tolist()):
+            found = outcomes(step, target, None, token)
+            worst = max(worst, abs(found.get(None, 0.0) - prob))
+            others = (abs(found.get(t, 0.0) - p) for t, p in enumerate(target.tolist()) if t != token)
+            worst = max(worst, found.get(token, 0.0), *others)
+    return worst

@@ -19,7 +19,7 @@ class EqualityResult:
 
 
 def compare_case(case: Case, backend: str, device: str, requests: int, seed: int, size: int = 250) -> EqualityResult:
-    """Verify requests of one case, with drafts from its own draft law, on a backend and by the reference.
+    """Verify requests of one case, with drafts from its own draft distribution, on a backend and by the reference.
 
     Raises:
         AssertionError: A token differs.

@@ -27,8 +27,8 @@ class Plan:
     num_drafts: per request. draft_vocab: width of the draft distribution. pad, skip: unused columns after and before
     each row. spread: standard deviation of the logits over the temperature, in nats; ties: round them to halves.
     poison: share of elements that become NaN or infinite, and of rows that become wholly so. improper: draft
-    probabilities that are scaled, negative, NaN, infinite or zero. same: the draft's law is the target's. far: rows
-    beyond 2^31 elements. by_row: draft ids by row. state: parameters in a larger, permuted table. filters: which.
+    probabilities that are scaled, negative, NaN, infinite or zero. same: the draft's distribution is the target's. far:
+    rows beyond 2^31 elements. by_row: draft ids by row. state: parameters in a larger, permuted table. filters: which.
     """
 
     value_seed: int

@@ -1,24 +1,31 @@
 """What a run consists of: jobs that any process can do, each giving rows of the table."""
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from proof import biased, determinism, engine, enumeration, equality, fuzz
+from proof import biased, determinism, engine, enumeration, equality, fuzz, rounding
 from proof.cases import make_cases
 from proof.draws import STATISTICS, WrongGreedy, backend_verifier, draw_case, judge_case
 from proof.judgement import FAMILY_ALPHA
-from vllm_specopt.kernels.reference import acceptance_probability_ref, residual_ref
 
-LOSSLESS = {"exact": {"acceptance": acceptance_probability_ref, "residual": residual_ref}}
+LOSSLESS = {"exact": enumeration.exact_step}
 """The methods that claim to be lossless, each with its rule in the reference."""
-DRAWN_CASES = {"flat": 0, "peaked": 2}
-"""Cases on which biased rules must be caught: name and place in the list."""
+TOKENS = STATISTICS[:2]
+"""What tokens come out, whatever the number of drafts that survive."""
+RANKS = Path(__file__).resolve().parents[1] / "stress" / "ranks.py"
+ACCEPTANCE = "acceptance of chosen drafts is p(x)"
 CLOSE_SHARE = {"equality": 0.02, "fuzz": 0.1}
 """Largest share of requests that may be left out as too close to call: fuzzing makes ties and empty residuals."""
-SECTIONS = ("enumeration", "law", "bias", "engine", "equality", "fuzz", "determinism")
+SECTIONS = ("enumeration", "distribution", "bias", "rounding", "engine", "equality", "fuzz", "determinism", "ranks")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Size:
     """How much a run does.
 
     ``fuzz`` and ``determinism`` count batches, ``equality`` requests per case, ``engine`` requests per batch and those
-    of a biased engine.
+    of a biased engine, ``ranks`` steps, ``probes`` boundaries of a row.
     """
 
     draws: int
@@ -34,6 +41,8 @@ class Size:
     equality: dict
     fuzz: dict
     determinism: dict
+    probes: int
+    ranks: int
     chunks: int
 
 
@@ -43,9 +52,13 @@ FULL = Size(
     {"cpu": 1000, "triton": 750},
     {"cpu": 100_000, "triton": 5_000},
     {"cpu": 2_000, "triton": 100},
+    1_000,
+    2_000,
     20,
 )
-QUICK = Size(40_000, (200, 2_000), {"cpu": 40, "triton": 2}, {"cpu": 300, "triton": 12}, {"cpu": 40, "triton": 2}, 1)
+QUICK = Size(
+    40_000, (200, 2_000), {"cpu": 40, "triton": 2}, {"cpu": 300, "triton": 12}, {"cpu": 40, "triton": 2}, 20, 100, 1
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class Row:
     extra: dict = field(default_factory=dict)
 
 
-def law_backends() -> tuple[str, ...]:
+def drawn_backends() -> tuple[str, ...]:
     """Backends fast enough to be drawn from: Triton on a GPU only."""
     return ("cpu", "triton") if torch.cuda.is_available() else ("cpu",)
 
@@ -98,21 +111,29 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
         jobs += [Job("engine", "cpu", "V1 with a probabilistic drafter", method)]
         jobs += [Job("fuzz", b, "random batches", method, i) for b in ("triton", "cpu") for i in range(size.chunks)]
         jobs += [Job("equality", "triton", case.name, method) for case in cases]
-        jobs += [Job("law", b, case.name, method) for b in law_backends() for case in reversed(cases)]
+        jobs += [Job("distribution", b, case.name, method) for b in drawn_backends() for case in reversed(cases)]
         jobs += [Job("determinism", b, change, method) for b in ("triton", "cpu") for change in determinism.CHANGES]
+        jobs += [Job("determinism", b, kind, method) for b in ("triton", "cpu") for kind in determinism.DRAFTS]
         jobs += [Job("determinism", "cpu", "number of threads", method)]
         jobs += [Job("equality", "cpu", case.name, method) for case in cases]
-        jobs += [Job("enumeration", "reference", kind, method) for kind in enumeration.KINDS]
-    for name in DRAWN_CASES:
-        jobs += [Job("bias", "cpu", f"{name}: drafter shares the recovery noise")]
-        jobs += [Job("bias", "arrays", f"{name}: {rule}") for rule in ("correct", *biased.RULES)]
+        jobs += [Job("enumeration", "reference", kind, method) for kind in (*enumeration.KINDS, ACCEPTANCE)]
+    jobs += [Job("ranks", "cpu", "two tensor-parallel ranks of a V1 engine")]
+    rows = [f"{name}, {_short(dtype)}" for name in rounding.ROWS for dtype in rounding.DTYPES]
+    jobs += [Job("rounding", backend, row) for backend in ("triton", "cpu") for row in rows]
+    jobs += [Job("bias", "cpu", f"{c}: {name}") for name, shared in biased.SHARED_NOISE.items() for c in shared.cases]
+    jobs += [Job("bias", "arrays", f"{c}: {name}") for name, rule in biased.RULES.items() for c in rule.cases]
+    jobs += [Job("bias", "arrays", f"rounding: {name}") for name in rounding.BIASED]
     return [job for job in jobs if job.section in sections]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def alpha_per_test(num_cases: int) -> float:
     """Bonferroni: the run's error chance over every case, statistic, method, backend and engine, two tests each."""
     engines = len(engine.SETTINGS) * len(engine.SEEDS) * len(engine.STATISTICS)
-    return FAMILY_ALPHA / (2 * len(LOSSLESS) * (len(STATISTICS) * num_cases * len(law_backends()) + engines))
+    return FAMILY_ALPHA / (2 * len(LOSSLESS) * (len(STATISTICS) * num_cases * len(drawn_backends()) + engines))
 
 
 def run_job(job: Job, size: Size, seed: int) -> list[Row]:
@@ -131,7 +152,12 @@ def run_job(job: Job, size: Size, seed: int) -> list[Row]:
 
 
 def _enumerate(job: Job, size: Size, seed: int) -> list[Row]:
-    distances = [enumeration.total_variation(job.item, *shape, **LOSSLESS[job.method]) for shape in enumeration.SHAPES]
+    if job.item == ACCEPTANCE:
+        error = max(enumeration.acceptance_error(vocab, LOSSLESS[job.method]) for vocab, _ in enumeration.SHAPES)
+        drafts = 3 * sum(vocab for vocab, _ in enumeration.SHAPES)
+        return [Row(job.section, job.item, "reference", drafts, "drafts", None, error, enumeration.BOUND,
+                    error <= enumeration.BOUND)]  # fmt: skip
+    distances = [enumeration.total_variation(job.item, *shape, LOSSLESS[job.method]) for shape in enumeration.SHAPES]
     sequences = sum(vocab ** (drafts + 1) for vocab, drafts in enumeration.SHAPES)
     row = Row(job.section, job.item, "reference", sequences, "sequences", total_variation=max(distances))
     row.bound, row.passed = enumeration.BOUND, max(distances) <= enumeration.BOUND
@@ -161,7 +187,7 @@ def _rows_of(job: Job, judgements: dict, item: str | None = None) -> list[Row]:
     ]
 
 
-def _law(job: Job, size: Size, seed: int) -> list[Row]:
+def _distribution(job: Job, size: Size, seed: int) -> list[Row]:
     index, case = _case(job.item)
     verifier = backend_verifier(job.backend, device_of(job.backend))
     counts = draw_case(case, verifier, size.draws, seed * 1000 + index)
@@ -170,13 +196,23 @@ def _law(job: Job, size: Size, seed: int) -> list[Row]:
 
 def _bias(job: Job, size: Size, seed: int) -> list[Row]:
     name, _, rule = job.item.partition(": ")
+    if name == "rounding":
+        _, expected = rounding.distributions("flat", torch.float32)
+        distance = rounding.total_variation(rounding.BIASED[rule](expected), expected)
+        caught = distance > rounding.BOUND
+        return [Row(job.section, f"flat, vocabulary {rounding.VOCAB}: {rule}", "arrays", 1, "rows", None, distance,
+                    rounding.BOUND, caught, "caught by: rounding" if caught else "not caught")]  # fmt: skip
     _, case = _case(name)
-    if job.backend == "cpu":
-        counts = draw_case(case, backend_verifier("cpu"), size.draws, seed, biased.shared_noise_drafter)
-    else:
+    alpha = alpha_per_test(len(make_cases()))
+    if job.backend == "arrays":
         counts = draw_case(case, biased.rule_verifier(rule, seed), size.draws, seed)
-    judgements = judge_case(case, counts, alpha_per_test(len(make_cases())))
-    return [_caught(job, job.item, judgements, rule != "correct")]
+        return [_caught(job, job.item, judge_case(case, counts, alpha), rule != "correct")]
+    shared = biased.SHARED_NOISE[rule]
+    counts = draw_case(case, backend_verifier("cpu"), size.draws, seed, biased.sharing_drafter(shared.purpose))
+    judgements = judge_case(case, counts, alpha)
+    if not shared.caught:
+        judgements = {statistic: judgements[statistic] for statistic in TOKENS}
+    return [_caught(job, job.item, judgements, shared.caught)]
 
 
 def _caught(job: Job, case: str, judgements: dict, biased: bool = True) -> Row:
@@ -186,6 +222,31 @@ def _caught(job: Job, case: str, judgements: dict, biased: bool = True) -> Row:
     note = f"caught by: {', '.join(caught)}" if caught else "not caught" if biased else "accepted"
     return Row(job.section, case, job.backend, worst.draws, "draws", worst.p_value, worst.total_variation,
                worst.bound, bool(caught) == biased, note)  # fmt: skip
+
+
+def _rounding(job: Job, size: Size, seed: int) -> list[Row]:
+    name, _, dtype = job.item.rpartition(", ")
+    found = rounding.implied(name, getattr(torch, dtype), job.backend, device_of(job.backend), size.probes)
+    row = Row(job.section, job.item, job.backend, found.probes, "probes", None, found.distance, rounding.BOUND)
+    row.passed = found.distance <= rounding.BOUND and not found.wrong
+    row.note = f"{found.wrong} boundaries lie elsewhere" if found.wrong else ""
+    return [row]
+
+
+def _ranks(job: Job, size: Size, seed: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "ranks.json"
+        command = [sys.executable, str(RANKS), "--steps", str(size.ranks), "--out", str(out)]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )  # fmt: skip
+        if not out.exists():
+            raise RuntimeError(f"the engine ended with {done.returncode}: {done.stdout[-2000:]}")
+        result = json.loads(out.read_text())
+    first = result["ranks"][0]
+    note = f"{first['accepted']} of {first['drafted']} drafts accepted" if result["agree"] else "their tokens differ"
+    return [Row(job.section, job.item, job.backend, first["steps"], "steps", passed=result["agree"], note=note)]
 
 
 def _engine(job: Job, size: Size, seed: int) -> list[Row]:
@@ -225,6 +286,8 @@ def _determinism(job: Job, size: Size, seed: int) -> list[Row]:
     count = size.determinism[job.backend]
     if job.item == "number of threads":
         result = determinism.check_threads(seed, range(max(1, count // 10)))
+    elif job.item in determinism.DRAFTS:
+        result = determinism.check_drafts(job.item, seed, range(count), job.backend, device_of(job.backend))
     else:
         result = determinism.check_batches(job.item, seed, range(count), job.backend, device_of(job.backend))
     return [Row(job.section, job.item, job.backend, result.requests, "requests", note=f"{result.batches} batches")]
@@ -232,10 +295,12 @@ def _determinism(job: Job, size: Size, seed: int) -> list[Row]:
 
 _RUN = {
     "enumeration": _enumerate,
-    "law": _law,
+    "distribution": _distribution,
     "bias": _bias,
+    "rounding": _rounding,
     "engine": _engine,
     "equality": _equality,
     "fuzz": _fuzz,
     "determinism": _determinism,
+    "ranks": _ranks,
 }

@@ -65,6 +65,40 @@ def merge(rows: list[Row]) -> list[Row]:
     return [merged[key] for key in sorted(merged, key=lambda k: (k[0], k[1]))]
 
 
+def condensed(rows: list[Row]) -> list[Row]:
+    """One line for all statistics of a case or engine, all dtypes of a row, all cases of equality, all changes."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        name = {
+            "distribution": row.case.partition(" / ")[0],
+            "engine": row.case.partition(" / ")[0],
+            "rounding": row.case.rpartition(", ")[0],
+            "equality": "every case",
+            "determinism": "every change",
+        }.get(row.section, row.case)
+        groups.setdefault((row.section, row.backend, name), []).append(row)
+    return [_worst(name, group) for (_, _, name), group in groups.items()]
+
+
+def _worst(name: str, rows: list[Row]) -> Row:
+    """The smallest p, the distance that comes closest to its bound, and the sum of what was compared."""
+    if len(rows) == 1:
+        return rows[0]
+    closest = max(rows, key=lambda row: (row.total_variation or 0.0) / (row.bound or 1.0))
+    p_values = [row.p_value for row in rows if row.p_value is not None]
+    draws = [row.draws for row in rows]
+    close = sum(row.extra.get("close", 0) for row in rows)
+    failed = [row.note or row.case for row in rows if not row.passed]
+    return replace(
+        closest,
+        case=name,
+        draws=max(draws) if rows[0].unit == "draws" else sum(draws),
+        p_value=min(p_values, default=None),
+        passed=not failed,
+        note="; ".join(failed) or (f"{close} too close to call" if rows[0].unit == "requests" and close else ""),
+    )
+
+
 def _cells(row: Row) -> list[str]:
     def number(value, form):
         return "" if value is None else format(value, form)
@@ -97,7 +131,8 @@ def table(rows: list[Row]) -> Table:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For docs/proof.md."""
+    """For docs/proof.md, condensed."""
+    rows = condensed(rows)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in rows]) + "\n"
 

@@ -10,6 +10,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Before anything imports Triton: without a GPU its kernels run in the interpreter. Worker processes come here too.
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(str(ROOT / "tests" / "engine" / "interpreter"))
+    import one_patch  # noqa: F401
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if __name__ == "__main__":

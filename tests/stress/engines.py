@@ -31,17 +31,19 @@ def main(request_path: str, result_path: str) -> None:
         llm = LLM(**engine["llm"])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         sampler, steps = getattr(runner, "rejection_sampler", None), []
-        preempted = counter(llm, "vllm:num_preemptions")
         if sampler is not None:
             record_drafts(sampler, steps)
-        result = results[engine["name"]] = {"sampler": type(sampler).__module__, "batches": {}, "drafts": {}}
+        result = results[engine["name"]] = {"sampler": type(sampler).__module__} | {
+            name: {} for name in ("batches", "drafts", "preemptions")
+        }
         for batch in engine["batches"]:
             steps.clear()
+            preempted = counter(llm, "vllm:num_preemptions")
             run = aborted if "abort_after" in batch else generated
             result["batches"][batch["name"]] = run(llm, batch)
             print(f"{time.perf_counter() - started:.0f} s: {engine['name']}, {batch['name']}", flush=True)
+            result["preemptions"][batch["name"]] = counter(llm, "vllm:num_preemptions") - preempted
             result["drafts"][batch["name"]] = [list(kind) for kind in sorted(set(map(tuple, steps)))]
-        result["preemptions"] = counter(llm, "vllm:num_preemptions") - preempted
         result["fallbacks"] = dict(getattr(sampler, "fallbacks", {}))
         del llm, runner, sampler
         gc.collect()

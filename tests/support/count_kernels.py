@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 
 BLOCK = 1024
-SHAPE = (2, 3)
+SHAPE = (1, 3)
 ROUNDS = (0, 5, 8, 2)
 
 
@@ -27,7 +27,7 @@ def record() -> None:
     rounds = torch.tensor(ROUNDS, dtype=torch.int32)
     out, found = torch.empty(len(ROUNDS), BLOCK), torch.empty(1, dtype=torch.int32)
     with watch(1, 1, 1) as launches:
-        toy_kernel[(len(ROUNDS),)](x, rounds, out, BLOCK=BLOCK, FAST=False)
+        toy_kernel[(len(ROUNDS),)](x, rounds, out, BLOCK=BLOCK)
         x.mul_(20)
         search_kernel[(1,)](x, found, 16, BLOCK=128)
     print(json.dumps([launch.as_json() for launch in launches]))
@@ -65,7 +65,8 @@ def recorded() -> list:
 def ours(settings: list[str]) -> None:
     from vllm_specopt.benchmarks.kernels import budgets, cost
 
-    planned = [item for item in cost.plan([SHAPE], settings, SHAPE) if item[1].who == cost.OURS]
+    planned = [item for item in cost.plan([SHAPE], [*cost.SETTINGS], SHAPE) if item[1].who == cost.OURS]
+    planned = [(setting, step) for setting, step in planned if setting in settings]
     for line in budgets.violations(cost.count_steps(planned, [90])):
         print(line)
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 import vllm_specopt
-from vllm_specopt import compat
 from vllm_specopt.cli.errors import CliError
+from vllm_specopt.integration import compat
 
 CHECKOUT = Path(vllm_specopt.__file__).parents[1]
 ENTRY_POINT = "vllm_specopt:register"
@@ -130,7 +130,7 @@ def configuration(arguments: dict) -> tuple[str | None, list[Check]]:
     """What vLLM makes of the arguments: the runner (None if it refuses them), and whether the drop-in is active."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_specopt import plugin as hooks
+    from vllm_specopt.integration import plugin as hooks
 
     try:
         vllm_config = EngineArgs(**arguments).create_engine_config()
@@ -173,7 +173,7 @@ def speed(device: str) -> Check:
     """Time one verification step, and a copy of as many bytes in the same run."""
     import torch
 
-    from vllm_specopt.metrics import new_counters
+    from vllm_specopt.integration.metrics import new_counters
     from vllm_specopt.verify import verify
 
     requests, vocab = SHAPE[device]

@@ -25,7 +25,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_specopt.metrics import Account, new_counters
+from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
 
 logger = init_logger("vllm.specopt")

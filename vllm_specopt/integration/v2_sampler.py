@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
-from vllm_specopt.config import SpecoptConfig, requested_method
-from vllm_specopt.metrics import Account, new_counters
+from vllm_specopt.integration.config import SpecoptConfig, requested_method
+from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
 
 # V2 runs on Triton only; on a CPU that is Triton's interpreter.
@@ -58,7 +58,13 @@ KINDS = ((False, False), (True, False), (True, True))
 
 
 class Sampler(stock.Sampler):
-    """vLLM's sampler, but the token comes from the draw that verification makes at that position."""
+    """vLLM's sampler, but the token comes from the draw that verification makes at that position.
+
+    Attributes:
+        account: What this worker's samplers count.
+        parameters: Sampling parameters of all slots, on the device. vLLM's own arrays are views of host memory, which
+            every program of a kernel would read across the bus; they are copied when a request takes a slot.
+    """
 
     def __init__(self, sampler: stock.Sampler, account: Account):
         """Take over the states of the stock sampler that this one replaces; both see the same requests."""
@@ -66,6 +72,12 @@ class Sampler(stock.Sampler):
         self.account = account
         device = account.counters.device
         self._starts = torch.arange(self.sampling_states.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.parameters: dict[str, torch.Tensor] = {}
+
+    def apply_staged_writes(self) -> None:
+        """As in the stock class; the runner calls it in steps that bring new requests."""
+        super().apply_staged_writes()
+        self.parameters = {name: array.clone() for name, array in _parameters(self.sampling_states).items()}
 
     def sample(
         self,
@@ -121,7 +133,7 @@ class Sampler(stock.Sampler):
         counters, bad_rows = new_counters(logits.device)
         for rows in (logits[:1], processed(logits[:1])):
             for random, filtered in KINDS:
-                parameters = parameters_of(self.sampling_states, random, filtered)
+                parameters = parameters_of(self, random, filtered)
                 self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters)
 
     def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters) -> torch.Tensor:
@@ -183,7 +195,7 @@ def prepare(
             # taken out again, as the kernels need it for the draft's logits, too.
             temperature = states.temperature.gpu[context.expanded_idx_mapping].unsqueeze(1)
             rows = shown * torch.where(temperature == 0, 1.0, temperature)
-        return rows, parameters_of(states, random, False), shown
+        return rows, parameters_of(sampler, random, False), shown
 
     rows = logits
     if _needs_processors(sampler, slots):
@@ -192,18 +204,18 @@ def prepare(
             rows = processor.apply(rows, context)
         sampler.thinking_budget_state.apply(rows, context)
     filtered = random and (used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0))
-    return rows, parameters_of(states, random, filtered), rows
+    return rows, parameters_of(sampler, random, filtered), rows
 
 
-def parameters_of(states: SamplingStates, random: bool, filtered: bool) -> dict:
+def parameters_of(sampler: stock.Sampler, random: bool, filtered: bool) -> dict:
     """Arguments of ``verify`` for a batch of which some request samples (``random``) and some of those filter."""
-    return {
-        "temperature": states.temperature.gpu if random else None,
-        "seeds": states.seeds.gpu if random else None,
-        "top_k": states.top_k.gpu if filtered else None,
-        "top_p": states.top_p.gpu if filtered else None,
-        "min_p": states.min_p.gpu if filtered else None,
-    }
+    parameters = getattr(sampler, "parameters", None) or _parameters(sampler.sampling_states)
+    used = {"temperature": random, "seeds": random, "top_k": filtered, "top_p": filtered, "min_p": filtered}
+    return {name: parameters[name] if is_used else None for name, is_used in used.items()}
+
+
+def _parameters(states: SamplingStates) -> dict[str, torch.Tensor]:
+    return {name: getattr(states, name).gpu for name in ("temperature", "seeds", "top_k", "top_p", "min_p")}
 
 
 def processed(logits: torch.Tensor) -> torch.Tensor:

@@ -4,32 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-METHODS = ("exact", "sigmoid")
+from vllm_specopt.rules import RULES, SIGMOID_EXPECTED, SigmoidConstants, parse_sigmoid
+
+METHODS = tuple(RULES)
 ON_UNKNOWN_VLLM = ("error", "stock")
 ALLOWED = {"method": METHODS, "on_unknown_vllm": ON_UNKNOWN_VLLM}
 REQUEST_KEY = "specopt"
-# Single precision must hold the constants, and tell alpha from beta.
-_LARGEST, _NARROWEST = 1e30, 1e-6
-_CONSTANTS = '"paper" (alpha -1e4, beta 1e4, those of the paper\'s released code) or {"alpha": ..., "beta": ...}'
-
-
-@dataclass(frozen=True)
-class SigmoidConstants:
-    """Constants of sigmoid verification: score(z) = sigmoid((z / T - alpha) / (beta - alpha)), T the temperature.
-
-    Each side has its own pair, because the two models' logits need not be centred alike. With ``clip`` scores are 0
-    where z / T < alpha and 1 where z / T > beta, as in the code the paper released.
-    """
-
-    target_alpha: float
-    target_beta: float
-    draft_alpha: float
-    draft_beta: float
-    clip: bool = True
-
-
-PAPER = SigmoidConstants(-1e4, 1e4, -1e4, 1e4)
-"""The constants of the code released with arXiv 2406.11016."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +19,9 @@ class SpecoptConfig:
     method: How draft tokens are verified; one of ``METHODS``.
     on_unknown_vllm: What to do on a vLLM this version was not checked against: ``error`` stops at startup, ``stock``
         runs vLLM's own sampler with a warning.
-    sigmoid: Constants of the sigmoid method; None where nothing can use them. Given as ``"paper"`` (:data:`PAPER`)
-        or as ``{"alpha": ..., "beta": ...}``, the same for both models. They have no default: they decide how far the
-        output may leave the target's distribution.
+    sigmoid: Constants of the sigmoid method; None where nothing can use them. Given as ``"paper"``
+        (:data:`vllm_specopt.rules.PAPER`) or as ``{"alpha": ..., "beta": ...}``, the same for both models. They have no
+        default: they decide how far the output may leave the target's distribution.
     allow_per_request: Whether a request may choose another method than the engine's, see :func:`requested_method`.
     """
 
@@ -85,13 +65,15 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
     constants = option.get("sigmoid")
     if constants is None and (option["method"] == "sigmoid" or per_request):
         needs = "method is 'sigmoid'" if option["method"] == "sigmoid" else "allow_per_request is true"
-        raise ValueError(f"specopt.sigmoid is missing ({needs}), expected {_CONSTANTS}")
+        raise ValueError(f"specopt.sigmoid is missing ({needs}), expected {SIGMOID_EXPECTED}")
     if constants is not None and option["method"] != "sigmoid" and not per_request:
         raise ValueError(
             f"specopt.sigmoid is given, but nothing can use it: method is {option['method']!r} and allow_per_request "
             "is not true"
         )
-    return SpecoptConfig(**{**option, "sigmoid": None if constants is None else _sigmoid_constants(constants)})
+    return SpecoptConfig(
+        **{**option, "sigmoid": None if constants is None else parse_sigmoid("specopt.sigmoid", constants)}
+    )
 
 
 def requested_method(extra_args: Any) -> str | None:
@@ -116,27 +98,6 @@ def requested_method(extra_args: Any) -> str | None:
     if not isinstance(choice, str) or choice not in METHODS:
         raise ValueError(f"{name} is {choice!r}, expected {_either(METHODS)}")
     return choice
-
-
-def _sigmoid_constants(value: Any) -> SigmoidConstants:
-    if value == "paper":
-        return PAPER
-    if not isinstance(value, Mapping):
-        raise ValueError(f"specopt.sigmoid is {value!r}, expected {_CONSTANTS}")
-    _known_keys("specopt.sigmoid", value, ["alpha", "beta"])
-    for key in ("alpha", "beta"):
-        if key not in value:
-            raise ValueError(f"specopt.sigmoid lacks the key {key}, expected a number")
-        number = value[key]
-        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= _LARGEST:
-            raise ValueError(f"specopt.sigmoid.{key} is {number!r}, expected a number from -1e30 to 1e30")
-    alpha, beta = float(value["alpha"]), float(value["beta"])
-    if not beta - alpha >= _NARROWEST * max(abs(alpha), abs(beta), 1.0):
-        raise ValueError(
-            f"specopt.sigmoid.alpha is {alpha!r}, expected less than specopt.sigmoid.beta ({beta!r}) by at least "
-            "one part in a million"
-        )
-    return SigmoidConstants(alpha, beta, alpha, beta)
 
 
 def _known_keys(name: str, mapping: Mapping, keys: list[str]) -> None:

@@ -24,9 +24,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_specopt import compat, metrics
-from vllm_specopt.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
-from vllm_specopt.verify import MAX_DRAFT_TOKENS, backend_name
+from vllm_specopt.checks import MAX_DRAFT_TOKENS
+from vllm_specopt.integration import compat, metrics
+from vllm_specopt.integration.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
+from vllm_specopt.verify import backend_name
 
 logger = init_logger("vllm.specopt")
 
@@ -197,7 +198,7 @@ def _warm_up(original):
         config = _active_config(self.vllm_config)
         sampler = getattr(self.model_runner, "rejection_sampler", None) or getattr(self.model_runner, "sampler", None)
         if config and current_platform.is_cuda() and hasattr(sampler, "warm_up"):
-            from vllm_specopt.warm_up import warm_up
+            from vllm_specopt.integration.warm_up import warm_up
 
             # Before vLLM's own, at whose end it starts to watch for compilation in flight.
             warm_up(self.model_runner)
@@ -251,9 +252,9 @@ def _custom_sampler(original):
             return custom
         from vllm.v1.worker.gpu.sample.sampler import Sampler as Stock
 
-        from vllm_specopt.metrics import Account
-        from vllm_specopt.v2 import RejectionSampler
-        from vllm_specopt.v2_sampler import Sampler
+        from vllm_specopt.integration.metrics import Account
+        from vllm_specopt.integration.v2 import RejectionSampler
+        from vllm_specopt.integration.v2_sampler import Sampler
 
         if type(sampler) is Stock:
             sampler = Sampler(sampler, Account(self.device))
@@ -271,8 +272,8 @@ def _v2_load_model(original):
         config = _active_config(self.vllm_config)
         if config is None:
             return
-        from vllm_specopt.v2 import RejectionSampler
-        from vllm_specopt.v2_sampler import BACKEND, Sampler
+        from vllm_specopt.integration.v2 import RejectionSampler
+        from vllm_specopt.integration.v2_sampler import BACKEND, Sampler
 
         replaced = self.sampler if self.speculative_config is None else self.rejection_sampler
         if not isinstance(replaced, Sampler | RejectionSampler):
@@ -294,8 +295,8 @@ def _v1_init(original):
         from vllm.distributed.parallel_state import get_pp_group
         from vllm.v1.sample.rejection_sampler import RejectionSampler as Stock
 
-        from vllm_specopt.v1 import RejectionSampler
-        from vllm_specopt.v1_sampler import Draws, Sampler, is_stock
+        from vllm_specopt.integration.v1 import RejectionSampler
+        from vllm_specopt.integration.v1_sampler import Draws, Sampler, is_stock
 
         samples = get_pp_group().is_last_rank and not self.is_pooling_model
         speculative, own = self.speculative_config, is_stock(self.sampler)
@@ -324,7 +325,7 @@ def _v1_init(original):
 
 def _calc_spec_decode_metadata(original):
     def _calc_spec_decode_metadata(self, *args, **kwargs):
-        from vllm_specopt.v1 import BY_REQUEST
+        from vllm_specopt.integration.v1 import BY_REQUEST
 
         metadata = original(self, *args, **kwargs)
         setattr(metadata, BY_REQUEST, True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_specopt.config import METHODS
+from vllm_specopt.integration.config import METHODS
 
 DIRECTORY = "SPECOPT_METRICS_DIR"
 """Environment variable by which the process that makes the configuration tells the workers where to write."""

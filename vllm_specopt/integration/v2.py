@@ -11,9 +11,17 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
-from vllm_specopt.config import SpecoptConfig
-from vllm_specopt.metrics import Account, new_counters
-from vllm_specopt.v2_sampler import BACKEND, KINDS, RequestedMethods, Sampler, parameters_of, prepare, processed
+from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.v2_sampler import (
+    BACKEND,
+    KINDS,
+    RequestedMethods,
+    Sampler,
+    parameters_of,
+    prepare,
+    processed,
+)
 from vllm_specopt.verify import verify
 
 EXACT = SpecoptConfig("exact")
@@ -147,7 +155,7 @@ class RejectionSampler(stock.RejectionSampler):
             for kind in KINDS:
                 for chosen in sigmoid:
                     counters, bad_rows = new_counters(device)
-                    self._launch(rows, *arguments, parameters_of(states, *kind), chosen, bad_rows, counters)
+                    self._launch(rows, *arguments, parameters_of(self.sampler, *kind), chosen, bad_rows, counters)
 
     def _sigmoid(self, idx_mapping_np: np.ndarray):
         """Constants of the sigmoid method if this batch uses it, and which slots do (None: all)."""

@@ -21,9 +21,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_specopt.config import SpecoptConfig, requested_method
-from vllm_specopt.metrics import Account, new_counters
-from vllm_specopt.v1_sampler import (
+from vllm_specopt.integration.config import SpecoptConfig, requested_method
+from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.v1_sampler import (
     GREEDY_BELOW,
     Draws,
     Sampler,

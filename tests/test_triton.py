@@ -1,13 +1,17 @@
 """The Triton kernels against the float64 reference, token for token; on a GPU if there is one, else interpreted."""
 
+import itertools
+
 import pytest
 import torch
 
+from vllm_specopt.kernels.launch import STEPS, TILE
 from vllm_specopt.kernels.reference import verify_ref
-from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, assert_matches_reference, random_batch
+from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, Batch, assert_matches_reference, random_batch
 from vllm_specopt.verify import verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ALL_FILTERS = ("top_k", "top_p", "min_p")
 RAGGED = [3, 0, 5, 1, 9]
 # Of the requests below, the largest share that a reference margin may exclude from the comparison.
@@ -24,23 +28,23 @@ def check(cases):
 
 
 @pytest.mark.parametrize("draft", [NO_DRAFT, PROBS, LOGITS])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference(draft, dtype):
     check(
         {
             "seed": seed,
-            "num_drafts": RAGGED,
+            "num_drafts": num_drafts,
             "vocab_size": vocab,
             "dtype": dtype,
             "draft": draft,
             "rows_layout": seed % 2 == 0,
         }
-        for seed, vocab in ((0, 1000), (1, 37), (2, 4100))
+        for seed, vocab, num_drafts in ((0, 1000, [2, 0, 3, 1]), (1, 37, RAGGED), (2, 4100, [2, 0, 1]))
     )
 
 
 @pytest.mark.parametrize("filters", [("top_k",), ("top_p",), ("min_p",), ALL_FILTERS], ids="-".join)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_filters_match_reference(filters, dtype):
     check(
         {
@@ -56,9 +60,14 @@ def test_filters_match_reference(filters, dtype):
     )
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 5, 4096, 4097, 8195])
-def test_vocabularies_around_the_tile(vocab_size):
-    check([{"seed": vocab_size, "num_drafts": [2, 1, 0], "vocab_size": vocab_size, "dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "vocab_size", [1, 2, 5, TILE - 1, TILE, TILE + 1, *(STEPS * TILE + more for more in (-1, 0, 1))]
+)
+@pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
+def test_vocabularies_around_a_tile_and_what_a_program_sweeps(vocab_size, draft):
+    check(
+        [{"seed": vocab_size, "num_drafts": [1, 0], "vocab_size": vocab_size, "dtype": torch.bfloat16, "draft": draft}]
+    )
 
 
 @pytest.mark.parametrize("draft", [PROBS, LOGITS])
@@ -66,6 +75,58 @@ def test_draft_vocabulary_narrower_than_the_targets(draft):
     batch = random_batch(seed=5, num_drafts=[3] * 6, vocab_size=500, draft=draft, draft_vocab_size=460)
     verified, _ = assert_matches_reference(batch, "triton", DEVICE)
     assert verified.token_ids.max() < 460
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.permutations(DTYPES, 2)], ids=str)
+@pytest.mark.parametrize("draft", [PROBS, LOGITS])
+def test_draft_of_another_dtype_than_the_target(draft, dtypes):
+    target, drafter = dtypes
+    batch = random_batch(seed=12, num_drafts=[3, 1, 4], vocab_size=300, dtype=target, draft=draft)
+    name = f"draft_{draft}"
+    batch.kwargs[name] = batch.kwargs[name].to(drafter)
+    assert_matches_reference(batch, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
+def test_rows_anywhere_in_memory(draft):
+    """Rows that lie apart, at addresses that are multiples of an element's size only."""
+    batch = random_batch(seed=13, num_drafts=[2, 3], vocab_size=1030, dtype=torch.bfloat16, draft=draft)
+    table = torch.full((len(batch.logits), 2, 1035), float("inf"), dtype=torch.bfloat16)
+    batch.logits = table[:, 1, 3:1033].copy_(batch.logits)
+    assert_matches_reference(batch, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("rejected", [None, 0, 3], ids=str)
+@pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
+def test_offsets_beyond_32_bits(draft, rejected):
+    """Strides fit into 32 bits; the last row, and the draft of the last entry, lie 2^31 elements behind the first."""
+    far, vocab_size = 2**29 + 64, 40
+    # Of this memory only what is written takes up any.
+    memory = torch.empty(4 * far + 5 * vocab_size, dtype=torch.bfloat16, device=DEVICE)
+    values = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(16)).bfloat16()
+    logits = memory.as_strided((5, vocab_size), (far, 1)).copy_(values)
+    tokens = values[:4].argmax(1)
+    if rejected is not None:
+        tokens[rejected] = values[rejected].argmin()
+    # So cold that each row's token is its largest.
+    kwargs = {"temperature": torch.full((5,), 0.001), "seeds": torch.arange(5), "state_indices": torch.tensor([4])}
+    if draft == LOGITS:
+        kwargs["draft_logits"] = memory.as_strided((5, 4, vocab_size), (far, vocab_size, 1), vocab_size)
+        kwargs["draft_logits"][4].scatter_(1, tokens[:, None].to(DEVICE), 9.0)
+    batch = Batch(logits, torch.tensor([0, 5]), tokens, 4, kwargs)
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    assert int(verified.num_sampled) == (5 if rejected is None else rejected + 1)
+
+
+@pytest.mark.parametrize("wrong", [None, 77, 0], ids=str)
+def test_128_drafts_of_one_request(wrong):
+    # So cold that each row's token is its largest.
+    batch = random_batch(seed=15, num_drafts=[128], vocab_size=20, temperatures=(0.001,))
+    batch.draft_token_ids = batch.logits[:-1].argmax(1)
+    if wrong is not None:
+        batch.draft_token_ids[wrong] = -1
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    assert int(verified.num_sampled) == (129 if wrong is None else wrong + 1)
 
 
 def test_realistic_vocabulary_with_filters():
@@ -84,22 +145,20 @@ def test_realistic_vocabulary_with_filters():
     )
 
 
-def test_ties_in_top_k_and_top_p_are_kept():
-    """Eight tokens share the threshold value; all of them must be reachable, nothing below may be."""
-    logits = torch.full((80, 60), -1.0)
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_k": 3, "top_p": 0.6}], ids="-".join)
+def test_ties_are_kept_and_reached(filters):
+    """Eight tokens share the threshold value; they must be reachable, nothing below may be."""
+    n = 24
+    logits = torch.full((n, 60), -1.0)
     logits[:, 20:28] = 2.0
     logits[:, 40] = 2.5
-    kwargs = {
-        "temperature": torch.ones(80),
-        "seeds": torch.arange(80),
-        "top_k": torch.full((80,), 3, dtype=torch.int32),
-        "top_p": torch.where(torch.arange(80) % 2 == 0, 1.0, 0.6).float(),
-    }
-    args = (logits, torch.arange(81, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), 0)
-    kwargs = {k: v.to(DEVICE) for k, v in kwargs.items()}
-    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
-    tokens = verify(*args, **kwargs, backend="triton").token_ids
-    assert set(tokens.flatten().tolist()) == {*range(20, 28), 40}
+    dtypes = {"top_k": torch.int32, "top_p": torch.float32}
+    kwargs = {name: torch.full((n,), value, dtype=dtypes[name]) for name, value in filters.items()}
+    kwargs |= {"temperature": torch.ones(n), "seeds": torch.arange(n)}
+    batch = Batch(logits, torch.arange(n + 1), torch.zeros(0, dtype=torch.int64), 0, kwargs)
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    tokens = set(verified.token_ids.flatten().tolist())
+    assert tokens <= {*range(20, 28), 40} and len(tokens) > 6
 
 
 def special_rows(vocab_size: int) -> torch.Tensor:
@@ -122,7 +181,7 @@ def special_rows(vocab_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("draft", [NO_DRAFT, PROBS, LOGITS])
 def test_rows_that_go_bad(temperature, filtered, draft):
-    """Each special row once as the judged and once as the bonus row; ids stay valid and bad rows are counted."""
+    """Each special row once as the verified and once as the bonus row; ids stay valid and bad rows are counted."""
     vocab_size = 50
     batch = random_batch(
         seed=9,
@@ -148,30 +207,30 @@ def test_rows_that_go_bad(temperature, filtered, draft):
     assert int(on_device.kwargs["bad_row_counter"]) == expected.bad_rows > 0
 
 
-def test_an_infinite_logit_beats_a_lucky_finite_one_of_another_tile():
-    # Hot enough that noise decides between finite logits; the infinite one is in the first of three tiles.
-    logits = torch.full((64, 8205), 300.0)
+def test_an_infinite_logit_beats_finite_ones_of_another_tile():
+    # Hot enough that the finite logits would weigh most; the infinite one is in the first of three tiles.
+    logits = torch.full((8, 2 * TILE + 5), 300.0)
     logits[:, 17] = float("inf")
     tokens, _ = verify(
         logits.to(DEVICE),
-        torch.arange(65, device=DEVICE),
+        torch.arange(9, device=DEVICE),
         torch.zeros(0, dtype=torch.int64, device=DEVICE),
         0,
-        temperature=torch.full((64,), 100.0, device=DEVICE),
-        seeds=torch.arange(64, device=DEVICE),
+        temperature=torch.full((8,), 100.0, device=DEVICE),
+        seeds=torch.arange(8, device=DEVICE),
         backend="triton",
     )
-    assert tokens.flatten().tolist() == [17] * 64
+    assert tokens.flatten().tolist() == [17] * 8
 
 
 def test_residual_without_mass_falls_back_to_the_target():
     """Draft probabilities that sum to far more than one leave no residual: the token comes from the target row."""
     batch = random_batch(
-        seed=4, num_drafts=[1] * 40, vocab_size=30, draft=PROBS, temperatures=(1.0,), shuffled_state=False
+        seed=4, num_drafts=[1] * 12, vocab_size=30, draft=PROBS, temperatures=(1.0,), shuffled_state=False
     )
     batch.kwargs["draft_probs"] = torch.full_like(batch.kwargs["draft_probs"], 40.0)
     verified, _ = assert_matches_reference(batch, "triton", DEVICE)
-    assert (verified.num_sampled == 1).sum() > 20
+    assert (verified.num_sampled == 1).sum() > 6
 
 
 def test_given_bonus_tokens_are_used():
@@ -190,7 +249,7 @@ def test_a_request_does_not_depend_on_its_batch_mates(draft):
     batch = random_batch(
         seed=21,
         num_drafts=[4, 2, 3],
-        vocab_size=5000,
+        vocab_size=1500,
         dtype=torch.bfloat16,
         draft=draft,
         filters=("top_p",),

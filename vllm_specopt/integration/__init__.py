@@ -1,0 +1,1 @@
+"""Where vLLM is met: hooks, configuration, samplers of both model runners, metrics."""
