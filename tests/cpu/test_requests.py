@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specopt import cpu
-from vllm_specopt.config import PAPER
 from vllm_specopt.cpu.rows import TILE
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.rules import PAPER
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, random_batch
 from vllm_specopt.verify import verify
 

@@ -20,6 +20,7 @@ _run_alone = verify_requests.ctypes
 _MIN_LOGITS_TO_SPLIT = 1 << 17
 _ANY_STATE = 1 << 62
 _INT64 = torch.int64
+_ALIGNMENT = 64
 _JOB, _JOB_BEGINS = struct.Struct(f"{JOB_PLAN + len(Plan._fields)}q"), (0,) * JOB_PLAN
 
 
@@ -73,11 +74,11 @@ def verify_batch(
     if num_reqs > 1 and num_rows * vocab_size >= _MIN_LOGITS_TO_SPLIT and _openmp() is not None:
         num_workers = min(torch.get_num_threads(), num_reqs)
     per_worker = _memory_per_worker(vocab_size)
-    memory = _Memory.take(_JOB.size + num_workers * per_worker)
+    memory = _Memory.take(num_workers * per_worker)
     _JOB.pack_into(
-        memory.pages, 0,
+        memory.job, 0,
         *_JOB_BEGINS,
-        memory.address + _JOB.size,
+        memory.address,
         per_worker,
         num_reqs,
         num_rows,
@@ -112,10 +113,10 @@ def verify_batch(
         num_sampled.data_ptr(),
     )  # fmt: skip
     if num_workers > 1:
-        _openmp()(verify_requests.address, memory.address, num_workers, 0)
+        _openmp()(verify_requests.address, memory.job_address, num_workers, 0)
     else:
-        _run_alone(memory.address)
-    bad_rows, misfit = int(memory.words[JOB_BAD_ROWS]), int(memory.words[JOB_MISFIT])
+        _run_alone(memory.job_address)
+    bad_rows, misfit = int(memory.job[JOB_BAD_ROWS]), int(memory.job[JOB_MISFIT])
     _Memory.idle.append(memory)
     if misfit:
         raise ValueError(
@@ -153,7 +154,7 @@ def _ints(tensor: torch.Tensor | None) -> tuple[int, int]:
 @functools.lru_cache(maxsize=32)
 def _memory_per_worker(vocab_size: int) -> int:
     _, size = scratch_at.py_func(0, vocab_size)
-    return -(-size // 64) * 64
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Memory:
@@ -162,8 +163,10 @@ class _Memory:
     idle: ClassVar[list[_Memory]] = []
 
     def __init__(self, size: int):
-        self.size, self.pages = size, np.empty(size, dtype=np.uint8)
-        self.address, self.words = self.pages.ctypes.data, self.pages[: _JOB.size].view(np.int64)
+        self.size, self.pages = size, np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        self.address = -(-self.pages.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        self.job = np.empty(_JOB.size // 8, dtype=np.int64)
+        self.job_address = self.job.ctypes.data
 
     @classmethod
     def take(cls, size: int) -> _Memory:
