@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import numba
@@ -42,6 +43,7 @@ def entry(tmp_path, monkeypatch):
         monkeypatch.setattr(cache, "digest", lambda folder: digest)
         spec = importlib.util.spec_from_file_location("entry", source)
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "entry", module)
         spec.loader.exec_module(module)
         return cache.compile_entry(module.entry)
 

@@ -1,13 +1,17 @@
 """The Python side of the CPU backend: from tensors to addresses, and onto torch's threads."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
-from array import array
+import struct
+from typing import ClassVar
 
+import numpy as np
 import torch
 
 from vllm_specopt.cpu.memory import BF16, FP16, FP32
-from vllm_specopt.cpu.plan import LOGITS, ONE_HOT, PROBS
+from vllm_specopt.cpu.plan import JOB_BAD_ROWS, JOB_MISFIT, JOB_PLAN, LOGITS, ONE_HOT, PROBS, Plan, scratch_at
 from vllm_specopt.cpu.requests import verify_requests
 
 _KIND = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
@@ -15,6 +19,9 @@ _run_alone = verify_requests.ctypes
 # Below this many logits a second thread costs more than it saves.
 _MIN_LOGITS_TO_SPLIT = 1 << 17
 _ANY_STATE = 1 << 62
+_INT64 = torch.int64
+_ALIGNMENT = 64
+_JOB, _JOB_BEGINS = struct.Struct(f"{JOB_PLAN + len(Plan._fields)}q"), (0,) * JOB_PLAN
 
 
 def verify_batch(
@@ -52,7 +59,7 @@ def verify_batch(
     num_reqs = cu_num_logits.shape[0] - 1
     num_rows, vocab_size = logits.shape
     per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p, sigmoid_requests)
-    num_states = min([t.shape[0] for t in per_state if t is not None], default=_ANY_STATE)
+    num_states = min([len(t) for t in per_state if t is not None], default=_ANY_STATE)
     mode, draft = ONE_HOT, None
     draft_stride = draft_position_stride = draft_kind = 0
     if draft_probs is not None:
@@ -63,8 +70,16 @@ def verify_batch(
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
         draft_kind = _KIND[draft.dtype]
-    job = array("q", (
-        0, 0, 0,  # next request, rows without a usable logit, 1 + a request that does not fit
+    num_workers = 1
+    if num_reqs > 1 and num_rows * vocab_size >= _MIN_LOGITS_TO_SPLIT and _openmp() is not None:
+        num_workers = min(torch.get_num_threads(), num_reqs)
+    per_worker = _memory_per_worker(vocab_size)
+    memory = _Memory.take(num_workers * per_worker)
+    _JOB.pack_into(
+        memory.job, 0,
+        *_JOB_BEGINS,
+        memory.address,
+        per_worker,
         num_reqs,
         num_rows,
         vocab_size,
@@ -94,11 +109,15 @@ def verify_batch(
         token_ids.data_ptr(),
         token_ids.stride(0),
         token_ids.shape[1],
-        token_ids.dtype == torch.int64,
+        token_ids.dtype is _INT64,
         num_sampled.data_ptr(),
-    ))  # fmt: skip
-    _run(job.buffer_info()[0], num_reqs, num_rows * vocab_size)
-    _, bad_rows, misfit = job[:3]
+    )  # fmt: skip
+    if num_workers > 1:
+        _openmp()(verify_requests.address, memory.job_address, num_workers, 0)
+    else:
+        _run_alone(memory.job_address)
+    bad_rows, misfit = int(memory.job[JOB_BAD_ROWS]), int(memory.job[JOB_MISFIT])
+    _Memory.idle.append(memory)
     if misfit:
         raise ValueError(
             f"request {misfit - 1}: cu_num_logits or state_indices points outside the other arguments "
@@ -129,18 +148,30 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 def _ints(tensor: torch.Tensor | None) -> tuple[int, int]:
     """Address of a tensor of indices, and whether they are 64 bits wide."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.int64)
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype is _INT64)
 
 
-def _run(job: int, num_reqs: int, num_logits: int) -> None:
-    """Run a job, by its address, on torch's own threads."""
-    if num_reqs > 1 and num_logits >= _MIN_LOGITS_TO_SPLIT:
-        num_threads = min(torch.get_num_threads(), num_reqs)
-        parallel = _openmp() if num_threads > 1 else None
-        if parallel is not None:
-            parallel(verify_requests.address, job, num_threads, 0)
-            return
-    _run_alone(job)
+@functools.lru_cache(maxsize=32)
+def _memory_per_worker(vocab_size: int) -> int:
+    _, size = scratch_at.py_func(0, vocab_size)
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Memory:
+    """The job of a call, and what its workers compute in. Calls give it back: fresh pages would cost a row's time."""
+
+    idle: ClassVar[list[_Memory]] = []
+
+    def __init__(self, size: int):
+        self.size, self.pages = size, np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        self.address = -(-self.pages.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        self.job = np.empty(_JOB.size // 8, dtype=np.int64)
+        self.job_address = self.job.ctypes.data
+
+    @classmethod
+    def take(cls, size: int) -> _Memory:
+        memory = cls.idle.pop() if cls.idle else None
+        return memory if memory is not None and memory.size >= size else cls(size)
 
 
 @functools.cache

@@ -40,9 +40,9 @@ def _tops_of_tiles(num_tiles, scratch):
 def _top_k_bound(num_tiles, top, k, lowest, scratch):
     """A logit at or below the k-th largest: at least k tiles, or groups, reach it."""
     if k <= num_tiles // 2:
-        return reach(scratch.tile_tops, np.int64(0), num_tiles, lowest, top, np.float64(k), ROUGHLY)
+        return reach(scratch.tile_tops, np.int64(0), num_tiles, lowest, top, np.float64(k), np.int64(ROUGHLY))
     if k <= WIDTH * num_tiles:
-        return reach(scratch.left.tops, np.int64(0), WIDTH * num_tiles, lowest, top, np.float64(k), ROUGHLY)
+        return reach(scratch.left.tops, np.int64(0), WIDTH * num_tiles, lowest, top, np.float64(k), np.int64(ROUGHLY))
     return lowest
 
 
@@ -86,13 +86,15 @@ def _top_p_bound(num_tiles, top, need, frame, scratch):
     for i in range(0, num_tiles, WIDTH):
         store(scratch.tile_weights + 4 * i, weigh(load_fp32(scratch.tile_tops + 4 * i), frame))
     store(scratch.left.sums + 4 * num_tiles, splat(ZERO))
-    bound = _bound(scratch.tile_weights, scratch.left.sums, num_tiles, TILE, need, top, frame)
+    bound = _bound(scratch.tile_weights, scratch.left.sums, num_tiles, np.int64(TILE), need, top, frame)
     if counted(scratch.tile_tops, num_tiles, bound) * MANY < num_tiles:
         return bound
     num_groups = WIDTH * num_tiles
     for i in range(0, num_groups, WIDTH):
         store(scratch.group_weights + 4 * i, weigh(load_fp32(scratch.left.tops + 4 * i), frame))
-    by_group = _bound(scratch.group_weights, scratch.left.group_sums, num_groups, TILE // WIDTH, need, top, frame)
+    by_group = _bound(
+        scratch.group_weights, scratch.left.group_sums, num_groups, np.int64(TILE // WIDTH), need, top, frame
+    )
     return max(bound, by_group)
 
 
@@ -120,13 +122,15 @@ def apply_filters(row, frame, mass, top_k, top_p, min_p, scratch):
         return _filter_row(row, frame, mass, top_k, top_p, low, top, only_top_p, scratch)
     threshold = low
     if 0 < top_k < count:
-        threshold = reach(scratch.pool_values, np.int64(0), count, low, top, np.float64(top_k), 1)
+        threshold = reach(scratch.pool_values, np.int64(0), count, low, top, np.float64(top_k), np.int64(1))
     if top_p < 1:
         weigh_pool(frame, count, scratch)
         kept = mass
         if not only_top_p:
             kept = _pool_mass(count, threshold, scratch)
-        threshold = reach(scratch.pool_values, scratch.pool_weights, count, threshold, top, np.float64(top_p) * kept, 1)
+        threshold = reach(
+            scratch.pool_values, scratch.pool_weights, count, threshold, top, np.float64(top_p) * kept, np.int64(1)
+        )
     if threshold > low:
         count = _drop_below(count, threshold, scratch)
     gathered = Row(scratch.pool_values, np.int64(FP32), count, ZERO, np.int64(0))
@@ -139,11 +143,11 @@ def _filter_row(row, frame, mass, top_k, top_p, low, top, only_top_p, scratch):
     """The same without gathering what is kept."""
     threshold = low
     if top_k > 0:
-        threshold = reach_in_row(row, frame, low, top, np.float64(top_k), False, scratch)
+        threshold = reach_in_row(row, frame, low, top, np.float64(top_k), np.int64(0), scratch)
     if top_p < 1:
         if not only_top_p:
             mass = sum_of_tiles(row, frame, threshold, scratch)
-        threshold = reach_in_row(row, frame, threshold, top, np.float64(top_p) * mass, True, scratch)
+        threshold = reach_in_row(row, frame, threshold, top, np.float64(top_p) * mass, np.int64(1), scratch)
     mass = sum_of_tiles(row, frame, threshold, scratch)
     return Target(row, frame, mass, threshold, row, threshold, np.int64(-1))
 

@@ -14,13 +14,16 @@ GREEDY_BELOW = 1e-5
 POOL = 4096
 """Values that are gathered at most from a filtered row."""
 
-# A job, in 64-bit words: next request, rows without a usable logit, 1 + a request that does not fit, then the plan.
-JOB_PLAN = 3
+# A job, in 64-bit words: requests and workers that have begun, emitting rows without a usable logit, 1 + a request that
+# does not fit; then the plan.
+JOB_REQUESTS, JOB_WORKERS, JOB_BAD_ROWS, JOB_MISFIT, JOB_PLAN = range(5)
 
 
 class Plan(NamedTuple):
     """Addresses are 0 for what is absent; ``wide`` means int64 rather than int32; strides count elements."""
 
+    memory: int
+    memory_per_worker: int
     num_reqs: int
     num_rows: int
     vocab: int

@@ -24,7 +24,11 @@ from vllm_specopt.cpu.memory import (
 from vllm_specopt.cpu.noise import DRAW, acceptance_uniform, draw_uniform
 from vllm_specopt.cpu.plan import (
     GREEDY_BELOW,
+    JOB_BAD_ROWS,
+    JOB_MISFIT,
     JOB_PLAN,
+    JOB_REQUESTS,
+    JOB_WORKERS,
     LOGITS,
     ONE_HOT,
     PROBS,
@@ -169,30 +173,20 @@ def _count(counters, num_accepted, num_drafts, num_read):
     fetch_add(counters + 32, num_drafts + 1 - num_read)
 
 
-@jit
-def _verify_requests(job):
-    next_request, bad_rows, misfit = job, job + 8, job + 16
-    words = carray(pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH)
-    plan = Plan(*to_fixed_tuple(words, PLAN_LENGTH))
-    _, size = scratch_at(np.int64(0), plan.vocab)
-    memory = np.empty(size, np.uint8)
-    scratch, _ = scratch_at(np.int64(memory.ctypes.data), plan.vocab)
-    request = fetch_add(next_request, np.int64(1))
-    while request < plan.num_reqs:
-        bad = _verify_request(request, plan, scratch)
-        if bad < 0:
-            write_int(misfit, 0, True, 1 + request)
-        elif bad > 0:
-            fetch_add(bad_rows, np.int64(bad))
-        request = fetch_add(next_request, np.int64(1))
-    # Keeps the memory alive up to here.
-    memory[0] = 0
-
-
 PLAN_LENGTH = len(Plan._fields)
 
 
 @compile_entry
 def verify_requests(job):
     """Verify requests of a job (its address) until none is left; threads may share a job."""
-    _verify_requests(job)
+    plan = Plan(*to_fixed_tuple(carray(pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH), PLAN_LENGTH))
+    worker = fetch_add(job + 8 * JOB_WORKERS, np.int64(1))
+    scratch, _ = scratch_at(plan.memory + worker * plan.memory_per_worker, plan.vocab)
+    request = fetch_add(job + 8 * JOB_REQUESTS, np.int64(1))
+    while request < plan.num_reqs:
+        bad = _verify_request(request, plan, scratch)
+        if bad < 0:
+            write_int(job + 8 * JOB_MISFIT, 0, True, 1 + request)
+        elif bad > 0:
+            fetch_add(job + 8 * JOB_BAD_ROWS, np.int64(bad))
+        request = fetch_add(job + 8 * JOB_REQUESTS, np.int64(1))

@@ -1,8 +1,8 @@
 """A row of logits in tiles, and the weights 2^(logit * scale - reference) that stand for its probabilities.
 
-The reference is a whole number near the row's largest scaled logit. A weight then takes eleven instructions for eight
-tokens: the logit's own multiplication rounds to the nearest power of two, and the power enters by its exponent bits.
-Whatever the reference, weights of one row can be compared and added; a change of reference is a power of two.
+The reference is a whole number near the row's largest scaled logit. Eight weights then take eleven instructions: the
+logit's own multiplication rounds to the nearest power of two, and the power enters by its exponent bits. A change of
+reference multiplies all weights of a row by a power of two, so it rounds nothing.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from vllm_specopt.cpu.memory import FP32, INF, ONE, ZERO, inline, jit, load, rea
 TILE = 512
 """Tokens that are summed in single precision; a multiple of 32. Their logits fit in the first-level cache."""
 LOWEST = np.float32(np.finfo(np.float32).min)
-LARGEST_REFERENCE = np.float64(1 << 18)
+LARGEST_REFERENCE = 2.0**18
 """Scaled logits beyond this are taken relative to the row's largest, or the reference would cost them precision."""
 # Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits; 127 is the exponent's bias.
 ROUND = 1.5 * 2.0**23 + 127.0

@@ -1,4 +1,4 @@
-"""Sweeps over one row: what they leave behind is one number per tile, never anything of the size of the row."""
+"""Sweeps over one row: what they leave is a few numbers per tile, never anything of the size of the row."""
 
 from typing import NamedTuple
 

@@ -180,7 +180,9 @@ def reach_in_row(row, frame, low, top, need, by_mass, scratch):
             weigh_pool(frame, found, scratch)
             weights = scratch.pool_weights if by_mass else np.int64(0)
             rest = need - (mass_beyond if by_mass else np.float64(count_beyond))
-            return reach(scratch.pool_values, weights, found, value_of(reached), value_of(beyond - 1), rest, 1)
+            return reach(
+                scratch.pool_values, weights, found, value_of(reached), value_of(beyond - 1), rest, np.int64(1)
+            )
         middle = (reached + beyond) >> 1
         if by_value:
             between = key_of(np.float32(0.5 * np.float64(value_of(reached)) + 0.5 * np.float64(value_of(beyond - 1))))
