@@ -143,7 +143,7 @@ def test_metrics_agree_with_vllms_own(server, client):
     ("option", "speculation", "sentence"),
     [
         ('{"specopt": {"method": "fast"}}', SPECULATION, "method"),
-        ('{"specopt": "exact"}', None, "speculative"),
+        ('{"specopt": {"method": "sigmoid", "sigmoid": "paper"}}', None, "specul"),
     ],
     ids=["unknown method", "no speculation"],
 )
