@@ -11,21 +11,23 @@ from .constants import ROW_COLUMNS
 from .decide import decide_kernel
 from .filters import CAPACITY
 from .residual import residual_kernel
+from .shapes import DEFAULTS, shapes_of
 from .statistics import statistics_kernel
 
-TILE, STEPS = 1024, 8
-"""Tokens of a tile, and tiles that one program sweeps; fewer where the vocabulary is small."""
-
 KEY_STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
-ROW_WARPS, FILTER_WARPS, RESIDUAL_WARPS = 1, 4, 2
 
 
-def tiling(vocab_size: int) -> tuple[int, int, int, int, int]:
-    """Tokens of a tile, tiles of a program, tiles of a row, programs of a row, and its tiles as a power of two."""
-    tile = min(TILE, max(16, triton.next_power_of_2(vocab_size)))
+def tiling(
+    vocab_size: int, tile: int = DEFAULTS.tile, steps: int = DEFAULTS.statistics_steps
+) -> tuple[int, int, int, int, int]:
+    """Tokens of a tile, tiles of a program, tiles of a row, programs of a row, and its tiles as a power of two.
+
+    ``tile`` and ``steps`` are the first two where the vocabulary is not too small for them.
+    """
+    tile = min(tile, max(16, triton.next_power_of_2(vocab_size)))
     num_tiles = triton.cdiv(vocab_size, tile)
     padded_tiles = triton.next_power_of_2(num_tiles)
-    steps = min(STEPS, padded_tiles)
+    steps = min(steps, padded_tiles)
     return tile, steps, num_tiles, triton.cdiv(num_tiles, steps), padded_tiles
 
 
@@ -63,7 +65,8 @@ def verify_batch(
     draft = draft_probs if draft_probs is not None else draft_logits
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
-    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size)
+    shapes = shapes_of(logits.device)
+    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.statistics_steps)
     block_k = max(8, triton.next_power_of_2(width))
     is_filtered = top_k is not None or top_p is not None or min_p is not None
     compact = draft_token_ids.shape[0] != num_rows
@@ -115,7 +118,7 @@ def verify_batch(
         TILE=tile,
         STEPS=steps,
         BLOCK_K=block_k,
-        num_warps=1,
+        num_warps=shapes.statistics_warps,
     )
     decide_kernel[(num_reqs * width,)](
         logits,
@@ -156,10 +159,11 @@ def verify_batch(
         TILE=tile,
         PADDED_TILES=padded_tiles,
         BLOCK_K=block_k,
-        num_warps=FILTER_WARPS if is_filtered else ROW_WARPS,
+        num_warps=shapes.filter_warps if is_filtered else shapes.decide_warps,
     )
     if draft is None:
         return
+    _, steps, _, num_groups, _ = tiling(vocab_size, shapes.tile, shapes.residual_steps)
     residual_kernel[(num_reqs * num_groups,)](
         logits,
         logits.stride(0),
@@ -186,5 +190,5 @@ def verify_batch(
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,
-        num_warps=RESIDUAL_WARPS,
+        num_warps=shapes.residual_warps,
     )

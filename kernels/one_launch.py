@@ -12,9 +12,10 @@ import triton.language as tl
 
 from .constants import GREEDY_BELOW, LOG2_E, UNALIGNED
 from .decide import find_outcome
-from .launch import KEY_STEPS, ROW_WARPS, tiling
+from .launch import KEY_STEPS, tiling
 from .load import Drafts, Filters, Noise, Rows, Tiles, load_draft_token, load_request
 from .output import write_request
+from .shapes import shapes_of
 from .statistics import sweep
 
 NOT_STOPPED = tl.constexpr(1 << 30)
@@ -152,7 +153,8 @@ def verify_in_one_launch(
     """
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
-    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size)
+    shapes = shapes_of(logits.device)
+    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.statistics_steps)
     tile_max = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     zeros = torch.zeros(num_rows + num_reqs, dtype=torch.int32, device=logits.device)
     one_launch_kernel[(num_reqs * width * num_groups,)](
@@ -185,6 +187,6 @@ def verify_in_one_launch(
         STEPS=steps,
         PADDED_TILES=padded_tiles,
         BLOCK_K=max(8, triton.next_power_of_2(width)),
-        num_warps=ROW_WARPS,
+        num_warps=shapes.decide_warps,
     )
     return tile_max

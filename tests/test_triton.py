@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from vllm_specopt.kernels.launch import STEPS, TILE
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.kernels.shapes import DEFAULTS
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, Batch, assert_matches_reference, random_batch
 from vllm_specopt.verify import verify
 
+TILE, STEPS = DEFAULTS.tile, DEFAULTS.statistics_steps
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ALL_FILTERS = ("top_k", "top_p", "min_p")

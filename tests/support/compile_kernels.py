@@ -13,6 +13,7 @@ import torch
 
 from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
 from vllm_specopt.kernels import constants, decide, launch, one_launch, residual, statistics
+from vllm_specopt.kernels.shapes import DEFAULTS
 
 VOCAB_SIZE = 151936
 BLOCK_K = 8
@@ -66,13 +67,13 @@ def variants(with_all: bool):
             types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
             types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32"}
         launches = [
-            (statistics.statistics_kernel, 1),
-            (decide.decide_kernel, launch.FILTER_WARPS if filtered else launch.ROW_WARPS),
+            (statistics.statistics_kernel, DEFAULTS.statistics_warps),
+            (decide.decide_kernel, DEFAULTS.filter_warps if filtered else DEFAULTS.decide_warps),
         ]
         if draft != "one-hot":
-            launches.append((residual.residual_kernel, launch.RESIDUAL_WARPS))
+            launches.append((residual.residual_kernel, DEFAULTS.residual_warps))
         if draft == "one-hot" and method == "exact" and not filtered:
-            launches.append((one_launch.one_launch_kernel, launch.ROW_WARPS))
+            launches.append((one_launch.one_launch_kernel, DEFAULTS.decide_warps))
         known = {
             "COMPACT_DRAFTS": runner == "v1",
             "KEY_STEP": launch.KEY_STEPS[DTYPES[dtype]],
