@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
@@ -27,6 +28,8 @@ WORKLOADS = {
     "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
     "T = 0": {"temperature": 0.0},
 }
+KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel", "one_launch_kernel")
+ENTRY_POINTS = "vllm.general_plugins"
 WARMUP_LEN = 6
 MAX_MODEL_LEN = 1024
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -38,7 +41,6 @@ class Plan:
     """What one benchmark runs.
 
     repeats: Runs per arm and way of drafting.
-    jit_monitor: What vLLM does when a kernel is compiled after start-up (on a GPU): ``warn``, or ``error``.
     """
 
     arms: tuple[Arm, ...]
@@ -49,7 +51,6 @@ class Plan:
     num_speculative_tokens: int
     threads: int | None
     on_cpu: bool
-    jit_monitor: str = "warn"
 
     @property
     def dtype(self) -> str:
@@ -101,8 +102,6 @@ class Plan:
             "enable_prefix_caching": False,
             "seed": repeat,
         }
-        if self.jit_monitor == "error":
-            llm["jit_monitor_mode"] = "error"
         if arm.option:
             llm["additional_config"] = {"specopt": arm.option}
         return {
@@ -134,7 +133,6 @@ class Plan:
             "repeats": self.repeats,
             "threads": self.threads,
             "dtype": self.dtype,
-            "jit_monitor": self.jit_monitor,
             "env": self.env(),
         }
 
@@ -146,9 +144,21 @@ def problem(arm: Arm, result: dict) -> str | None:
         return f"the arm {arm.name} ran the sampler {result['sampler']}"
     if result["fallbacks"]:
         return f"the arm {arm.name} left batches to vLLM's sampler: {', '.join(result['fallbacks'])}"
+    if ours := set(result.get("compiled_in_flight", ())).intersection(KERNELS):
+        return f"the arm {arm.name} compiled {', '.join(sorted(ours))} while it served"
     if arm.repair and not result["expands_parameters"]:
         return f"the arm {arm.name} is not repaired: vLLM's expand_kernel still leaves its output unwritten"
     return None
+
+
+def compiled_in_flight(log: str) -> list[str]:
+    """Names of the kernels that vLLM's monitor saw compiled while an engine served; some of vLLM's own are normal."""
+    return sorted({name.split(".")[-1] for name in re.findall(r"compilation during inference: ([\w.]*\w)", log)})
+
+
+def is_registered() -> bool:
+    """Whether vLLM can find the plugin, which takes its metadata beside its modules."""
+    return any(entry.value.startswith("vllm_specopt") for entry in entry_points(group=ENTRY_POINTS))
 
 
 def conditions(argv: list[str]) -> dict:

