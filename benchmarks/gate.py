@@ -14,7 +14,7 @@ from vllm_specopt.rules import PAPER
 from vllm_specopt.testing import MARGIN
 from vllm_specopt.verify import Verified
 
-NUM_REFERENCED, REFERENCE_SECONDS = 3, 1.0
+REFERENCE_SECONDS = 1.0
 # vLLM's top-p on a GPU is an approximation: its kept set may differ from the exact one by some per cent of the mass.
 ACCEPTANCE_SLACK = 0.03
 
@@ -24,17 +24,18 @@ class GateError(Exception):
 
 
 def check_reference(inputs: Inputs, implementation: Implementation) -> None:
-    """Compare some requests of round 0 with the float64 reference of the method, token for token.
+    """Compare the first and the last request of round 0 with the float64 reference of the method, token for token.
 
-    The first request always, two more while REFERENCE_SECONDS have not passed; an outcome too close to call in single
-    precision is not compared.
+    The last one is left out if the first took REFERENCE_SECONDS; an outcome too close to call in single precision is
+    not compared. That all kinds of requests are right is for the tests to show; here a speed is not to be reported of
+    a kernel that is wrong at this size.
 
     Raises:
         GateError: A token or a count differs.
     """
     found = implementation.read(implementation.call(0))
     began = time.monotonic()
-    for request in range(0, inputs.case.batch, -(-inputs.case.batch // NUM_REFERENCED)):
+    for request in dict.fromkeys((0, inputs.case.batch - 1)):
         if request and time.monotonic() - began > REFERENCE_SECONDS:
             break
         arguments, keywords = _request(inputs, request)

@@ -73,17 +73,26 @@ def _configurations(temperature: float) -> list[dict]:
     ]
 
 
+GPU_SHAPES = ((64, 7), (256, 3), (1, 3))
+"""Batches and drafts that come first on a GPU, the most telling in front."""
+
+
 def _gpu() -> list[Case]:
+    """The most important cases first: a run may be cut short."""
+    top_p = {"temperature": 0.7, "top_p": 0.9}
+    first = ({"temperature": 0.7}, {"temperature": 1.0}, {"temperature": 0.7, "draft": LOGITS}, top_p)
+    first += ({**top_p, "top_k": 50},)
+    most_telling = [Case(*shape, **change) for change in first for shape in GPU_SHAPES]
     plain, filtered = {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}
     drafted = {"draft": LOGITS}
     lines = (plain, filtered, drafted)
-    cases = [case for shape in ((64, 7), (256, 3)) for case in _variants(Case(*shape), _configurations(0.7))]
+    cases = [case for shape in GPU_SHAPES[:2] for case in _variants(Case(*shape), _configurations(0.7))]
     batches = [Case(batch, 3, **line) for line in lines for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     drafts = [Case(8, num_drafts, **line) for line in lines for num_drafts in DRAFTS]
     vocabs = [Case(32, 5, vocab, **line) for line in lines for vocab in VOCABS]
     acceptances = [Case(64, 7, acceptance=a, **line) for line in (plain, drafted) for a in ACCEPTANCE.values()]
     dtypes = [Case(64, 7, dtype="fp32", **line) for line in lines]
-    return cases + batches + drafts + vocabs + acceptances + dtypes
+    return most_telling + cases + batches + drafts + vocabs + acceptances + dtypes
 
 
 def _cpu() -> list[Case]:

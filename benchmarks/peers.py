@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_specopt.benchmarks.grid import LOGITS, PROBS
@@ -168,7 +169,7 @@ def v1(name: str, inputs: Inputs) -> Implementation:
     from vllm_specopt.integration.v1 import BY_REQUEST, RejectionSampler
 
     case, device, batch = inputs.case, inputs.device, inputs.batch
-    rows = torch.arange(len(batch.logits), dtype=torch.int32, device=device)
+    rows = torch.arange(len(batch.logits), dtype=torch.int32)
     is_bonus = rows % (case.num_drafts + 1) == case.num_drafts
     ends = batch.cu_num_logits[1:]
     rounds = [
@@ -177,9 +178,9 @@ def v1(name: str, inputs: Inputs) -> Implementation:
             num_draft_tokens=[case.num_drafts] * case.batch,
             cu_num_draft_tokens=ends - torch.arange(1, case.batch + 1, dtype=torch.int32, device=device),
             cu_num_sampled_tokens=ends,
-            target_logits_indices=rows[~is_bonus],
-            bonus_logits_indices=rows[is_bonus],
-            logits_indices=rows,
+            target_logits_indices=rows[~is_bonus].to(device),
+            bonus_logits_indices=rows[is_bonus].to(device),
+            logits_indices=rows.to(device),
         )
         for drafts in inputs.drafts
     ]
@@ -269,8 +270,8 @@ def v2(name: str, inputs: Inputs) -> Implementation:
         fly_entropy_top_k=None,
     )
     built = (RejectionSampler if name.startswith("ours") else Stock)(sampler, options, device)
-    slots = torch.arange(case.batch, dtype=torch.int32, device=device)
-    slots_on_host = slots.cpu().numpy()
+    slots_on_host = np.arange(case.batch, dtype=np.int32)
+    slots = torch.from_numpy(slots_on_host).to(device)
     local = torch.arange(case.num_drafts + 1, dtype=torch.int32, device=device).repeat(case.batch)
     # A row is fed the token drafted one position before it; the first, the last token that was emitted.
     fed = torch.zeros(NUM_ROUNDS, case.batch, case.num_drafts + 1, dtype=torch.int32, device=device)

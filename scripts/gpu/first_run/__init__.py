@@ -1,0 +1,1 @@
+"""The first GPU run, step by step; scripts/gpu/README.md."""

@@ -1,0 +1,225 @@
+"""Whole engines: stock, ours, and ours without speculation, on the V2 runner; then sampled drafts, and V1.
+
+Texts at temperature 0 must be stock's, and a seeded text the same with speculation and without it. Every workload is
+generated twice in each engine: the ratio of the two speeds is what noise alone makes. vLLM's monitor warns of kernels
+that compile while an engine serves; ours must not be among them, vLLM's own may be. CUDA graphs are on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from first_run.places import PAIR, REHEARSE, RESULTS, ROOT, SCRIPTS, STANDIN, save, tail
+
+FOLDER = RESULTS / "engine"
+WORKLOADS = {
+    "T = 0": {"temperature": 0.0},
+    "T = 1": {"temperature": 1.0, "seed": 7},
+    "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9, "seed": 7},
+}
+AGAIN = " again"
+LEAST_SECONDS = 20
+REQUESTS, LENGTH = (2, 6) if REHEARSE else (4, 8) if STANDIN else (64, 192)
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine. arm: stock or exact. drafting: greedy, probabilistic, or none. runner: V1 or V2."""
+
+    arm: str
+    drafting: str
+    runner: str = "V2"
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.drafting} drafts, {self.runner}"
+
+
+def runs() -> list[Run]:
+    """Most telling first."""
+    first = [Run("exact", "greedy"), Run("exact", "no"), Run("stock", "greedy")]
+    if REHEARSE:
+        return first
+    sampled = [Run(arm, "probabilistic") for arm in ("exact", "stock")]
+    return first + sampled + [Run(arm, "greedy", "V1") for arm in ("exact", "stock")]
+
+
+def workloads() -> dict[str, dict]:
+    """The workloads, each twice; the interpreter lacks what vLLM's top-p needs for a request's first token."""
+    chosen = {name: sampling for name, sampling in WORKLOADS.items() if not (REHEARSE and "top_p" in sampling)}
+    return {name + again: sampling for name, sampling in chosen.items() for again in ("", AGAIN)}
+
+
+def request(run: Run, pair: Path, prompts: list[str]) -> dict:
+    """What engine_run.py is asked for."""
+    llm: dict = {
+        "model": str(pair / "target"),
+        "dtype": "float32" if REHEARSE else "bfloat16",
+        "max_model_len": 512 if REHEARSE else 1024,
+        "max_num_seqs": REQUESTS,
+        "distributed_executor_backend": "uni",
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    if run.drafting != "no":
+        llm["speculative_config"] = {
+            "model": str(pair / "draft"),
+            "draft_sample_method": run.drafting,
+            "num_speculative_tokens": 3,
+        }
+    if run.arm == "exact":
+        llm["additional_config"] = {"specopt": {"method": "exact"}}
+    if REHEARSE:
+        llm["enforce_eager"] = True
+    else:
+        # Without torch.compile an engine starts in seconds; steps of verification still run as full CUDA graphs.
+        compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        llm |= {"gpu_memory_utilization": 0.5, "compilation_config": compilation}
+        if os.environ.get("SPECOPT_PLAIN_LAYERS") == "1":
+            # vLLM's compiled operators did not load (unpack.sh): those of PyTorch and Triton.
+            compilation["custom_ops"] = ["none"]
+            native = {name: ["native"] for name in ("rms_norm", "fused_add_rms_norm")}
+            llm |= {"attention_backend": "TRITON_ATTN", "kernel_config": {"ir_op_priority": native}}
+    return {"llm": llm, "repair": False, "prompts": prompts[:REQUESTS], "warmup_len": 3 if REHEARSE else 16,
+            "output_len": LENGTH, "original_vocab_size": 512, "workloads": workloads(),
+            "keep_token_ids": True}  # fmt: skip
+
+
+def main(seconds: float) -> None:
+    """Run engine after engine while there is time, and write engines.json after each."""
+    deadline = time.monotonic() + seconds - 3
+    pair = shipped_pair() if REHEARSE else wait_for_pair(deadline)
+    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    chosen = re.compile(os.environ.get("SPECOPT_ENGINES", ""))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    found: list[dict] = []
+    failed = 0
+    for run in runs():
+        left = deadline - time.monotonic()
+        if not chosen.search(run.name):
+            continue
+        if left < LEAST_SECONDS:
+            print(f"no time for {run.name}")
+            continue
+        result = engine(run, request(run, pair, prompts), left)
+        failed += "problem" in result
+        found.append(result)
+        save("engines", {"runs": [public(each) for each in found], "texts": texts(found)})
+        print(run.name, "status", result["status"], result["wall_seconds"], "s", flush=True)
+    sys.exit(int(failed > 0))
+
+
+def shipped_pair() -> Path:
+    """The shipped models under the names that a made pair has."""
+    PAIR.mkdir(parents=True, exist_ok=True)
+    for role in ("target", "draft"):
+        link = PAIR / role
+        if not link.exists():
+            link.symlink_to(ROOT / "models" / f"specopt-{role}")
+    return PAIR
+
+
+def wait_for_pair(deadline: float) -> Path:
+    """The folder of the models once they are made."""
+    while not (PAIR / "wide_pair.json").is_file():
+        if deadline - time.monotonic() < LEAST_SECONDS:
+            raise SystemExit(f"the models are not made; the end of their log:\n{tail(RESULTS / 'pair.log')}")
+        time.sleep(0.5)
+    return PAIR
+
+
+def engine(run: Run, asked: dict, seconds: float) -> dict:
+    """Run one engine in a process of its own; its result, and what was wrong, if anything was."""
+    from vllm_specopt.benchmarks.arms import Arm
+    from vllm_specopt.benchmarks.engine_ab import compiled_in_flight, problem
+
+    name = re.sub(r"\W+", "-", run.name)
+    question, answer, log = (FOLDER / f"{name}.{end}" for end in ("ask.json", "json", "log"))
+    question.write_text(json.dumps(asked))
+    answer.unlink(missing_ok=True)
+    program = [str(SCRIPTS / "standin" / "engine.py")] if STANDIN else ["-m", "vllm_specopt.benchmarks.engine_run"]
+    began = time.monotonic()
+    with log.open("w") as file:
+        try:
+            status: int | str = subprocess.run(
+                [sys.executable, *program, str(question), str(answer)],
+                stdout=file, stderr=file, env=environment(run), timeout=seconds,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = "stopped at its limit"
+    said = log.read_text(errors="replace")
+    result = json.loads(answer.read_text()) if status == 0 and answer.is_file() else {}
+    result |= {"name": run.name, "arm": run.arm, "drafting": run.drafting, "runner": run.runner, "status": status,
+               "wall_seconds": round(time.monotonic() - began, 1),
+               "compiled_in_flight": compiled_in_flight(said),
+               "attention": sorted(set(re.findall(r"Using (\S+) (?:attention )?backend", said))),
+               "active": re.findall(r"specopt: (?:not )?active: .*", said)[:1],
+               "warmed_up": re.findall(r"specopt: warmed up in ([\d.]+) s", said)[:1]}  # fmt: skip
+    if status != 0:
+        result["problem"] = f"status {status}; the end of its log: {said[-2000:]}"
+    elif wrong := problem(Arm.named(run.arm, on_cpu=False), result):
+        result["problem"] = wrong
+    return result
+
+
+def environment(run: Run) -> dict[str, str]:
+    """What chooses the model runner; in a rehearsal also what makes V2 run in the interpreter."""
+    found = os.environ | ENV | {"VLLM_USE_V2_MODEL_RUNNER": "0" if run.runner == "V1" else "1"}
+    if REHEARSE:
+        interpreter = str(ROOT / "tests" / "engine" / "interpreter")
+        found |= CPU_ENV | {"PYTHONPATH": os.pathsep.join([interpreter, found["PYTHONPATH"]])}
+    return found
+
+
+def public(result: dict) -> dict:
+    """A result without its token ids."""
+    kept = dict(result)
+    kept["workloads"] = {
+        name: {key: value for key, value in work.items() if key != "token_ids"} | {"noise": noise(result, name)}
+        for name, work in result.get("workloads", {}).items()
+    }
+    return kept
+
+
+def noise(result: dict, workload: str) -> float | None:
+    """Speed of a workload's second generation over that of its first."""
+    works = result["workloads"]
+    first, second = works.get(workload.removesuffix(AGAIN)), works.get(workload.removesuffix(AGAIN) + AGAIN)
+    return round(first["seconds"] / second["seconds"], 3) if first and second else None
+
+
+def texts(found: list[dict]) -> list[dict]:
+    """How many completions are the same, token for token, and how much of the others is, where they should be."""
+    by_name = {result["name"]: result.get("workloads", {}) for result in found}
+    ours, plain, stock = (by_name.get(run.name, {}) for run in runs()[:3])
+    pairs = [("ours and stock", "T = 0", ours, stock), ("ours and plain", "T = 0", ours, plain)]
+    pairs += [("ours and plain", name, ours, plain) for name in WORKLOADS if name != "T = 0"]
+    compared = []
+    for who, name, left, right in pairs:
+        if name in left and name in right:
+            shared = [common(*both) for both in zip(left[name]["token_ids"], right[name]["token_ids"], strict=True)]
+            same = sum(share == 1 for share in shared)
+            compared.append({"who": who, "workload": name, "identical": same, "completions": len(shared),
+                             "shared_prefix": round(sum(shared) / len(shared), 4)})  # fmt: skip
+    return compared
+
+
+def common(left: list[int], right: list[int]) -> float:
+    """The share of two texts before they differ."""
+    length = max(len(left), len(right))
+    return next((i / length for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), 1.0)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""Fill Triton's cache by many processes: what the grid and the sweep would compile one kernel after the other.
+
+Compiles by launching: each process takes every n-th case, calls all implementations once, and drops the results.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+MOST, FIRST = 8, 18
+
+
+def main() -> None:
+    """Start the processes and wait for them."""
+    count = max(1, min(MOST, (os.cpu_count() or 1) // 2))
+    command = [sys.executable, "-m", "first_run.precompile"]
+    workers = [subprocess.Popen([*command, str(number), str(count)]) for number in range(count)]
+    sys.exit(max(worker.wait() for worker in workers))
+
+
+def work(number: int, count: int) -> None:
+    """One process's share."""
+    import torch
+
+    from vllm_specopt.benchmarks import peers
+
+    peers.prepare(torch.device("cuda"))
+    for task in tasks()[number::count]:
+        try:
+            task()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception:  # What does not compile here will say so where it is measured.
+            traceback.print_exc()
+
+
+def tasks() -> list[Callable[[], None]]:
+    """The grid's first cases, the sweep, then the other cases."""
+    from first_run import sweep
+    from vllm_specopt.benchmarks import grid
+
+    cases = [partial(call_all, case) for case in grid.suite("gpu")]
+    shapes = [partial(call_shapes, *variation) for variation in sweep.variations()]
+    return cases[:FIRST] + shapes + cases[FIRST:]
+
+
+def call_all(case) -> None:
+    """Every implementation of a case, once."""
+    import torch
+
+    from vllm_specopt.benchmarks import peers
+    from vllm_specopt.benchmarks.inputs import make_inputs
+
+    for implementation in peers.implementations(make_inputs(case, torch.device("cuda"), 1)):
+        if not isinstance(implementation, tuple):
+            implementation.call(0)
+            implementation.greedy()
+
+
+def call_shapes(shapes, cases) -> None:
+    """Our kernels with some launch shapes: a kernel's variant does not depend on the batch."""
+    from first_run import batches, sweep
+    from vllm_specopt.kernels.shapes import DEFAULTS
+
+    sweep.use(shapes)
+    for form, num_drafts in dict.fromkeys((form, num_drafts) for form, _, num_drafts in cases):
+        batches.caller(batches.case(form, 2, num_drafts))(0)
+    sweep.use(DEFAULTS)
+
+
+if __name__ == "__main__":
+    work(*map(int, sys.argv[1:])) if sys.argv[1:] else main()
