@@ -38,7 +38,7 @@ class Shapes(NamedTuple):
 
 
 DEFAULTS = Shapes()
-LIMITS = Shapes(*((1, 32),) * len(DEFAULTS))._replace(tile=(16, 16384))
+LIMITS = dict.fromkeys(Shapes._fields, (1, 32)) | {"tile": (16, 16384)}
 """Smallest and largest value of each."""
 
 
@@ -87,7 +87,7 @@ def read(path: Path, device: str) -> Shapes:
     for name, value in table["shapes"].items():
         if name not in Shapes._fields:
             raise TableError(f"the launch table {path} has the unknown shape {name!r}")
-        low, high = getattr(LIMITS, name)
+        low, high = LIMITS[name]
         if type(value) is not int or not low <= value <= high or value & (value - 1):
             raise TableError(f"the launch table {path} has {name} {value!r}, expected a power of 2, {low} to {high}")
     return DEFAULTS._replace(**table["shapes"])

@@ -158,7 +158,7 @@ def test_a_shape_replaces_another_only_if_it_is_faster_on_all_that_was_timed():
     assert sweep.better({1024: {}, 512: {}}, 1024) == 1024
     for parameter in sweep.PARAMETERS:
         assert getattr(DEFAULTS, parameter.name) in parameter.values
-        low, high = getattr(shapes.LIMITS, parameter.name)
+        low, high = shapes.LIMITS[parameter.name]
         assert all(low <= value <= high for value in parameter.values)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pack vLLM 0.33.0 for the GPU host into one folder that fits one call: its Python code, its operators and
 # FlashAttention 3 with the Hopper device code that a bf16 Llama needs, the packages that machine lacks, the counts of
-# `make cost` where reports/cost has them, and a Triton cache where there is one (warm.sh). Left out: FlashAttention 2,
-# MoE operators, DeepGEMM, the Rust front end.
+# `make cost` where reports/cost has them, and a Triton cache where TRITON_CACHE names one. Left out: FlashAttention 2, MoE
+# operators, DeepGEMM, the Rust front end.
 #   usage: make_bundle.sh OUT [VLLM_WHEEL]       needs python3 with pip, unzip, strip and xz; no GPU, no torch
 set -euo pipefail
 out=${1:?usage: make_bundle.sh OUT [VLLM_WHEEL]}
@@ -10,12 +10,13 @@ wheel=${2:-}
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3}
-cache=${TRITON_CACHE:-$here/triton-cache}
+cache=${TRITON_CACHE:-}
 most=$((60 << 20))
 stop() { echo "make_bundle: $1" >&2; exit 2; }
 for tool in "$python" unzip strip xz; do command -v "$tool" > /dev/null || stop "$tool is not here: install it."; done
 "$python" -m pip --version > /dev/null 2>&1 || stop "$python has no pip: name another with PYTHON."
 [ -z "$wheel" ] || [ -f "$wheel" ] || stop "$wheel is no file: name a wheel of vLLM 0.33.0, or none."
+[ -z "$cache" ] || [ -d "$cache" ] || stop "TRITON_CACHE is $cache, which is no folder."
 [ -z "$wheel" ] || wheel=$(realpath "$wheel")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -61,13 +62,11 @@ printf 'Metadata-Version: 2.1\nName: vllm-specopt\nVersion: %s\n' "$version" > "
 printf '[vllm.general_plugins]\nspecopt = vllm_specopt:register\n' > "$meta/entry_points.txt"
 cp -r "$here/fallback" "$scratch/pack/"
 # Of a cache entry only the binary and its description are read again.
-if [ -d "$cache" ]; then
+if [ -n "$cache" ]; then
   mkdir -p "$scratch/pack/triton"
   (cd "$cache" && find . -type f \( -name '*.cubin' -o -name '*.json' -o -name '*.so' \) -print0 | tar c --null -T -) |
     tar x -C "$scratch/pack/triton"
   echo "Triton cache: $(ls "$scratch/pack/triton" | wc -l) entries"
-else
-  echo "no Triton cache in $cache: every kernel will be compiled on the GPU machine (warm.sh makes one)" >&2
 fi
 
 mkdir -p "$out"
