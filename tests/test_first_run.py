@@ -50,6 +50,9 @@ def test_the_steps_fit_into_one_call_and_bring_back_few_files():
     assert plan.UNPACK.seconds + sum(step.seconds for step in steps) + plan.SPARE <= plan.TOTAL <= 570
     assert len(plan.FILES) <= 8
     assert not plan.missing_tests()
+    page = (SCRIPTS / "README.md").read_text()
+    for step in [plan.UNPACK, *steps]:
+        assert f"| {step.name} | {step.seconds} |" in page
     for step in steps:
         module = step.command[2]
         assert module in ("pytest", "vllm_specopt.cli.main") or importlib.util.find_spec(module), module
@@ -135,14 +138,14 @@ def test_bundle_refuses_bad_input_in_one_sentence(tmp_path):
 
 def test_a_step_that_hangs_is_stopped_and_what_it_left_comes_back(folders):
     results, out = folders
-    hangs = plan.Step("grid", 5, ("bash", "-c", f"echo a,b > {results}/kernel_bench.csv; sleep 60"))
+    hangs = plan.Step("grid", 12, ("bash", "-c", f"echo a,b > {results}/kernel_bench.csv; sleep 60"))
     began = time.monotonic()
     assert driver.run(hangs, dict(os.environ), began + 100) == "stopped at its limit"
-    assert time.monotonic() - began < 20
+    assert 7 < time.monotonic() - began < 30
     assert (out / "kernel_bench.csv").read_text() == "a,b\n"
-    fails = plan.Step("tests", 5, ("bash", "-c", "echo seen in the log; exit 3"))
+    fails = plan.Step("tests", 12, ("bash", "-c", "echo seen in the log; exit 3"))
     assert driver.run(fails, dict(os.environ), time.monotonic() + 100) == "failed with status 3"
-    late = plan.Step("races", 5, ("true",))
+    late = plan.Step("races", 12, ("true",))
     assert driver.run(late, dict(os.environ), time.monotonic()) == "left out, no time left"
     record = json.loads((out / "run.json").read_text())
     assert [step["step"] for step in record["steps"]] == ["grid", "tests", "races"]

@@ -21,6 +21,8 @@ from first_run import host, plan, summary
 from first_run.places import OUT, PAIR, REHEARSE, RESULTS, ROOT, SCRIPTS, STANDIN, UNPACKED, load, save
 
 LOG = RESULTS / "run.log"
+GRACE = 4
+"""Seconds in which a step that has reached its limit may still say something."""
 
 
 def main() -> int:
@@ -65,7 +67,7 @@ def refuse(sentence: str) -> int:
 
 def variables() -> dict[str, str]:
     """The environment of every step."""
-    found = os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_DISABLE_LINE_INFO": "1"}
+    found = os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_DISABLE_LINE_INFO": "1", "PYTHON": sys.executable}
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     if REHEARSE:
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -86,7 +88,7 @@ def unpacked_variables() -> dict[str, str]:
 def run(step: plan.Step, environment: dict[str, str], deadline: float) -> str:
     """Run a step under its limit, cut to what is left, and bring back what there is; return what became of it."""
     began = time.monotonic()
-    seconds = min(step.limit, deadline - began)
+    seconds = min(step.limit, deadline - began) - GRACE
     if seconds < 5:
         status = "left out, no time left"
     else:
@@ -127,6 +129,10 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
+        # pytest then says how many tests have passed so far.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         return "stopped at its limit"
     return "ended well" if status == 0 else f"failed with status {status}"
 

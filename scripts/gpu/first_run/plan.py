@@ -57,7 +57,7 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 def steps() -> list[Step]:
     """The steps in their order, most telling first."""
-    limits = {"info": 20, "tests": 85, "grid": 150, "sweep": 55, "modelled": 5, "engines": 130, "ncu": 25, "races": 30}
+    limits = {"info": 20, "tests": 95, "grid": 145, "sweep": 50, "modelled": 5, "engines": 130, "ncu": 25, "races": 30}
     commands = {name: module(name, SECONDS) for name in limits}
     commands |= {"tests": tests(), "grid": grid()}
     beside = {"tests": () if REHEARSE else (module("precompile"),)}
@@ -82,7 +82,7 @@ def grid() -> tuple[str, ...]:
         return (*command, "--suite", "rehearsal", "--repeats", "5")
     if STANDIN:
         command[1:3] = [str(SCRIPTS / "standin" / "bench.py")]
-    return (*command, "--suite", "gpu", "--device", "cuda", "--repeats", "15", "--minutes", "2.3")
+    return (*command, "--suite", "gpu", "--device", "cuda", "--repeats", "15", "--minutes", "2.2")
 
 
 def pair() -> tuple[str, ...]:
