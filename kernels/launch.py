@@ -7,9 +7,9 @@ another; the last one of a request to arrive goes on.
 import torch
 import triton
 
+from .bounds import CAPACITY
 from .constants import ROW_COLUMNS
 from .decide import decide_kernel
-from .filters import CAPACITY
 from .residual import residual_kernel
 from .shapes import DEFAULTS, shapes_of
 from .statistics import statistics_kernel
