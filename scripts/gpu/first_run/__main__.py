@@ -18,7 +18,7 @@ import tarfile
 import time
 
 from first_run import host, plan, summary
-from first_run.places import OUT, PAIR, REHEARSE, RESULTS, ROOT, SCRIPTS, STANDIN, UNPACKED, load, save
+from first_run.places import OUT, PAIR, REHEARSE, RESULTS, ROOT, SCRIPTS, STANDIN, UNPACKED, WELL, load, save
 
 LOG = RESULTS / "run.log"
 GRACE = 4
@@ -51,7 +51,7 @@ def main() -> int:
             log = stack.enter_context((RESULTS / "pair.log").open("a"))
             stack.enter_context(started(plan.pair(), environment, log))
         for step in chosen:
-            failed += run(step, environment, deadline) != "ended well"
+            failed += run(step, environment, deadline) != WELL
     text = summary.text()
     (RESULTS / "summary.txt").write_text(text)
     collect()
@@ -134,7 +134,7 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         return "stopped at its limit"
-    return "ended well" if status == 0 else f"failed with status {status}"
+    return WELL if status == 0 else f"failed with status {status}"
 
 
 def collect() -> None:

@@ -20,6 +20,9 @@ REHEARSE = os.environ.get("SPECOPT_REHEARSE") == "1"
 STANDIN = os.environ.get("SPECOPT_STANDIN") == "1"
 """Libraries in place of a GPU, which compute nothing."""
 
+WELL = "ended well"
+"""What became of a step, at best."""
+
 
 def save(name: str, value: object) -> None:
     """Write a result as JSON, whole at any moment."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import re
 
-from first_run.places import REHEARSE, RESULTS, STANDIN, load, tail
+from first_run.places import REHEARSE, RESULTS, STANDIN, WELL, load, tail
 
-MOST_LINES, WIDTH = 60, 200
+MOST_LINES, WIDTH = 60, 240
 MOST_CASES, MOST_TESTS = 24, 5
 NAMES = {"ours": "ours", "ours-block": "block", "ours-v1": "ours V1", "stock-v1": "STOCK V1", "ours-v2": "ours V2",
          "stock-v2": "STOCK V2", "ours-sigmoid": "sigmoid"}  # fmt: skip
@@ -27,8 +27,11 @@ def head() -> list[str]:
     lines = ["machine: " + ", ".join(f"{key} {info[key]}" for key in keys if info.get(key))]
     if REHEARSE or STANDIN:
         lines.insert(0, "A rehearsal: no number here was measured on a GPU.")
-    steps = [f"{step['step']} {step['status']} ({step['seconds']:.0f} s)" for step in load("steps", [])]
-    return [*lines, "steps: " + "; ".join(steps)]
+    steps = [
+        f"{step['step']} {step['seconds']:.0f} s" + ("" if step["status"] == WELL else f" ({step['status']})")
+        for step in load("steps", [])
+    ]
+    return [*lines, "steps: " + ", ".join(steps)]
 
 
 def test_lines() -> list[str]:
