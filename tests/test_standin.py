@@ -4,8 +4,10 @@ The libraries of scripts/gpu/standin/ pretend that an H100 is there and compute 
 their whole CUDA path. A launch that a driver would refuse, and a synchronisation in our step, fail there.
 """
 
+import ctypes
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,13 +15,32 @@ import pytest
 
 from vllm_specopt.benchmarks.engine_ab import KERNELS
 
-pytestmark = pytest.mark.long
-
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "gpu"
 PYTHON = os.environ.get("SPECOPT_STANDIN_PYTHON", "")
 UNPACKED = Path(os.environ.get("SPECOPT_UNPACKED", "/tmp/specopt-gpu"))
 
 
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_the_stand_in_driver_refuses_what_a_driver_would(tmp_path):
+    library = tmp_path / "libcuda.so"
+    source = SCRIPTS / "standin" / "drv.c"
+    subprocess.run(["gcc", "-w", "-fPIC", "-shared", "-fno-builtin", "-o", library, source], check=True)
+    launch = ctypes.CDLL(library).cuLaunchKernelEx
+
+    def status(*config: int) -> int:
+        return launch((ctypes.c_uint * 16)(*config), ctypes.c_void_p(8), None, None)
+
+    assert status(19456, 1, 1, 32, 1, 1, 0) == 0 and status(2**31 - 1, 1, 1, 1024, 1, 1, 232448) == 0
+    for grid, threads, shared in (
+        ((0, 1, 1), 32, 0),
+        ((1, 65536, 1), 32, 0),
+        ((1, 1, 1), 2048, 0),
+        ((1, 1, 1), 32, 1 << 20),
+    ):
+        assert status(*grid, threads, 1, 1, shared) != 0
+
+
+@pytest.mark.long
 @pytest.mark.skipif(
     not (os.access(PYTHON, os.X_OK) and (UNPACKED / "env.sh").is_file()),
     reason="SPECOPT_STANDIN_PYTHON names no Python 3.12 with torch 2.11 for CUDA, or no bundle is unpacked",

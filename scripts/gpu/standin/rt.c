@@ -1,5 +1,6 @@
 // CUDA runtime of the stand-in but for its memory: one H100, whose kernels, graphs and events do nothing.
 #define _GNU_SOURCE
+#include "attributes.h"
 #include "standin.h"
 #include <dlfcn.h>
 #include <stdio.h>
@@ -46,46 +47,8 @@ X cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   p->canMapHostMemory = 1;
   return 0;
 }
-static int attr(int a) {
-  switch (a) {
-  case 1:
-    return 1024;
-  case 8:
-    return 49152;
-  case 10:
-    return 32;
-  case 12:
-    return 65536;
-  case 13:
-    return 1980000;
-  case 16:
-    return 132;
-  case 36:
-    return 2619000;
-  case 37:
-    return 5120;
-  case 38:
-    return 50 << 20;
-  case 39:
-    return 2048;
-  case 75:
-    return 9;
-  case 76:
-    return 0;
-  case 81:
-    return 233472;
-  case 82:
-    return 65536;
-  case 97:
-    return 232448;
-  case 106:
-    return 32;
-  default:
-    return 1;
-  }
-}
 X cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) {
-  *v = attr(a);
+  *v = attribute(a);
   return 0;
 }
 X cudaError_t cudaDeviceGetStreamPriorityRange(int *l, int *g) {
