@@ -50,6 +50,7 @@ def test_the_steps_fit_into_one_call_and_bring_back_few_files():
     assert plan.UNPACK.seconds + sum(step.seconds for step in steps) + plan.SPARE <= plan.TOTAL <= 570
     assert len(plan.FILES) <= 8
     assert not plan.missing_tests()
+    assert min(step.seconds for step in steps) >= driver.GRACE + driver.LEAST
     page = (SCRIPTS / "README.md").read_text()
     for step in [plan.UNPACK, *steps]:
         assert f"| {step.name} | {step.seconds} |" in page

@@ -21,8 +21,8 @@ from first_run import host, plan, summary
 from first_run.places import OUT, PAIR, REHEARSE, RESULTS, ROOT, SCRIPTS, STANDIN, UNPACKED, WELL, load, save
 
 LOG = RESULTS / "run.log"
-GRACE = 4
-"""Seconds in which a step that has reached its limit may still say something."""
+GRACE, LEAST = 4, 4
+"""Seconds in which a step that has reached its limit may still say something; seconds below which none begins."""
 
 
 def main() -> int:
@@ -68,9 +68,11 @@ def refuse(sentence: str) -> int:
 def variables() -> dict[str, str]:
     """The environment of every step."""
     found = os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_DISABLE_LINE_INFO": "1", "PYTHON": sys.executable}
+    # Many processes run at once: threads that wait for each other would cost more than they save.
+    found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1" if REHEARSE else "2")
     found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     if REHEARSE:
-        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return found
 
 
@@ -89,7 +91,7 @@ def run(step: plan.Step, environment: dict[str, str], deadline: float) -> str:
     """Run a step under its limit, cut to what is left, and bring back what there is; return what became of it."""
     began = time.monotonic()
     seconds = min(step.limit, deadline - began) - GRACE
-    if seconds < 5:
+    if seconds < LEAST:
         status = "left out, no time left"
     else:
         print(f"== {step.name}, at most {seconds:.0f} s", flush=True)
@@ -101,7 +103,8 @@ def run(step: plan.Step, environment: dict[str, str], deadline: float) -> str:
             with started(command, environment, log) as process:
                 status = wait(process, seconds)
             for process in beside:
-                wait(process, max(0.0, seconds - (time.monotonic() - began)))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, seconds - (time.monotonic() - began)))
     records = [each for each in load("steps", []) if each["step"] != step.name]
     records.append({"step": step.name, "status": status, "seconds": round(time.monotonic() - began, 1)})
     save("steps", records)

@@ -47,7 +47,7 @@ class Step:
         return self.seconds * PATIENCE
 
 
-UNPACK = Step("unpack", 60, ("bash", str(SCRIPTS / "unpack.sh")))
+UNPACK = Step("unpack", 50, ("bash", str(SCRIPTS / "unpack.sh")))
 
 
 def module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 def steps() -> list[Step]:
     """The steps in their order, most telling first."""
-    limits = {"info": 20, "tests": 95, "grid": 145, "sweep": 50, "modelled": 5, "engines": 130, "ncu": 25, "races": 30}
+    limits = {"info": 20, "tests": 95, "grid": 145, "sweep": 50, "modelled": 10, "engines": 130, "ncu": 25, "races": 30}
     commands = {name: module(name, SECONDS) for name in limits}
     commands |= {"tests": tests(), "grid": grid()}
     beside = {"tests": () if REHEARSE else (module("precompile"),)}
@@ -89,7 +89,16 @@ def pair() -> tuple[str, ...]:
     """Makes the engines' models on the CPU: the shipped pair, 4 times as wide, 12 layers deeper, with a vocabulary."""
     layers = "1" if STANDIN else "12"
     command = ("-m", "vllm_specopt.benchmarks.wide_pair", str(PAIR), "--vocab-size", "151936", "--width", "4")
-    return ("env", "CUDA_VISIBLE_DEVICES=", "nice", sys.executable, *command, "--extra-target-layers", layers)
+    return (
+        "env",
+        "CUDA_VISIBLE_DEVICES=",
+        "OMP_NUM_THREADS=8",
+        "nice",
+        sys.executable,
+        *command,
+        "--extra-target-layers",
+        layers,
+    )
 
 
 def missing_tests() -> list[str]:

@@ -29,6 +29,8 @@ SHAPES = ((64, 7), (256, 3), (1, 3))
 CSV_NAME, TABLE = "sweep.csv", RESULTS / "launch_table.json"
 # Seconds after which a variant counts as failed: some keep the assembler busy for minutes.
 ASSEMBLER_SECONDS = 12
+# Kept for a profile of each form with the defaults and with the best shapes.
+PROFILING_SECONDS = 2 if REHEARSE else 14
 COLUMNS = ("parameter", "value", "case", "us", "p20_us", "p80_us", *Shapes._fields, "note")
 
 
@@ -75,19 +77,19 @@ def use(chosen: Shapes) -> None:
 
 def main(seconds: float) -> None:
     """Sweep for at most this long."""
-    deadline = time.monotonic() + seconds - 4
+    deadline = time.monotonic() + seconds - PROFILING_SECONDS
     limit_assembler()
-    device = timing.device()
-    sweep = Sweep(measure.cache_flusher(device), deadline)
+    sweep = Sweep(measure.cache_flusher(timing.device()), deadline)
     with sweep.open():
         best = sweep.run()
-    kernels = {}
-    for name, chosen in (("defaults", DEFAULTS), ("best", best)):
-        use(chosen)
-        calls = {form: sweep.caller((form, 64, 7)) for form in batches.FORMS}
-        kernels[name] = {form: timing.kernel_times(call, sweep.flusher) for form, call in calls.items()}
-        save("kernels", kernels)
-    print(best, kernels)
+    found: dict[str, dict] = {"defaults": {}, "best": {}}
+    for form in batches.FORMS:
+        call = sweep.caller((form, 64, 7))
+        for name, chosen in (("defaults", DEFAULTS), ("best", best)):
+            use(chosen)
+            found[name][form] = timing.kernel_times(call, sweep.flusher)
+        save("kernels", found)
+    print(best, found)
 
 
 class Sweep:
