@@ -182,7 +182,10 @@ def main(request_path: str, result_path: str) -> None:
         name: timed_generate(llm, request["prompts"], sampling, request, timers)
         for name, sampling in request["workloads"].items()
     }
+    config = llm.llm_engine.vllm_config
     result = {
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "cudagraph_mode": getattr(config.compilation_config.cudagraph_mode, "name", None),
         "engine_seconds": round(loaded, 1),
         "sampler": f"{type(sampler).__module__}.{type(sampler).__qualname__}",
         "fallbacks": dict(getattr(sampler, "fallbacks", {})),

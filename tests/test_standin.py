@@ -57,4 +57,5 @@ def test_v2_engines_wait_for_nothing_and_compile_nothing_after_the_warm_up(tmp_p
     assert [run["drafting"] for run in runs] == ["greedy", "no", "probabilistic"]
     for run in runs:
         assert run["status"] == 0 and run["warmed_up"] and "runner=V2" in run["active"][0]
+        assert run["async_scheduling"] and run["cudagraph_mode"] == "FULL_DECODE_ONLY"
         assert not set(run["compiled_in_flight"]) & set(KERNELS)
