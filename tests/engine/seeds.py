@@ -78,9 +78,8 @@ def main() -> int:
     rows = run(given.runner, given.requests, given.tokens, given.alone)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({"runner": given.runner, "tokens": given.tokens, "engines": rows}, indent=1) + "\n")
-    print(
-        f"| {given.runner} engine | requests compared | tokens | equal | preemptions |\n| --- | ---: | ---: | ---: | ---: |"
-    )
+    print(f"| {given.runner} engine | requests compared | tokens | equal | preemptions |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         share = row["equal"] / row["tokens"]
         print(f"| {row['engine']} | {row['requests']} | {row['tokens']:,} | {share:.2%} | {row['preemptions']} |")
