@@ -60,11 +60,11 @@ def verify_batch(
     """
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
-    if temperature is None:
-        draft_probs = draft_logits = top_k = top_p = min_p = None
     draft = draft_probs if draft_probs is not None else draft_logits
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
+    if temperature is None:
+        draft = draft_probs = draft_logits = top_k = top_p = min_p = None
     shapes = shapes_of(logits.device)
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.statistics_steps)
     block_k = max(8, triton.next_power_of_2(width))
