@@ -74,10 +74,11 @@ def test_a_broken_or_foreign_table_is_one_sentence_and_the_defaults(monkeypatch,
         assert shapes.shapes_of(DEVICE) == DEFAULTS
 
 
+@pytest.mark.parametrize("chosen", [OTHER, Shapes(4096, 2, 4, 1, 1, 16, 1)], ids=["small tiles", "large tiles"])
 @pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
-def test_other_shapes_give_the_references_tokens(monkeypatch, draft):
-    monkeypatch.setattr(launch, "shapes_of", lambda device: OTHER)
+def test_other_shapes_give_the_references_tokens(monkeypatch, draft, chosen):
+    monkeypatch.setattr(launch, "shapes_of", lambda device: chosen)
     batch = random_batch(
-        seed=3, num_drafts=[2, 0, 3], vocab_size=2500, dtype=torch.bfloat16, draft=draft, filters=("top_p",)
+        seed=3, num_drafts=[2, 0, 3], vocab_size=5000, dtype=torch.bfloat16, draft=draft, filters=("top_p",)
     )
     assert_matches_reference(batch, "triton", str(DEVICE))
