@@ -148,8 +148,13 @@ def test_a_step_that_hangs_is_stopped_and_what_it_left_comes_back(folders):
     assert driver.run(fails, dict(os.environ), time.monotonic() + 100) == "failed with status 3"
     late = plan.Step("races", 12, ("true",))
     assert driver.run(late, dict(os.environ), time.monotonic()) == "left out, no time left"
+    beside = (("bash", "-c", f"sleep 1; touch {results}/beside"), ("sleep", "60"))
+    both = plan.Step("info", 12, ("true",), beside)
+    began = time.monotonic()
+    assert driver.run(both, dict(os.environ), began + 100) == driver.WELL
+    assert (results / "beside").exists() and time.monotonic() - began < 20
     record = json.loads((out / "run.json").read_text())
-    assert [step["step"] for step in record["steps"]] == ["grid", "tests", "races"]
+    assert [step["step"] for step in record["steps"]] == ["grid", "tests", "races", "info"]
     with tarfile.open(out / "logs.tar.gz") as archive:
         assert b"seen in the log" in archive.extractfile("run.log").read()
 

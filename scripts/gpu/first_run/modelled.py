@@ -14,6 +14,8 @@ CARDS = ("H100", "H200")
 
 def main() -> None:
     """Write modelled.json."""
+    if not (RESULTS / "kernel_bench.csv").is_file():
+        raise SystemExit("kernel_bench.csv is not there: no case was measured.")
     path = next(path for path in COUNTS if path.is_file())
     rows = list(csv.DictReader((RESULTS / "kernel_bench.csv").open()))
     found = compare(json.loads(path.read_text()), rows, card_of(load("info", {}).get("device") or ""))
