@@ -22,7 +22,8 @@ def configure(option, speculative=SPECULATIVE, **kwargs):
     from vllm.engine.arg_utils import EngineArgs
 
     args = {{"model": TARGET, "enforce_eager": True, "max_model_len": 256, "speculative_config": speculative}} | kwargs
-    return EngineArgs(**args, additional_config={{"specopt": option}} if option else {{}}).create_engine_config()
+    args = {{"additional_config": {{"specopt": option}} if option else {{}}}} | args
+    return EngineArgs(**args).create_engine_config()
 """
 
 
@@ -59,6 +60,8 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         "no speculation, sigmoid": error({"method": "sigmoid", "sigmoid": "paper"}, speculative=None),
         "no speculation, choice": error({"method": "exact", "sigmoid": "paper", "allow_per_request": True},
                                         speculative=None),
+        "misspelt": error(None, additional_config={"spec_opt": "exact"}),
+        "null": error(None, additional_config={"specopt": None}),
         "fine": error({"method": "exact"}),
         "absent": error(None, speculative=None),
     }
@@ -90,6 +93,8 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         "no speculation": None,
         "no speculation, sigmoid": alone,
         "no speculation, choice": alone,
+        "misspelt": "additional_config has the key 'spec_opt', did you mean 'specopt'?",
+        "null": "specopt is null, expected a method ('exact' or 'sigmoid'); leave the key out to run stock",
         "fine": None,
         "absent": None,
         "version": "specopt: vLLM 0.31.0 is not among the versions it was checked against (0.32.x, 0.33.x)" + cure,
