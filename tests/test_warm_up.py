@@ -39,8 +39,13 @@ SEED_COUNTS = [3, 0, 2, 4]
 
 def v1_steps(probabilistic, most_drafts):
     """Steps of every kind: greedy or sampled, each filter, rows for processors, drafts of any length."""
-    filters = itertools.product((None, torch.full((4,), 5, dtype=torch.int32)), (None, torch.full((4,), 0.9)))
-    settings = [{"size": 4}] + [{"temperature": torch.ones(4), "top_k": k, "top_p": p} for k, p in filters]
+    settings = [
+        {"size": 4},
+        {"temperature": torch.ones(4)},
+        {"temperature": torch.ones(4), "top_k": torch.full((4,), 5, dtype=torch.int32)},
+        {"temperature": torch.ones(4), "top_p": torch.full((4,), 0.9)},
+        {"temperature": torch.ones(4), "logitsprocs": min_p_processor(torch.full((4,), 0.1))},
+    ]
     counts = [SEED_COUNTS, [1, 1, 1, 1], [0, 0, 0, most_drafts], [most_drafts - 1, 0, 1, 0], [0, 0, 0, 0]]
     for setting, count, change in itertools.product(settings, counts, ("", "penalties")):
         changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}
