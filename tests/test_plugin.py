@@ -139,7 +139,8 @@ WORKERS = """
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
         from vllm.v1.worker.gpu.model_states.interface import ModelState
-        hooks = [(V1, "__init__"), (gpu_model_runner, "build_logitsprocs"), (V2, "load_model"), (ModelState, "custom_sampler")]
+        hooks = [(V1, "__init__"), (gpu_model_runner, "build_logitsprocs"), (V2, "load_model"),
+                 (ModelState, "custom_sampler")]
         return [hasattr(vars(owner)[name], "_specopt_wrapper") for owner, name in hooks]
 
     def worker(option, **kwargs):
