@@ -8,6 +8,7 @@ probabilities; where it fails, the token that replaces it comes from the residua
 import triton
 import triton.language as tl
 
+from .bounds import CAPACITY
 from .constants import (
     BAD_ROW,
     DRAFT_SCALE,
@@ -25,7 +26,7 @@ from .constants import (
     UNALIGNED,
 )
 from .draw import argmax_token, draw_token, row_mass, token_prob
-from .filters import CAPACITY, filter_row
+from .filters import filter_row
 from .load import (
     Drafts,
     Noise,

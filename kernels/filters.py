@@ -6,39 +6,22 @@ mass kept so far. Tokens equal to the threshold are kept.
 
 Rows are long and what is kept is short: the tiles' maxima and sums bound a threshold from below, and only tiles that
 reach the bound are read. What lies between the bounds is gathered, and the threshold found among it in registers.
-Where too much lies there, passes over those tiles narrow the bounds first, three pivots at a time.
+Where too much lies there, passes over the row narrow the bounds first, three pivots at a time, the first ones from a
+sample.
 """
 
 import triton
 import triton.language as tl
 
+from .bounds import CAPACITY, guess, key_value, order_key, top_k_bound, top_p_bound
 from .draw import load_tiles, tile_masses
 from .load import load_logits, weights
 
-CAPACITY = tl.constexpr(1024)
-"""Values of a row that are resolved in registers."""
-
-GROUP = tl.constexpr(4)
+GROUP = tl.constexpr(2)
 """Tiles read at once."""
-
-BISECTIONS = tl.constexpr(12)
 
 MAX_PASSES = tl.constexpr(40)
 """More than the order of floats needs: 6 by value, then 16 by key."""
-
-
-@triton.jit
-def order_key(x):
-    """int32 keys in the order of the floats; -0 and 0 are one."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    return tl.where(bits < 0, -magnitude, magnitude)
-
-
-@triton.jit
-def key_value(key):
-    """The float of a key."""
-    return tl.where(key < 0, -key | -2147483648, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -64,19 +47,28 @@ def _load_group(row_ptr, list_ptr, start, count, vocab_size, TILE: tl.constexpr)
 
 
 @triton.jit
+def _load_listed(row_ptr, list_ptr, place, count, vocab_size, TILE: tl.constexpr):
+    """One tile of a list; -inf beyond its end."""
+    tile = tl.load(list_ptr + place, mask=place < count, other=0)
+    token_ids = tile * TILE + tl.arange(0, TILE)
+    return load_logits(row_ptr, token_ids, token_ids < tl.where(place < count, vocab_size, 0))
+
+
+@triton.jit
 def _gather(row_ptr, list_ptr, count, out_ptr, low, high, vocab_size, TILE: tl.constexpr):
     """Collect the values in (low, high] of the listed tiles; their number, or some number above CAPACITY."""
     found = tl.full((), 0, tl.int32)
     start = tl.full((), 0, tl.int32)
     tl.debug_barrier()
+    following = _load_listed(row_ptr, list_ptr, start, count, vocab_size, TILE)
     while (start < count) & (found <= CAPACITY):
-        x, _, _ = _load_group(row_ptr, list_ptr, start, count, vocab_size, TILE)
-        x = tl.reshape(x, [GROUP * TILE])
+        x = following
+        following = _load_listed(row_ptr, list_ptr, start + 1, count, vocab_size, TILE)
         wanted = (x > low) & (x <= high)
         places = found + tl.cumsum(wanted.to(tl.int32), axis=0)
         tl.store(out_ptr + places - 1, x, mask=wanted & (places <= CAPACITY))
         found = tl.max(places, axis=0)
-        start += GROUP
+        start += 1
     tl.debug_barrier()
     return found
 
@@ -88,12 +80,13 @@ def _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size, TILE: t
     above2 = tl.zeros([TILE], tl.float32)
     above3 = tl.zeros([TILE], tl.float32)
     for start in range(0, vocab_size, GROUP * TILE):
-        token_ids = start + tl.arange(0, GROUP)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-        w = weights(x, scale, shift)
-        above1 += tl.sum((x > pivot1).to(tl.float32) * w, axis=0)
-        above2 += tl.sum((x > pivot2).to(tl.float32) * w, axis=0)
-        above3 += tl.sum((x > pivot3).to(tl.float32) * w, axis=0)
+        for step in tl.static_range(GROUP):
+            token_ids = start + step * TILE + tl.arange(0, TILE)
+            x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
+            w = weights(x, scale, shift)
+            above1 = tl.fma((x > pivot1).to(tl.float32), w, above1)
+            above2 = tl.fma((x > pivot2).to(tl.float32), w, above2)
+            above3 = tl.fma((x > pivot3).to(tl.float32), w, above3)
     return tl.sum(above1, axis=0), tl.sum(above2, axis=0), tl.sum(above3, axis=0)
 
 
@@ -159,6 +152,9 @@ def _crossing(
             # Nothing is known of how far down the values go.
             pivot1, pivot2, pivot3 = high - 16.0 * reach, high - 4.0 * reach, high - reach
             reach = reach * 64.0
+        elif passes == 0:
+            share = (goal - high_measure) / (low_measure - high_measure)
+            pivot1, pivot2, pivot3 = guess(row_ptr, low, high, share, scale, shift, vocab_size)
         elif passes >= 6:
             low_key, high_key = order_key(low).to(tl.int64), order_key(high).to(tl.int64)
             pivot1 = key_value((low_key + (high_key - low_key) // 4).to(tl.int32))
@@ -178,47 +174,6 @@ def _crossing(
     if found <= CAPACITY:
         threshold = _resolve(values_ptr, found, low, high, high_measure, goal, scale, shift)
     return threshold
-
-
-@triton.jit
-def _top_k_bound(maxima, top_k):
-    """A value below the k-th largest logit: at least k tiles, so at least k tokens, lie above it; -inf if too few."""
-    usable = maxima > float("-inf")
-    low = tl.full((), float("-inf"), tl.float32)
-    if tl.sum(usable.to(tl.int32), axis=0) >= top_k:
-        below = tl.min(tl.where(usable, maxima, float("inf")), axis=0)
-        below = key_value(order_key(below) - 1)
-        above = tl.max(maxima, axis=0)
-        for _ in range(BISECTIONS):
-            middle = below + 0.5 * (above - below)
-            enough = tl.sum((maxima > middle).to(tl.int32), axis=0) >= top_k
-            below = tl.where(enough, middle, below)
-            above = tl.where(enough, above, middle)
-        low = below
-    return low
-
-
-@triton.jit
-def _top_p_bound(maxima, masses, scale, top, goal, total, top_p, vocab_size, TILE: tl.constexpr):
-    """A value such that what lies above it weighs at least ``goal``, from the tiles' maxima and masses alone.
-
-    A tile whose maximum lies above a value c has there at least the weight of its maximum, and at least its mass less
-    TILE tokens as heavy as c.
-    """
-    shift = top * scale
-    rest = tl.maximum((total - goal) / vocab_size, 1e-30)
-    below = tl.minimum(top, (tl.log2(rest) + shift) / scale) - 1e-3 / scale
-    below = key_value(order_key(below) - 1)
-    above = top
-    peaks = weights(maxima, scale, shift)
-    masses = masses.to(tl.float32)
-    for _ in range(BISECTIONS):
-        middle = below + 0.5 * (above - below)
-        least = tl.maximum(peaks, masses - TILE * weights(middle, scale, shift))
-        enough = tl.sum(tl.where(maxima > middle, least, 0.0), axis=0) >= goal * 1.00001
-        below = tl.where(enough, middle, below)
-        above = tl.where(enough, above, middle)
-    return below
 
 
 @triton.jit
@@ -275,7 +230,7 @@ def filter_row(
         if filters.min_p > 0.0:
             threshold = tl.minimum(top, top + tl.log2(filters.min_p) / scale)
         if (filters.top_k >= 1) & (filters.top_k < vocab_size):
-            low = _top_k_bound(maxima, filters.top_k)
+            low = top_k_bound(maxima, filters.top_k)
             most = tl.full((), 0.0, tl.float32) + vocab_size
             goal = filters.top_k.to(tl.float32)
             kth = _crossing(
@@ -303,7 +258,7 @@ def filter_row(
             total = tl.sum(masses, axis=0).to(tl.float32)
             # The largest value stays whatever top_p is.
             goal = tl.maximum(filters.top_p * total, 1e-30)
-            low = _top_p_bound(maxima, masses, scale, top, goal, total, filters.top_p, vocab_size, TILE)
+            low = top_p_bound(maxima, masses, scale, top, goal, total, filters.top_p, vocab_size, TILE)
             if threshold > float("-inf"):
                 low = tl.maximum(low, key_value(order_key(threshold) - 1))
             threshold = _crossing(

@@ -7,9 +7,9 @@ another; the last one of a request to arrive goes on.
 import torch
 import triton
 
+from .bounds import CAPACITY
 from .constants import ROW_COLUMNS
 from .decide import decide_kernel
-from .filters import CAPACITY
 from .residual import residual_kernel
 from .statistics import statistics_kernel
 
@@ -58,11 +58,11 @@ def verify_batch(
     """
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
-    if temperature is None:
-        draft_probs = draft_logits = top_k = top_p = min_p = None
     draft = draft_probs if draft_probs is not None else draft_logits
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
+    if temperature is None:
+        draft = draft_probs = draft_logits = top_k = top_p = min_p = None
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size)
     block_k = max(8, triton.next_power_of_2(width))
     is_filtered = top_k is not None or top_p is not None or min_p is not None

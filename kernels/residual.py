@@ -20,19 +20,40 @@ from .constants import (
     UNALIGNED,
 )
 from .draw import draw_token, pick, row_maximum
-from .load import Noise, Tiles, load_logits, load_position, load_request, weights
+from .load import Noise, Tiles, exp2, load_logits, load_position, load_request, weights
 from .noise import draw_uniform
 from .rules import exact, sigmoid
 
 
 @triton.jit
-def _probs(x, scale, top, factor):
-    """Probabilities of logits, given their row's largest one and the inverse of its mass."""
-    shift = tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
-    w = weights(x, scale, shift) * factor
-    if top == float("inf"):
-        w = (x == float("inf")).to(tl.float32) * factor
-    return w
+def _shift(top, scale):
+    return tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
+
+
+@triton.jit
+def _exact_residual(x, y, scale, row_ptr, DRAFT_IS_PROBS: tl.constexpr):
+    """Residual of a block of logits ``x`` and draft logits or probabilities ``y``, times the target row's mass."""
+    top = tl.load(row_ptr + TARGET_TOP)
+    shift = _shift(top, scale)
+    inverse = tl.load(row_ptr + TARGET_SCALE)
+    if DRAFT_IS_PROBS:
+        draft_top = tl.full((), 0.0, tl.float32)
+        ratio = 1.0 / inverse
+        draft = tl.maximum(y, 0.0)
+    else:
+        draft_top = tl.load(row_ptr + DRAFT_TOP)
+        ratio = tl.load(row_ptr + DRAFT_SCALE) / inverse
+        draft = weights(y, scale, _shift(draft_top, scale))
+    # NaN becomes 0 in the residual's maximum.
+    result = exact.residual(exp2(tl.fma(x, scale, tl.zeros_like(x) - shift)), draft, ratio)
+    if (top == float("inf")) | (draft_top == float("inf")):
+        target = weights(x, scale, shift)
+        if top == float("inf"):
+            target = (x == float("inf")).to(tl.float32)
+        if draft_top == float("inf"):
+            draft = (y == float("inf")).to(tl.float32)
+        result = exact.residual(target, draft, ratio)
+    return result
 
 
 @triton.jit
@@ -65,12 +86,7 @@ def _tile_residual(
         if sigmoid_ptr is not None:
             result = sigmoid.residual(x, y, temp, row_top, sigmoid_ptr, draft_probs_row_ptr is not None)
     else:
-        target = _probs(x, scale, tl.load(row_ptr + TARGET_TOP), tl.load(row_ptr + TARGET_SCALE))
-        if draft_probs_row_ptr is not None:
-            draft = tl.where(y > 0.0, y, 0.0)
-        else:
-            draft = _probs(y, scale, tl.load(row_ptr + DRAFT_TOP), tl.load(row_ptr + DRAFT_SCALE))
-        result = exact.residual(target, draft)
+        result = _exact_residual(x, y, scale, row_ptr, draft_probs_row_ptr is not None)
     return tl.where(kept, result, 0.0), token_ids
 
 

@@ -77,6 +77,14 @@ def test_draft_vocabulary_narrower_than_the_targets(draft):
     assert verified.token_ids.max() < 460
 
 
+@pytest.mark.parametrize("draft", [PROBS, LOGITS])
+def test_draft_vocabulary_narrower_than_the_targets_without_temperatures(draft):
+    batch = random_batch(seed=5, num_drafts=[3, 0, 2], vocab_size=500, draft=draft, draft_vocab_size=20)
+    del batch.kwargs["temperature"]
+    verified, _ = assert_matches_reference(batch, "triton", DEVICE)
+    assert verified.token_ids.max() < 20
+
+
 @pytest.mark.parametrize("dtypes", [*itertools.permutations(DTYPES, 2)], ids=str)
 @pytest.mark.parametrize("draft", [PROBS, LOGITS])
 def test_draft_of_another_dtype_than_the_target(draft, dtypes):

@@ -38,7 +38,7 @@ BUDGETS = (
     Budget("statistics", ("one-hot",), "element", 10.0, least_warps=24),
     Budget("statistics", ("draft logits",), "element", 10.0),
     Budget("decide", ("one-hot",), "row", 3000.0),
-    Budget("residual", ("draft logits",), "pair", 24.0),
+    Budget("residual", ("draft logits",), "pair", 20.0),
     Budget("decide", FILTERED, "logit", 30.0),
     Budget("decide", FILTERED, "logit", 90.0, flat=True),
 )

@@ -11,6 +11,6 @@ def passes(uniform, target_prob, draft_prob):
 
 
 @triton.jit
-def residual(target_probs, draft_probs):
-    """Weights of the recovered token: max(target_prob - draft_prob, 0)."""
-    return tl.maximum(target_probs - draft_probs, 0.0)
+def residual(target_weights, draft_weights, ratio):
+    """Weights of the recovered token: max(target - ratio draft, 0), in units of the target's mass."""
+    return tl.maximum(tl.fma(draft_weights, tl.zeros_like(draft_weights) - ratio, target_weights), 0.0)

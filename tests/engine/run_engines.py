@@ -4,7 +4,7 @@ Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists eng
 ``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its samplers' classes, how often
 the stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine
 warms up first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not
-before.
+before. With statistics switched on it holds the number of preemptions.
 With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
 """
 
@@ -63,6 +63,9 @@ def main(request_path: str, result_path: str) -> None:
                 ],
             }
         result["stock_calls"] = dict(calls)
+        if not engine["llm"].get("disable_log_stats", True):
+            counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+            result["preemptions"] = sum(counts)
         result["fallbacks"] = dict(account.fallbacks) if (account := getattr(samplers[0], "account", None)) else {}
         results[engine["name"]] = result
         del llm, runner, samplers

@@ -76,16 +76,21 @@ def batches(prompts: list[str], sampling: list[dict], alone: int, noise: dict | 
     ]
 
 
-def differing(result: dict, expected: list[list[int]], alone: int) -> list[str]:
-    """Which requests of an engine's batches have other tokens than expected, and where they part."""
-    found = []
+def pairs(result: dict, expected: list[list[int]], alone: int) -> list[tuple[str, int, list[int], list[int]]]:
+    """(batch, request, its tokens, those expected) of all batches of an engine."""
     together = result["batches"]["together"]["token_ids"]
     mixed = result["batches"]["mixed"]["token_ids"][::-1][::2]
     parts = [("together", index, tokens) for index, tokens in enumerate(together)]
     parts += [("mixed", index, tokens) for index, tokens in enumerate(mixed)]
     parts += [("alone", index, result["batches"][f"alone {index}"]["token_ids"][0]) for index in range(alone)]
-    for batch, index, tokens in parts:
-        if tokens != expected[index]:
-            at = next((i for i, (a, b) in enumerate(zip(tokens, expected[index], strict=False)) if a != b), "length")
+    return [(batch, index, tokens, expected[index]) for batch, index, tokens in parts]
+
+
+def differing(result: dict, expected: list[list[int]], alone: int) -> list[str]:
+    """Which requests of an engine's batches have other tokens than expected, and where they part."""
+    found = []
+    for batch, index, tokens, wanted in pairs(result, expected, alone):
+        if tokens != wanted:
+            at = next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), "length")
             found.append(f"request {index} {batch}, token {at}")
     return found

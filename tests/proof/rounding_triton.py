@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_specopt.kernels.bounds import CAPACITY
 from vllm_specopt.kernels.constants import LOG2_E
 from vllm_specopt.kernels.draw import draw_token, load_tiles, tile_masses
-from vllm_specopt.kernels.filters import CAPACITY, filter_row
+from vllm_specopt.kernels.filters import filter_row
 from vllm_specopt.kernels.launch import KEY_STEPS, STEPS, TILE
 from vllm_specopt.kernels.load import Filters, Tiles, load_logits, weights
 from vllm_specopt.kernels.statistics import sweep

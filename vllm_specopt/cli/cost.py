@@ -23,6 +23,8 @@ def run(out: Path, pattern: str | None, architectures: list[int]) -> int:
     if not planned:
         raise CliError(f"--case {pattern!r} is in none of: {', '.join(cost.SETTINGS)}", 2)
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
     with tempfile.TemporaryDirectory() as cache, console.status("...") as status:
         os.environ["TRITON_CACHE_DIR"] = cache
         counted = cost.count_steps(planned, architectures, lambda text: status.update(text))
