@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from launch_keys import recorded, unexpected
-from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, sampling, spec_metadata
-from test_v1_sampler import min_p_processor
+from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, min_p_processor, sampling, spec_metadata
 
 from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.integration.config import SpecoptConfig
