@@ -24,7 +24,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
-from vllm_specopt.integration.v1_rows import DECLARED, cannot_process_rows
+from vllm_specopt.integration.v1_rows import DECLARED, MinTokens, cannot_process_rows
 
 COUNTS, VOCAB, START, END = [3, 0, 2, 4], 60, 50, 51
 
@@ -192,6 +192,34 @@ def test_a_verified_row_emits_what_a_plain_step_would(case, temperature):
         assert not torch.equal(ours, without), "the processors changed nothing, so this test shows nothing"
 
 
+def test_a_minimum_length_counts_no_draft_token_before_it_is_accepted():
+    """Asynchronous scheduling takes all draft tokens of the last step for accepted until the next one is sampled."""
+    output = [5, 6]
+    params = SamplingParams(min_tokens=4, stop_token_ids=[7])
+    processor = MinTokens(MinTokensLogitsProcessor(None, CPU, False))
+    assert not processor
+    processor.update_state(BatchUpdate(batch_size=1, removed=(), added=[(0, params, [1], output)], moved=()))
+    output += [-1] * 4
+    processor.update_state(None)
+    assert processor
+    output[2:] = [9]
+    logits = torch.zeros(2, VOCAB)
+    logits[0, [7, 8]] = torch.tensor([9.0, 5.0])
+    logits[1, [7, 3]] = torch.tensor([9.0, 5.0])
+    settings = sampling(
+        size=1,
+        output_token_ids=[output],
+        spec_token_ids=[[8]],
+        logitsprocs=LogitsProcessors([processor]),
+    )
+    # The third token is not there yet at the first row, so 7 must not be the fourth; after it 7 may be.
+    tokens = adapter()(spec_metadata([1], torch.tensor([8])), None, logits, settings).sampled_token_ids
+    assert tokens.tolist() == [[8, 7]] and output == [5, 6, 9]
+    output += [8, 7]
+    processor.update_state(None)
+    assert not processor
+
+
 def thinking_outputs(drafts_of):
     """Serve four requests greedily with a model that always prefers 5, in steps of these drafts; 40 tokens each."""
     outputs = [[START], [], [3, START, 5], [START, 5, END]]
@@ -348,6 +376,7 @@ class Rebuilds(Ban):
         (Returns, None),
         (Rebuilds, None),
         (LogitBiasLogitsProcessor, None),
+        (MinTokens, None),
         (Declared, None),
         (Counting, r"Counting\.update_state may change its state with every token; if it does not, declare"),
         (Stateful, r"Stateful\.apply may change its state with every row; if it does not, declare"),

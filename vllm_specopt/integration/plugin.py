@@ -314,10 +314,17 @@ def _v2_load_model(original):
 
 def _build_logitsprocs(original):
     def build_logitsprocs(vllm_config, *args, **kwargs):
-        if vllm_config.speculative_config is not None and _active_config(vllm_config):
-            vllm_config = copy.copy(vllm_config)
-            vllm_config.speculative_config = None
-        return original(vllm_config, *args, **kwargs)
+        if vllm_config.speculative_config is None or not _active_config(vllm_config):
+            return original(vllm_config, *args, **kwargs)
+        from vllm_specopt.integration.v1_rows import MinTokens
+
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        processors = original(plain, *args, **kwargs)
+        processors.non_argmax_invariant = [
+            MinTokens(each) if type(each) is MinTokens.__base__ else each for each in processors.non_argmax_invariant
+        ]
+        return processors
 
     return build_logitsprocs
 
@@ -332,7 +339,7 @@ def _v1_init(original):
         from vllm.v1.sample.rejection_sampler import RejectionSampler as Stock
 
         from vllm_specopt.integration.v1 import RejectionSampler
-        from vllm_specopt.integration.v1_rows import BUILTIN
+        from vllm_specopt.integration.v1_rows import BUILTIN, MinTokens
         from vllm_specopt.integration.v1_sampler import Draws, Sampler, is_stock
 
         samples = get_pp_group().is_last_rank and not self.is_pooling_model
@@ -341,10 +348,13 @@ def _v1_init(original):
         if not samples or not (own if speculative is None else type(current) is Stock):
             log_not_replaced(current if samples else None)
             return
-        # vLLM hands out the lists of output tokens only where processors are named by the engine's arguments.
-        self.input_batch.logitsprocs_need_output_token_ids |= any(
-            type(processor) not in BUILTIN for processor in self.input_batch.logitsprocs.all
-        )
+        # vLLM brings the lists of output tokens up to date only for processors that the engine's arguments name.
+        batch = self.input_batch
+        if any(type(each) not in BUILTIN for each in batch.logitsprocs.all):
+            batch.logitsprocs_need_output_token_ids = True
+        elif self.use_async_scheduling and not batch.logitsprocs_need_output_token_ids:
+            lengths = [each for each in batch.logitsprocs.all if type(each) is MinTokens]
+            batch.logitsprocs_need_output_token_ids = lengths[0] if lengths else False
         seed = self.model_config.seed or 0
         if own:
             self.sampler = Sampler(self.sampler, Draws(self.device, self, seed))

@@ -20,15 +20,53 @@ from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
     MinTokensLogitsProcessor,
+    process_dict_updates,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_specopt.integration.v1_thinking import before_first_row, with_another_token
 
-BUILTIN = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
 PLACEHOLDER = -1
 DECLARED = "specopt_per_row"
 """A custom processor's class attribute; true: its state changes with the batch alone, not from token to token."""
+
+
+class MinTokens(MinTokensLogitsProcessor):
+    """vLLM's minimum lengths, but a request is forgotten when it has its minimum for certain.
+
+    Under asynchronous scheduling a list of output tokens ends in a placeholder for every draft token until just before
+    the next rows are processed, and vLLM's class, which is asked earlier, takes them all for accepted.
+    """
+
+    def __init__(self, stock: MinTokensLogitsProcessor):
+        """Take over the state of vLLM's."""
+        vars(self).update(vars(stock))
+
+    def __bool__(self) -> bool:
+        """Whether output tokens must be known."""
+        return bool(self.min_toks)
+
+    def update_state(self, batch_update) -> None:
+        """Follow a change of the batch, if there is one."""
+        process_dict_updates(self.min_toks, batch_update, self.add_request)
+        for request, (minimum, output, *_) in list(self.min_toks.items()):
+            length = len(output)
+            while length and output[length - 1] == PLACEHOLDER:
+                length -= 1
+            if length >= minimum:
+                del self.min_toks[request]
+
+    def of_this_step(self) -> MinTokensLogitsProcessor:
+        """vLLM's processor for the lengths as they are now."""
+        own = MinTokensLogitsProcessor.__new__(MinTokensLogitsProcessor)
+        vars(own).update(vars(self))
+        # One that has its minimum: where it is dropped, vLLM lists anew what it masks.
+        own.min_toks = {**self.min_toks, -1: (0, (), set(), False)}
+        own.update_state(None)
+        return own
+
+
+BUILTIN = (MinTokensLogitsProcessor, MinTokens, LogitBiasLogitsProcessor, MinPLogitsProcessor)
 
 
 def process(
@@ -98,9 +136,8 @@ def _of_this_step(processors: LogitsProcessors) -> LogitsProcessors:
     own = copy.copy(processors)
     own.non_argmax_invariant = []
     for processor in processors.non_argmax_invariant:
-        if type(processor) is MinTokensLogitsProcessor:
-            processor = copy.copy(processor)
-            processor.min_toks = dict(processor.min_toks)
+        if type(processor) in (MinTokensLogitsProcessor, MinTokens):
+            processor = MinTokens(processor).of_this_step()
         own.non_argmax_invariant.append(processor)
     return own
 
@@ -110,7 +147,7 @@ def _extended(sampling_metadata: SamplingMetadata, num_reqs: int) -> Iterator[li
     """The lists of output tokens that processors refer to, each with its request; cut to their length afterwards."""
     refer = list(enumerate(sampling_metadata.output_token_ids[:num_reqs]))
     for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
-        if type(processor) is MinTokensLogitsProcessor:
+        if type(processor) in (MinTokensLogitsProcessor, MinTokens):
             refer += [
                 (request, output) for request, (_, output, *_) in processor.min_toks.items() if request < num_reqs
             ]

@@ -303,8 +303,8 @@ def _unused(device: torch.device | str) -> dict[str, torch.Tensor]:
 
 
 def _is_active(processor) -> bool:
-    if type(processor) is MinTokensLogitsProcessor:
-        return bool(processor.min_toks)
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return any(len(output) < minimum for minimum, output, *_ in processor.min_toks.values())
     if type(processor) is LogitBiasLogitsProcessor:
         return bool(processor.biases)
     return True
