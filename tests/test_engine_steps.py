@@ -16,9 +16,8 @@ ENGINE = Path(__file__).parent / "engine"
 steps = SimpleNamespace(**runpy.run_path(str(ENGINE / "steps.py")))
 RUNNERS = {
     "V1": {"requests": 16, "max_tokens": 24, "alone": 8, "off": 0, "ngram": 4, "draft-1": 1, "draft-4": 4},
-    "V2": {"requests": 8, "max_tokens": 8, "alone": 4, "off": 0, "ngram": 3, "draft-1": 1, "draft-3": 3},
+    "V2": {"requests": 8, "max_tokens": 8, "alone": 4, "off": 0, "ngram": 3, "draft-3": 3},
 }
-DRAFTING = ("ngram", "draft-1", "draft-K")
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
@@ -60,12 +59,13 @@ def test_without_speculation_a_request_does_not_depend_on_its_batch(ran):
     assert steps.differing(results["off"], expected, RUNNERS[runner]["alone"]) == []
 
 
-@pytest.mark.parametrize("drafting", DRAFTING)
-def test_a_request_does_not_depend_on_its_drafts(ran, drafting):
+def test_a_request_does_not_depend_on_its_drafts(ran):
     runner, results, _ = ran
-    name = drafting.replace("K", "4" if runner == "V1" else "3")
     expected = results["off"]["batches"]["together"]["token_ids"]
-    assert steps.differing(results[name], expected, RUNNERS[runner]["alone"]) == []
+    drafting = [name for name in RUNNERS[runner] if name == "ngram" or name.startswith("draft-")]
+    assert len(drafting) >= 2
+    for name in drafting:
+        assert steps.differing(results[name], expected, RUNNERS[runner]["alone"]) == [], name
 
 
 def test_log_probabilities_leave_the_text_alone_and_a_bias_does_not(ran):
