@@ -19,7 +19,6 @@ FEATURES = (
     "aborted requests beside others",
     "dynamic number of drafts",
     "n-gram, drafts of any length",
-    "LoRA on the target",
 )
 
 

@@ -51,7 +51,7 @@ def start(drafts: bool, **more):
         "dtype": "float32",
         "enforce_eager": True,
         "distributed_executor_backend": "uni",
-        "max_model_len": 128,
+        "max_model_len": 256,
         "max_num_seqs": 16,
         "block_size": 32,
         "enable_prefix_caching": False,
