@@ -4,7 +4,10 @@ import triton.language as tl
 from triton import knobs
 
 GREEDY_BELOW = tl.constexpr(1e-5)
-"""Temperatures below this are greedy."""
+"""Temperatures below this, and NaN, are greedy."""
+
+WARMEST = tl.constexpr(1e30)
+"""Temperatures above count as this one: single precision would run out of range."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_TOKEN = tl.constexpr(2147483647)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .constants import HAS_PTX
+from .constants import GREEDY_BELOW, HAS_PTX, WARMEST
 
 
 class Tiles(NamedTuple):
@@ -93,7 +93,10 @@ def load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr):
     start_row = tl.load(cu_num_logits_ptr + index).to(tl.int64)
     num_drafts = (tl.load(cu_num_logits_ptr + index + 1) - start_row - 1).to(tl.int32)
     state = index if state_indices_ptr is None else tl.load(state_indices_ptr + index).to(tl.int64)
-    temperature = tl.full((), 0.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + state)
+    temperature = tl.full((), 0.0, tl.float32)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + state)
+        temperature = tl.where(temperature >= GREEDY_BELOW, tl.minimum(temperature, WARMEST), 0.0)
     return Request(index, state, start_row, num_drafts, temperature)
 
 
@@ -123,7 +126,10 @@ def load_position(noise, request, pos):
 @triton.jit
 def load_filters(top_k_ptr, top_p_ptr, min_p_ptr, state):
     """A request's filters."""
-    top_k = tl.full((), 0, tl.int32) if top_k_ptr is None else tl.load(top_k_ptr + state).to(tl.int32)
+    top_k = tl.full((), 0, tl.int32)
+    if top_k_ptr is not None:
+        # Wider integers need not fit.
+        top_k = tl.minimum(tl.maximum(tl.load(top_k_ptr + state), 0), 2147483647).to(tl.int32)
     top_p = tl.full((), 1.0, tl.float32) if top_p_ptr is None else tl.load(top_p_ptr + state)
     min_p = tl.full((), 0.0, tl.float32) if min_p_ptr is None else tl.load(min_p_ptr + state)
     return Filters(top_k, top_p, min_p)

@@ -9,7 +9,9 @@ from vllm_specopt.integration.config import SpecoptConfig, parse, requested_meth
 from vllm_specopt.rules import PAPER, SigmoidConstants
 
 
-@pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, {"specopt": None}, object()])
+@pytest.mark.parametrize(
+    "additional_config", [None, {}, {"other": 1}, {1: 2}, {"speculative_config": {}, "opt": 1}, object()]
+)
 def test_absent_option_is_none(additional_config):
     assert parse(additional_config) is None
 
@@ -98,6 +100,25 @@ def test_mistakes_are_named(option, message):
     with pytest.raises(ValueError, match=message) as error:
         parse({"specopt": option})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("spec_opt", "specOpt", "SPECOPT", "Specopt", "spec-opt", "spec opt", "specopt ", " specopt", "--specopt"),
+        *("vllm_specopt", "vllm-specopt", "vllmSpecOpt", "specopts", "specpot", "sepcopt", "specop", "specot"),
+    ],
+)
+def test_a_misspelt_key_is_not_silence(key):
+    for config in ({key: "exact"}, {key: None}, {"other": 1, key: {"method": "exact"}, "specopt": "exact"}):
+        with pytest.raises(ValueError, match=r"^additional_config has the key .*, did you mean 'specopt'\?$") as error:
+            parse(config)
+        assert repr(key) in str(error.value)
+
+
+def test_null_is_not_silence():
+    with pytest.raises(ValueError, match=r"^specopt is null, expected a method \('exact' or 'sigmoid'\); leave the"):
+        parse({"specopt": None})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,18 @@ def configure(option, speculative=SPECULATIVE, **kwargs):
     from vllm.engine.arg_utils import EngineArgs
 
     args = {{"model": TARGET, "enforce_eager": True, "max_model_len": 256, "speculative_config": speculative}} | kwargs
-    return EngineArgs(**args, additional_config={{"specopt": option}} if option else {{}}).create_engine_config()
+    args = {{"additional_config": {{"specopt": option}} if option else {{}}}} | args
+    return EngineArgs(**args).create_engine_config()
+"""
+
+
+PROCESSORS = """
+from processors import BanV1
+
+class Counting(BanV1):
+    def update_state(self, batch_update):
+        super().update_state(batch_update)
+        self.steps += 1
 """
 
 
@@ -37,7 +48,9 @@ def python(code: str, **env: str):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_mistakes_stop_the_start_before_a_model_is_loaded():
+def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "processors_of_test.py").write_text(PROCESSORS)
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "tests" / "parity"), os.environ.get("PYTHONPATH", "")])
     code = """
     import json
     from pathlib import Path
@@ -59,6 +72,13 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         "no speculation, sigmoid": error({"method": "sigmoid", "sigmoid": "paper"}, speculative=None),
         "no speculation, choice": error({"method": "exact", "sigmoid": "paper", "allow_per_request": True},
                                         speculative=None),
+        "misspelt": error(None, additional_config={"spec_opt": "exact"}),
+        "null": error(None, additional_config={"specopt": None}),
+        "drafts": error("exact", speculative=SPECULATIVE | {"num_speculative_tokens": 129}),
+        "drafts, absent": error(None, speculative=SPECULATIVE | {"num_speculative_tokens": 129}),
+        "processor": error("exact", logits_processors=["processors_of_test:Counting"]),
+        "processors": error("exact", logits_processors=["processors:BanV1", "processors:NotTwiceV1"]),
+        "processor, absent": error(None, logits_processors=["processors_of_test:Counting"]),
         "fine": error({"method": "exact"}),
         "absent": error(None, speculative=None),
     }
@@ -74,7 +94,7 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
     errors["weights"] = [m for m in sys.modules if m == "vllm.v1.worker.gpu_model_runner"]
     print(json.dumps(errors))
     """
-    errors = python(code)
+    errors = python(code, PYTHONPATH=path.rstrip(os.pathsep))
     cure = (
         "; install a vllm-specopt that knows this vLLM, or set "
         '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
@@ -90,6 +110,15 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded():
         "no speculation": None,
         "no speculation, sigmoid": alone,
         "no speculation, choice": alone,
+        "misspelt": "additional_config has the key 'spec_opt', did you mean 'specopt'?",
+        "null": "specopt is null, expected a method ('exact' or 'sigmoid'); leave the key out to run stock",
+        "drafts": "specopt: num_speculative_tokens is 129, expected at most 128 on model runner V1, whose own sampler "
+        "stops at the first request with more",
+        "drafts, absent": None,
+        "processor": "specopt: logits processors see draft tokens here, and Counting.update_state may change its state "
+        "with every token; if it does not, declare specopt_per_row = True in the class",
+        "processors": None,
+        "processor, absent": None,
         "fine": None,
         "absent": None,
         "version": "specopt: vLLM 0.31.0 is not among the versions it was checked against (0.32.x, 0.33.x)" + cure,
@@ -106,10 +135,12 @@ WORKERS = """
     import json
 
     def snapshot():
+        from vllm.v1.worker import gpu_model_runner
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
         from vllm.v1.worker.gpu.model_states.interface import ModelState
-        hooks = [(V1, "__init__"), (V2, "load_model"), (ModelState, "custom_sampler")]
+        hooks = [(V1, "__init__"), (gpu_model_runner, "build_logitsprocs"), (V2, "load_model"),
+                 (ModelState, "custom_sampler")]
         return [hasattr(vars(owner)[name], "_specopt_wrapper") for owner, name in hooks]
 
     def worker(option, **kwargs):
@@ -127,10 +158,10 @@ def test_without_the_option_a_worker_changes_nothing():
     ours = [f"vllm_specopt.integration.{runner}" in sys.modules for runner in ("v1", "v2")]
     print(json.dumps([snapshot(), *ours]))
     """
-    assert python(textwrap.dedent(WORKERS) + textwrap.dedent(code)) == [[False, False, False], False, False]
+    assert python(textwrap.dedent(WORKERS) + textwrap.dedent(code)) == [[False] * 4, False, False]
 
 
-@pytest.mark.parametrize(("runner", "hooks"), [("0", [True, False, False]), ("1", [False, True, True])])
+@pytest.mark.parametrize(("runner", "hooks"), [("0", [True, True, False, False]), ("1", [False, False, True, True])])
 def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
     code = """
     from unittest import mock
@@ -245,9 +276,10 @@ def test_min_p_and_logit_bias_are_let_through_where_they_are_applied():
     from vllm.v1.engine.input_processor import InputProcessor
 
     EVERY = [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"min_p": 0.2, "logit_bias": {5: 1.0}}, {"top_k": 3}]
+    BLOCK = SPECULATIVE | {"rejection_sample_method": "block"}
     CASES = {"V2": ("1", "exact"), "V2 without the option": ("1", None), "V1": ("0", "exact"),
-             "V2 not active": ("1", "exact", SPECULATIVE | {"rejection_sample_method": "block"}),
-             "V2, plain": ("1", None, None)}
+             "V1 without the option": ("0", None), "V1 not active": ("0", "exact", BLOCK),
+             "V2 not active": ("1", "exact", BLOCK), "V2, plain": ("1", None, None)}
 
     def error(processor, params):
         try:
@@ -265,16 +297,19 @@ def test_min_p_and_logit_bias_are_let_through_where_they_are_applied():
             assert config.use_v2_model_runner == (runner == "1"), name
             processors[name] = InputProcessor(config)
     found = {name: [error(processor, params) for params in EVERY] for name, processor in processors.items()}
-    found["outside the vocabulary"] = error(processors["V2"], {"logit_bias": {5000: 1.0}})
+    for name in ("V1", "V2"):
+        found[f"outside the vocabulary, {name}"] = error(processors[name], {"logit_bias": {5000: 1.0}})
     print(json.dumps(found))
     """
     found = python(code)
     refusal = "The min_p and logit_bias sampling parameters are not yet supported with speculative decoding."
-    assert "5000" in found.pop("outside the vocabulary")
+    assert all("5000" in found.pop(f"outside the vocabulary, {name}") for name in ("V1", "V2"))
     assert found == {
         "V2": [None] * 4,
         "V2 without the option": [refusal] * 3 + [None],
-        "V1": [refusal] * 3 + [None],
+        "V1": [None] * 4,
+        "V1 without the option": [refusal] * 3 + [None],
+        "V1 not active": [refusal] * 3 + [None],
         "V2 not active": [refusal] * 3 + [None],
         "V2, plain": [None] * 4,
     }

@@ -64,7 +64,7 @@ def spec_metadata(num_drafts, draft_token_ids):
 
 def sampling(temperature=None, generators=None, **changes):
     """Sampling metadata; no temperature means that all requests are greedy."""
-    size = len(temperature) if temperature is not None else changes.pop("size")
+    size = changes.pop("size", None) or len(temperature)
     zeros = torch.zeros(size)
     values = {
         "temperature": temperature,
@@ -88,6 +88,13 @@ def sampling(temperature=None, generators=None, **changes):
     return SamplingMetadata(**(values | changes))
 
 
+def min_p_processor(values):
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=len(values)))
+    processor = MinPLogitsProcessor(config, CPU, is_pin_memory=False)
+    processor.min_p_count, processor.min_p = int((values > 0).sum()), values.unsqueeze(1)
+    return LogitsProcessors([processor])
+
+
 def generators_of(seeds):
     return {index: torch.Generator().manual_seed(int(seed)) for index, seed in enumerate(seeds)}
 
@@ -101,7 +108,7 @@ def adapter(positions=None, seed=0, mode="raw_logprobs", sampler=None):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("draft", [testing.NO_DRAFT, testing.PROBS])
-@pytest.mark.parametrize("filters", [(), ("top_k", "top_p")], ids=["plain", "filters"])
+@pytest.mark.parametrize("filters", [(), ("top_k", "top_p"), ("min_p",), ("top_k", "top_p", "min_p")])
 def test_equals_reference_token_for_token(monkeypatch, seed, draft, filters):
     dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
     batch = testing.random_batch(
@@ -116,6 +123,7 @@ def test_equals_reference_token_for_token(monkeypatch, seed, draft, filters):
         generators_of(batch.kwargs["seeds"]),
         top_k=batch.kwargs.get("top_k"),
         top_p=batch.kwargs.get("top_p"),
+        logitsprocs=min_p_processor(batch.kwargs["min_p"]) if "min_p" in filters else LogitsProcessors(),
     )
     before = batch.logits.clone()
     monkeypatch.setattr(torch, "empty", testing.poisoned_empty)
@@ -386,24 +394,6 @@ def test_processed_log_probabilities_are_those_sampled_from(custom):
                 checked += 1
             row += 1
     assert checked >= (2 if custom else 3)
-
-
-def test_a_batch_we_do_not_cover_goes_to_stock_and_is_counted():
-    processor = MinPLogitsProcessor(
-        SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=2)), CPU, is_pin_memory=False
-    )
-    processor.min_p_count, processor.min_p = 1, torch.tensor([[0.1], [0.0]])
-    settings = sampling(size=2, logitsprocs=LogitsProcessors([processor]))
-    metadata, logits = spec_metadata([1, 1], torch.tensor([3, 4])), torch.randn(4, 20)
-    ours = adapter()
-    for _ in range(3):
-        output = ours(metadata, None, logits, settings)
-    assert dict(ours.fallbacks) == {"MinPLogitsProcessor works on probabilities": 3}
-    stock = StockRejectionSampler(Sampler(), None, CPU)(metadata, None, logits, settings)
-    assert torch.equal(output.sampled_token_ids, stock.sampled_token_ids)
-    processor.min_p_count = 0
-    ours(metadata, None, logits, settings)
-    assert sum(ours.fallbacks.values()) == 3
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (0.8, 0.9), (1.0, 1.0)])

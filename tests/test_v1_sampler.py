@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("vllm")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_v1_adapter import CHANGES, CPU, Runner, adapter, generators_of, sampling, spec_metadata
+from test_v1_adapter import CHANGES, CPU, Runner, adapter, generators_of, min_p_processor, sampling, spec_metadata
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
 from vllm.v1.sample.sampler import Sampler as Stock
@@ -32,13 +32,6 @@ def plain_sampler(positions=None, seed=0, mode="raw_logprobs"):
     built = Sampler(Stock(mode), Draws(CPU, runner, seed))
     built.kept_alive = SimpleNamespace(runner=runner)
     return built
-
-
-def min_p_processor(values):
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=len(values)))
-    processor = MinPLogitsProcessor(config, CPU, is_pin_memory=False)
-    processor.min_p_count, processor.min_p = int((values > 0).sum()), values.unsqueeze(1)
-    return LogitsProcessors([processor])
 
 
 def batch_of(seed, filters=("top_k", "top_p", "min_p"), dtype=torch.bfloat16, size=9):
@@ -138,19 +131,18 @@ def test_unseeded_requests_draw_anew_each_step_and_alike_on_every_rank():
     assert len(first[0].unique()) > 32
 
 
-def test_a_processor_on_probabilities_goes_to_stock_and_is_counted():
+def test_a_processor_of_scaled_logits_is_applied_after_temperature():
     class Own(MinPLogitsProcessor):
         def __init__(self):
             pass
 
         def apply(self, logits):
-            return logits.index_fill_(1, torch.arange(5), -torch.inf)
+            return logits.masked_fill_(logits < 1.0, -torch.inf)
 
-    settings = sampling(torch.ones(3), logitsprocs=LogitsProcessors([Own()]))
-    ours, logits = plain_sampler(torch.arange(3)), torch.zeros(3, 6)
-    for _ in range(2):
-        assert ours(logits, settings).sampled_token_ids.tolist() == [[5]] * 3
-    assert dict(ours.account.fallbacks) == {"Own works on probabilities": 2}
+    logits = torch.tensor([[0.0, 0.4, 0.6, 0.2], [0.9, 0.4, 1.2, 0.2]])
+    settings = sampling(torch.tensor([0.5, 1.0]), logitsprocs=LogitsProcessors([Own()]))
+    drawn = [plain_sampler(torch.full((2,), step))(logits.clone(), settings).sampled_token_ids for step in range(20)]
+    assert [tokens.tolist() for tokens in drawn] == [[[2], [2]]] * 20
 
 
 def test_steps_without_drafts_add_to_no_tokens_and_no_rows():

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from launch_keys import recorded, unexpected
-from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, sampling, spec_metadata
-from test_v1_sampler import min_p_processor
+from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, min_p_processor, sampling, spec_metadata
 
 from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.integration.config import SpecoptConfig
@@ -39,8 +38,13 @@ SEED_COUNTS = [3, 0, 2, 4]
 
 def v1_steps(probabilistic, most_drafts):
     """Steps of every kind: greedy or sampled, each filter, rows for processors, drafts of any length."""
-    filters = itertools.product((None, torch.full((4,), 5, dtype=torch.int32)), (None, torch.full((4,), 0.9)))
-    settings = [{"size": 4}] + [{"temperature": torch.ones(4), "top_k": k, "top_p": p} for k, p in filters]
+    settings = [
+        {"size": 4},
+        {"temperature": torch.ones(4)},
+        {"temperature": torch.ones(4), "top_k": torch.full((4,), 5, dtype=torch.int32)},
+        {"temperature": torch.ones(4), "top_p": torch.full((4,), 0.9)},
+        {"temperature": torch.ones(4), "logitsprocs": min_p_processor(torch.full((4,), 0.1))},
+    ]
     counts = [SEED_COUNTS, [1, 1, 1, 1], [0, 0, 0, most_drafts], [most_drafts - 1, 0, 1, 0], [0, 0, 0, 0]]
     for setting, count, change in itertools.product(settings, counts, ("", "penalties")):
         changes = CHANGES[change]([[1, 2, 3]] * 4) if change else {}

@@ -78,7 +78,8 @@ def verify(
             the token fed to the target at each row, so that row i verifies entry i + 1. A negative or out-of-range id
             is a placeholder: it is rejected and the token that follows comes from the full target row.
         max_num_draft_tokens: Upper bound of K_r, 0..128; fixes the width of the output.
-        temperature: fp32, 0 (or anything below 1e-5) = greedy. None: all requests are greedy.
+        temperature: fp32, 0 (or anything below 1e-5, or NaN) = greedy; above 1e30 and infinite: 1e30, at which every
+            usable token is alike. None: all requests are greedy.
         seeds: int64, one per request; required unless all requests are greedy.
         positions: Absolute position of each row, int64 or int32. Random numbers are a pure function of (seed, position,
             purpose). None: the row's index within its request.
@@ -88,8 +89,10 @@ def verify(
         draft_logits: The same as logits before temperature; entry ``[state index, i]`` belongs to row i.
             With neither, the draft distribution is one-hot. A draft vocabulary narrower than the target's narrows both.
         top_k: int32 or int64; values < 1 or >= vocab keep everything. None: not used in this batch.
-        top_p: fp32; values >= 1 keep everything. None: not used in this batch.
-        min_p: fp32; values <= 0 keep everything. None: not used in this batch.
+        top_p: fp32; values >= 1 and NaN keep everything, values <= 0 what equals the largest. None: not used in this
+            batch.
+        min_p: fp32; values <= 0 and NaN keep everything, values >= 1 what equals the largest. None: not used in this
+            batch.
         bonus_token_ids: If given, used in place of a drawn bonus token.
         bad_row_counter: int64, increased by the number of emitting rows without a usable logit (all NaN or -inf; such
             a row emits token 0). NaN counts as -inf; a +inf logit takes all probability of its row.

@@ -17,8 +17,8 @@ def clean_ref(row: torch.Tensor) -> torch.Tensor:
 def filter_row_ref(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, float]:
     """Apply min-p, then top-k, then top-p to one row of logits after temperature; ties with a threshold are kept.
 
-    min-p keeps probabilities >= min_p * the largest; top-k keeps values >= the k-th largest; top-p keeps a value while
-    the mass of strictly larger ones is below top_p of what the first two kept.
+    min-p keeps probabilities >= min_p (1 at most) * the largest; top-k keeps values >= the k-th largest; top-p keeps a
+    value while the mass of strictly larger ones is below top_p of what the first two kept.
 
     Returns:
         The row with removed tokens at -inf, and the margin of the closest decision.
@@ -27,7 +27,7 @@ def filter_row_ref(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float)
     if scaled.max() in (math.inf, -math.inf):
         return scaled, margin
     if min_p > 0:
-        gap = scaled - scaled.max() - math.log(min_p)
+        gap = scaled - scaled.max() - math.log(min(min_p, 1.0))
         margin = min([margin, *gap[scaled < scaled.max()].abs().tolist()])
         scaled = scaled.masked_fill(gap < 0, -math.inf)
     if 1 <= top_k < vocab_size:

@@ -9,7 +9,7 @@ from vllm_specopt.kernels.reference.exact import match_ref, ratio_test_ref
 from vllm_specopt.kernels.reference.rows import argmax_ref, target_row_ref
 from vllm_specopt.kernels.reference.sigmoid import sigmoid_test_ref
 
-GREEDY_BELOW = 1e-5
+GREEDY_BELOW, WARMEST = 1e-5, 1e30
 
 
 class Reference(NamedTuple):
@@ -61,6 +61,7 @@ def verify_ref(
         state = req if state_indices is None else int(state_indices[req])
         num_drafts = starts[req + 1] - starts[req] - 1
         temp = 0.0 if temperature is None else float(temperature[state])
+        temp = min(temp, WARMEST) if temp >= GREEDY_BELOW else 0.0
         filters = (
             0 if top_k is None else int(top_k[state]),
             1.0 if top_p is None else float(top_p[state]),

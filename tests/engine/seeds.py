@@ -18,14 +18,11 @@ import steps  # noqa: E402 - a script beside this one
 
 BASE = "off"
 DRAFTING = {BASE: 0, "ngram": 4, "draft-1": 1, "draft-2": 2, "draft-4": 4, "draft-8": 8}
-KINDS = (*steps.KINDS, steps.MIN_P)
-NO_MIN_P = (*steps.KINDS, {"temperature": 1.0, "top_k": 5, "repetition_penalty": 1.1})
 
 
-def engines(runner: str, requests: int, tokens: int, alone: int) -> list[dict]:
+def engines(requests: int, tokens: int, alone: int) -> list[dict]:
     """The engines: each form of drafting, and two with so small a cache that requests are preempted and resumed."""
-    # vLLM refuses min-p with speculation on V1.
-    prompts, sampling = steps.requests(requests, tokens, KINDS if runner == "V2" else NO_MIN_P)
+    prompts, sampling = steps.requests(requests, tokens)
     batches = steps.batches(prompts, sampling, alone)
     drafting = steps.drafting(DRAFTING)
     listed = [steps.engine(name, drafts, batches, max_num_seqs=32) for name, drafts in drafting.items()]
@@ -62,7 +59,7 @@ def run(runner: str, requests: int, tokens: int, alone: int) -> list[dict]:
     """Start the engines in a process of their own and compare."""
     start = runpy.run_path(str(HERE / "run_engines.py"))["start"]
     with tempfile.TemporaryDirectory() as folder:
-        results, _ = start(engines(runner, requests, tokens, alone), Path(folder), runner)
+        results, _ = start(engines(requests, tokens, alone), Path(folder), runner)
     return compare(results, alone)
 
 

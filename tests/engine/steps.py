@@ -5,18 +5,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+MIN_P = {"temperature": 1.0, "min_p": 0.05}
 # What the requests take in turn, so that batches are mixed.
 KINDS = (
     {"temperature": 0.7},
-    {"temperature": 1.0},
+    {"temperature": 2.0},
     {"temperature": 1.0, "top_p": 0.9},
     {"temperature": 0.7, "top_k": 20},
     {"temperature": 0.8, "top_p": 0.95, "top_k": 40},
     {"temperature": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
     {"temperature": 0.0},
+    MIN_P,
     {"temperature": 1.0, "presence_penalty": 0.5, "top_p": 0.95},
+    {"temperature": 1.0, "logit_bias": {token: 3.0 for token in range(300, 320)}},
 )
-MIN_P = {"temperature": 1.0, "min_p": 0.05}
 
 
 def drafting(num_drafts: dict[str, int]) -> dict[str, dict | None]:

@@ -319,6 +319,64 @@ def case_processed_log_probabilities_follow_the_temperature_of_both_models():
         assert_follows(lists, step.reference(draft=draft))
 
 
+ASKS = [{"logprob_token_ids": [5, 17, 30]}, {}, {"logprobs": 1}, {"logprob_token_ids": [2]}, {}, {"logprobs": 2}]
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])
+@pytest.mark.parametrize("most_rows", [None, 6])
+def case_log_probabilities_of_specific_tokens_beside_others(mode, most_rows, monkeypatch):
+    if most_rows:
+        monkeypatch.setattr(stock, "MAX_CHUNK_BYTES", most_rows * VOCAB * 4)
+    sampled = {"temperature": 0.7, "min_p": 0.02}
+    step = Step(sampling([sampled | asks for asks in ASKS]), COUNTS, mode=mode, dtype=torch.float32)
+    lists, output = step.run(RejectionSampler)
+    assert lists == Step(sampling([sampled] * 6), COUNTS, dtype=torch.float32).run(RejectionSampler)[0]
+    tensors, row = output.logprobs_tensors, 0
+    assert tensors.logprobs.shape == (step.rows, 4) and tensors.cu_num_generated_tokens == step.cu.tolist()
+    for asks, count, tokens in zip(ASKS, COUNTS, lists, strict=True):
+        for i, token in enumerate(tokens):
+            expected = step.logits[row + i]
+            if mode.startswith("processed"):
+                expected = expected / 0.7
+                expected = expected.masked_fill(expected < expected.max() + np.log(0.02), -torch.inf)
+            if mode.endswith("logprobs"):
+                expected = expected.log_softmax(0)
+            if asks:
+                best = expected.topk(max(2, len(asks))).indices.tolist()[:2]
+                shown = [token, *asks.get("logprob_token_ids", best)]
+                assert tensors.logprob_token_ids[row + i, : len(shown)].tolist() == shown
+                torch.testing.assert_close(tensors.logprobs[row + i, : len(shown)], expected[shown])
+        row += count + 1
+
+
+def case_log_probabilities_of_specific_tokens_without_drafts():
+    step = Step(sampling([{"temperature": 0.7} | asks for asks in ASKS]), [0] * 6, mode="processed_logprobs")
+    drawn, output = step.draw()
+    verified, expected = step.run(RejectionSampler)
+    assert drawn == verified
+    for request, asks in enumerate(ASKS):
+        width = 1 + len(asks.get("logprob_token_ids", [0, 0])) if asks else 0
+        for name in ("logprob_token_ids", "logprobs"):
+            ours, theirs = (getattr(each.logprobs_tensors, name)[request, :width] for each in (expected, output))
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("drafts", [COUNTS, [0] * 6], ids=["drafts", "plain"])
+def case_log_probabilities_after_sampling_parameters_do_not_change_the_tokens(drafts, monkeypatch):
+    """Not even where vLLM's filter drops the token, which then is reported with what it was drawn with."""
+    from vllm.v1.worker.gpu.sample import sampler, states
+
+    for module in (sampler, states):
+        monkeypatch.setattr(module, "apply_top_k_top_p", lambda rows, *_: torch.full_like(rows, -torch.inf))
+    asked = sampling([d | ({"logprobs": 0} if i % 2 else {}) for i, d in enumerate(MIXED)])
+    step = Step(asked, drafts, mode="processed_logprobs")
+    tokens, output = step.run(RejectionSampler) if any(drafts) else step.draw()
+    plain = Step(sampling(MIXED), drafts)
+    assert tokens == (plain.run(RejectionSampler) if any(drafts) else plain.draw())[0]
+    emitted = step.local < output.num_sampled[step.request]
+    assert output.logprobs_tensors.logprobs[emitted & (step.request % 2 == 1), 0].isfinite().all()
+
+
 @pytest.mark.parametrize("pad", [0, 5])
 def case_warm_up_launches_what_draws_without_drafts_do(pad):
     with recorded(run=False) as served:

@@ -54,7 +54,7 @@ def arguments(column: Column, engine: str) -> dict:
     if column.arm == "ours":
         args["additional_config"] = {"specopt": {"method": "exact"}}
     if engine == "custom":
-        args["logits_processors"] = [f"processors:Ban{column.runner}"]
+        args["logits_processors"] = [f"processors:{name}{column.runner}" for name in ("Ban", "NotTwice")]
     return args
 
 
@@ -103,12 +103,14 @@ class Engine:
     def generate(self, token_ids: list[list[int]], params: list[dict]) -> list[dict]:
         """Run requests together; one entry per completion."""
         from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
         made = []
         for each in params:
             if "structured_outputs" in each:
                 each = {**each, "structured_outputs": StructuredOutputsParams(**each["structured_outputs"])}
+            if "repetition_detection" in each:
+                each = {**each, "repetition_detection": RepetitionDetectionParams(**each["repetition_detection"])}
             made.append(SamplingParams(**each))
         requests = [{"prompt_token_ids": ids} for ids in token_ids]
         entries = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
 import law
-from rows import STOPS, Column, Row
+from rows import BLOCK, STOPS, Column, Row
 
 WORKS, FALLS_BACK, REFUSED, WRONG, CRASHES = VERDICTS = "works", "falls back to stock", "refused", "wrong", "crashes"
 REFUSALS = ("VLLMValidationError", "ValueError", "ValidationError")
@@ -15,7 +16,8 @@ MIN_P_VALUE = 1e-4
 # Logarithm of how many times likelier the draws must be than under the law without the parameter.
 TOLD_APART = 7.0
 CLOSE = 5e-3
-END_OF_THINKING = 9
+START_OF_THINKING, END_OF_THINKING = 8, 9
+LONGEST = 4 * BLOCK
 
 
 def judge(row: Row, column: Column, found: dict, plain: dict) -> tuple[str, str]:
@@ -52,7 +54,7 @@ def shorten(message: str) -> str:
 
 
 def _problems(row: Row, column: Column, found: dict, plain: dict):
-    if column.arm != "plain" and not found["verifications"]:
+    if row.drafts and column.arm != "plain" and not found["verifications"]:
         yield "no draft token was verified"
     if row.greedy is not None:
         expected = [entry["token_ids"] for entry in plain.get("greedy", [])]
@@ -106,7 +108,7 @@ def _stopped(row, found, plain):
 
 def _values(mode):
     def check(row, found, plain):
-        for ours, theirs in zip(found["greedy"], plain.get("greedy", []), strict=False):
+        for ours, theirs in zip(found.get("greedy", ()), plain.get("greedy", ()), strict=False):
             for at, other in zip(ours["logprobs"] or [], theirs["logprobs"] or [], strict=False):
                 shared = at.keys() & other.keys()
                 if len(shared) < 2 or any(abs(at[token] - other[token]) > CLOSE for token in shared):
@@ -124,6 +126,36 @@ def _values(mode):
                     return
 
     return check
+
+
+def _specific_logprobs(row, found, plain):
+    wanted = set(map(str, row.greedy["logprob_token_ids"]))
+    entries = [*found["greedy"], *found["sampled"]]
+    if any(len(entry["logprobs"] or []) != len(entry["token_ids"]) for entry in entries):
+        yield "log probabilities are missing"
+        return
+    for entry in entries:
+        expected = law.raw_logits(entry).log_softmax(1)
+        for at, token in enumerate(entry["token_ids"]):
+            shown = entry["logprobs"][at]
+            if shown.keys() != wanted | {str(token)}:
+                yield f"the tokens shown are {sorted(map(int, shown))}"
+                return
+            if any(abs(value - float(expected[at, int(token)])) > CLOSE for token, value in shown.items()):
+                yield "log probabilities are not the target model's"
+                return
+
+
+def _all_logprobs(row, found, plain):
+    for entry in found["greedy"]:
+        expected = law.raw_logits(entry).log_softmax(1)
+        for at, shown in enumerate(entry["logprobs"]):
+            if len(shown) != expected.shape[1]:
+                yield f"{len(shown)} log probabilities"
+                return
+            if any(abs(value - float(expected[at, int(token)])) > CLOSE for token, value in shown.items()):
+                yield "log probabilities are not the target model's"
+                return
 
 
 def _prompt_logprobs(row, found, plain):
@@ -163,6 +195,43 @@ def _thinking(row, found, plain):
         if END_OF_THINKING not in entry["token_ids"][: budget + 1]:
             yield f"the end of thinking is not among the first {budget + 1} tokens"
             return
+
+
+def _thinks_again(row, found, plain):
+    budget, again = row.greedy["thinking_token_budget"], 0
+    for entry in found["greedy"]:
+        ids, left, opened = entry["token_ids"], None, 0
+        for token in ids:
+            if left is None and token == START_OF_THINKING:
+                left, opened = budget, opened + 1
+            elif left is not None:
+                if token != END_OF_THINKING and left == 0:
+                    yield f"more than {budget} tokens of a thought"
+                    return
+                left = None if token == END_OF_THINKING else left - 1
+        again += opened > 2
+    if not again:
+        yield "no completion thinks more than twice"
+
+
+def _one_token(row, found, plain):
+    if any(len(entry["token_ids"]) != 1 for entry in found["greedy"]):
+        yield "a completion has not one token"
+
+
+def _longest(row, found, plain):
+    if any(len(entry["prompt"]) + len(entry["token_ids"]) != LONGEST for entry in found["greedy"]):
+        yield f"a sequence has not {LONGEST} tokens"
+
+
+def _repetition(row, found, plain):
+    if any(entry["finish_reason"] != "repetition" for entry in found["greedy"]):
+        yield f"completions end with {[entry['finish_reason'] for entry in found['greedy']]}"
+
+
+def _not_twice(row, found, plain):
+    if any(a == b for entry in found["greedy"] for a, b in itertools.pairwise(entry["token_ids"])):
+        yield "a token follows itself"
 
 
 def _several(row, found, plain):
@@ -207,10 +276,17 @@ CHECKS = {
     "processed_logprobs": _values("processed_logprobs"),
     "raw_logits": _values("raw_logits"),
     "processed_logits": _values("processed_logits"),
+    "specific_logprobs": _specific_logprobs,
+    "all_logprobs": _all_logprobs,
     "prompt_logprobs": _prompt_logprobs,
     "json": _json,
     "matches": _matches,
     "thinking": _thinking,
+    "thinks_again": _thinks_again,
+    "one_token": _one_token,
+    "longest": _longest,
+    "repetition": _repetition,
+    "not_twice": _not_twice,
     "several": _several,
     "banned": _banned,
     "cached": _cached,

@@ -1,7 +1,11 @@
-"""The same custom logits processor for both runners: ``extra_args={"ban": ids}`` forbids those token ids."""
+"""The same custom logits processors for both runners.
+
+``extra_args={"ban": ids}`` forbids those token ids, ``extra_args={"not_twice": True}`` that a token follows itself.
+"""
 
 import numpy as np
 import torch
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
@@ -43,3 +47,33 @@ class BanV2(LogitsProcessorV2):
     def apply(self, logits, ctx):
         mask = torch.from_numpy(self.bans[ctx.expanded_idx_mapping.cpu().numpy()])
         return logits.masked_fill(mask.to(logits.device), -float("inf"))
+
+
+class NotTwiceV1(AdapterLogitsProcessor):
+    """For model runner V1: a processor per request, which is given the tokens so far."""
+
+    def is_argmax_invariant(self):
+        return False
+
+    def new_req_logits_processor(self, params):
+        def forbid(prompt, output, logits):
+            logits[(output or prompt)[-1]] = -float("inf")
+            return logits
+
+        return forbid if (params.extra_args or {}).get("not_twice") else None
+
+
+class NotTwiceV2(LogitsProcessorV2):
+    """For model runner V2, which says what token was fed to the model at each row."""
+
+    def __init__(self, vllm_config, req_states):
+        self.used = np.zeros(req_states.max_num_reqs, dtype=bool)
+
+    def add_request(self, req_idx, sampling_params):
+        self.used[req_idx] = bool((sampling_params.extra_args or {}).get("not_twice"))
+        return bool(self.used[req_idx])
+
+    def apply(self, logits, ctx):
+        rows = np.flatnonzero(self.used[ctx.expanded_idx_mapping.cpu().numpy()])
+        logits[rows, ctx.input_ids[rows].long()] = -float("inf")
+        return logits

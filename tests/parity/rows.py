@@ -50,8 +50,17 @@ COLUMNS = {
 
 # Arguments of each engine beside the common ones; several engine-wide rows share one start.
 ENGINES: dict[str, dict] = {
-    "base": {"async_scheduling": True, "reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": ")"}},
-    "prefix": {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True},
+    "base": {
+        "async_scheduling": True,
+        "max_logprobs": -1,
+        "reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": ")"},
+    },
+    # Thinking starts with a common token, so that it starts again.
+    "prefix": {
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": ")"},
+    },
     "chunked": {
         "logprobs_mode": "raw_logits",
         "async_scheduling": False,
@@ -75,6 +84,7 @@ class Row:
     prompts: Which prompts the greedy requests take: ``short``, ``long``, ``shared`` (the same twice) or ``thinking``.
     bites: Whether the greedy output must differ from that without the parameters.
     check: A further check by name, see ``judge.CHECKS``.
+    drafts: Whether draft tokens must have been verified.
     """
 
     name: str
@@ -85,6 +95,7 @@ class Row:
     bites: bool = True
     check: str | None = None
     expect: dict = field(default_factory=dict)
+    drafts: bool = True
 
 
 # Parameters whose value is large enough to be seen in a few hundred draws.
@@ -94,6 +105,11 @@ STOPS = list(range(0, 240, 2))
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
 PROCESSED = {"repetition_penalty": 1.4, "logprobs": 2}
 SAMPLED_LOGPROBS = {"temperature": 0.5, "logprobs": 1}
+SPECIFIC = {"logprob_token_ids": [5, 17, 300]}
+EVERYTHING = {
+    **{"temperature": 0.8, "min_p": 0.05, "top_k": 30, "top_p": 0.9, "allowed_token_ids": list(range(0, 512, 3))},
+    **{"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.5, "logprobs": 1, **BIAS},
+}
 
 ROWS = (
     Row("greedy", greedy={}, bites=False),
@@ -110,6 +126,7 @@ ROWS = (
     Row("min tokens", greedy={"min_tokens": 6, "stop_token_ids": STOPS, "ignore_eos": False}, check="min_tokens"),
     Row("logit bias", greedy=BIAS, sampled=BIAS),
     Row("stop strings", greedy={"stop": ["e", "("]}, check="stopped"),
+    Row("stop strings, shown", {"stop": ["e", "("], "include_stop_str_in_output": True}, check="stopped"),
     Row("stop token ids", greedy={"stop_token_ids": STOPS}, check="stopped"),
     Row("logprobs, raw", greedy=PROCESSED, sampled=SAMPLED_LOGPROBS, check="raw_logprobs"),
     Row("logprobs, processed", PROCESSED, SAMPLED_LOGPROBS, engine="prefix", check="processed_logprobs"),
@@ -122,6 +139,16 @@ ROWS = (
         engine="prefix",
         check="processed_logprobs",
     ),
+    Row(
+        "logprobs of specific tokens",
+        greedy={**SPECIFIC, "max_tokens": 8},
+        sampled={**SPECIFIC, "temperature": 0.5},
+        bites=False,
+        check="specific_logprobs",
+    ),
+    Row("logprobs of all tokens", greedy={"logprobs": -1}, bites=False, check="all_logprobs"),
+    Row("logprobs, flat", PROCESSED | {"flat_logprobs": True}, SAMPLED_LOGPROBS, check="raw_logprobs"),
+    Row("all of these at once", sampled=EVERYTHING, engine="prefix", check="processed_logprobs"),
     Row("prompt logprobs", greedy={"prompt_logprobs": 2}, bites=False, check="prompt_logprobs"),
     Row(
         "structured output: JSON schema",
@@ -147,8 +174,27 @@ ROWS = (
         expect={"regex": "yellow|violet"},
     ),
     Row("thinking budget", greedy={"thinking_token_budget": 4}, prompts="thinking", check="thinking"),
+    Row(
+        "thinking budget, thinking more than once",
+        greedy={"thinking_token_budget": 2, "max_tokens": 60},
+        engine="prefix",
+        check="thinks_again",
+    ),
+    Row("one token", greedy={"max_tokens": 1}, bites=False, check="one_token", drafts=False),
+    Row("the model's longest sequence", {"max_tokens": 200}, prompts="long", bites=False, check="longest"),
+    Row(
+        "repetition detection",
+        greedy={"repetition_detection": {"max_pattern_size": 3, "min_count": 3}, "allowed_token_ids": [300]},
+        check="repetition",
+    ),
     Row("n > 1", sampled={"n": 4, "temperature": 0.8}, check="several"),
     Row("custom logits processors", greedy={"extra_args": {"ban": EVEN}}, engine="custom", check="banned"),
+    Row(
+        "custom logits processors that read the text so far",
+        greedy={"extra_args": {"not_twice": True}, "allowed_token_ids": [300, 301, 302]},
+        engine="custom",
+        check="not_twice",
+    ),
     Row("prefix caching", greedy={}, engine="prefix", prompts="shared", bites=False, check="cached"),
     Row("chunked prefill", greedy={}, engine="chunked", prompts="long", bites=False, check="chunked"),
     Row("async scheduling on", greedy={}, sampled={"temperature": 0.7}, bites=False, check="async_on"),

@@ -109,7 +109,7 @@ def _verify_request(request, plan, scratch):
     if state < 0 or state >= plan.num_states:
         return -1
     temperature = np.float64(read_float(plan.temperature, state)) if plan.temperature else 0.0
-    is_greedy = temperature < GREEDY_BELOW
+    is_greedy = not temperature >= GREEDY_BELOW
     temperature = min(temperature, WARMEST)
     scale = np.float32(1.0 if is_greedy else LOG2_E / temperature)
     seed = read_int(plan.seeds, state, True) if not is_greedy else np.int64(0)

@@ -1,5 +1,7 @@
 """The option that turns the plugin on: ``additional_config["specopt"]``; and a request's own choice of method."""
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,7 +11,9 @@ from vllm_specopt.rules import RULES, SIGMOID_EXPECTED, SigmoidConstants, parse_
 METHODS = tuple(RULES)
 ON_UNKNOWN_VLLM = ("error", "stock")
 ALLOWED = {"method": METHODS, "on_unknown_vllm": ON_UNKNOWN_VLLM}
-REQUEST_KEY = "specopt"
+KEY = REQUEST_KEY = "specopt"
+# How alike a key and ``KEY`` must be, letters and digits only, to be taken for a misspelling of it.
+ALIKE = 0.8
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,19 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
         The option, or None if it is not given.
 
     Raises:
-        ValueError: The option is malformed; the message names the key and the values allowed.
+        ValueError: The option is malformed, null, or a key looks like a misspelling of ``specopt``; the message names
+            the key and the values allowed.
     """
-    option = additional_config.get("specopt") if isinstance(additional_config, Mapping) else None
-    if option is None:
+    if not isinstance(additional_config, Mapping):
         return None
+    for key in additional_config:
+        if key != KEY and _looks_like_ours(key):
+            raise ValueError(f"additional_config has the key {key!r}, did you mean {KEY!r}?")
+    if KEY not in additional_config:
+        return None
+    option = additional_config[KEY]
+    if option is None:
+        raise ValueError(f"specopt is null, expected a method ({_either(METHODS)}); leave the key out to run stock")
     if isinstance(option, str):
         option = {"method": option}
     if not isinstance(option, Mapping):
@@ -98,6 +110,11 @@ def requested_method(extra_args: Any) -> str | None:
     if not isinstance(choice, str) or choice not in METHODS:
         raise ValueError(f"{name} is {choice!r}, expected {_either(METHODS)}")
     return choice
+
+
+def _looks_like_ours(key: Any) -> bool:
+    plain = re.sub(r"[^a-z0-9]", "", key.lower()) if isinstance(key, str) else ""
+    return difflib.SequenceMatcher(None, plain.removeprefix("vllm"), KEY).ratio() >= ALIKE
 
 
 def _known_keys(name: str, mapping: Mapping, keys: list[str]) -> None:

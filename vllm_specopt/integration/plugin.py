@@ -5,19 +5,22 @@ configuration is made (so that mistakes stop the start, before a model is loaded
 installs the runner's hook in that process). Each original stays reachable as ``__wrapped__``.
 
 - V2: ``ModelState.custom_sampler``, which exists for this purpose; a model's own override is respected.
-- V1: the runner's ``sampler`` and ``rejection_sampler`` are replaced once they are built.
+- V1: the runner's ``sampler`` and ``rejection_sampler`` are replaced once they are built, and it gets the logits
+  processors of an engine that does not speculate.
 
 Without speculation the sampler alone is ours.
 
 With the option there are two more, where requests are validated. One refuses a request whose own choice of method
-cannot be honoured. The other comes with an engine that runs ours on V2: vLLM refuses min-p and logit bias under
-speculation, because V1 would not apply them to draft tokens; V2 does, so requests to that engine are let through.
+cannot be honoured. The other comes with an engine that runs ours: vLLM refuses min-p and logit bias under speculation,
+because its V1 would not apply them to draft tokens; ours does, so requests to that engine are let through.
 """
 
+import copy
 import functools
 import sys
 import weakref
 from pathlib import Path
+from types import ModuleType
 
 import vllm
 from vllm.exceptions import VLLMValidationError
@@ -27,6 +30,7 @@ from vllm.platforms import current_platform
 from vllm_specopt.checks import MAX_DRAFT_TOKENS
 from vllm_specopt.integration import compat, metrics
 from vllm_specopt.integration.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
+from vllm_specopt.integration.messages import log_active, log_not_replaced, log_unstable
 from vllm_specopt.verify import backend_name
 
 logger = init_logger("vllm.specopt")
@@ -60,7 +64,8 @@ def validate(vllm_config) -> SpecoptConfig | None:
 
     Raises:
         ValueError: The option is malformed, or verifies inexactly where speculative decoding is off; the platform is
-            neither CUDA nor CPU; or this vLLM is unknown and the option does not allow for that.
+            neither CUDA nor CPU; there are more draft tokens than model runner V1 takes; or this vLLM is unknown and
+            the option does not allow for that.
     """
     config = parse(vllm_config.additional_config)
     if config is None:
@@ -73,6 +78,12 @@ def validate(vllm_config) -> SpecoptConfig | None:
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise ValueError(
             f"specopt runs on CUDA GPUs and CPUs, not on {current_platform.device_name}; remove the option"
+        )
+    drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0)
+    if drafts > MAX_DRAFT_TOKENS and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            f"specopt: num_speculative_tokens is {drafts}, expected at most {MAX_DRAFT_TOKENS} on model runner V1, "
+            "whose own sampler stops at the first request with more"
         )
     unknown = _unknown_vllm(vllm_config)
     if unknown and config.on_unknown_vllm == "error":
@@ -108,7 +119,7 @@ def _unknown_vllm(vllm_config) -> str | None:
     return compat.problem(runner, vllm.__version__, Path(vllm.__file__).parent)
 
 
-def _wrap(owner: type, name: str, make_wrapper) -> None:
+def _wrap(owner: type | ModuleType, name: str, make_wrapper) -> None:
     original = vars(owner)[name]
     if hasattr(original, _OURS):
         return
@@ -124,9 +135,11 @@ def _create_engine_config(original):
             from vllm.v1.engine.input_processor import InputProcessor
 
             _wrap(InputProcessor, "_validate_params", _validate_params)
-        speculates = vllm_config.speculative_config is not None
-        if speculates and vllm_config.use_v2_model_runner and _active_config(vllm_config):
+        if vllm_config.speculative_config is not None and _active_config(vllm_config):
             from vllm.sampling_params import SamplingParams
+
+            if not vllm_config.use_v2_model_runner:
+                _check_logits_processors(vllm_config.model_config)
 
             _wrap(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
             _applies_all.append(weakref.ref(vllm_config.speculative_config))
@@ -135,6 +148,17 @@ def _create_engine_config(original):
         return vllm_config
 
     return create_engine_config
+
+
+def _check_logits_processors(model_config) -> None:
+    from vllm.v1.sample.logits_processor import cached_load_custom_logitsprocs
+
+    from vllm_specopt.integration.v1_rows import cannot_process_rows
+
+    named = model_config.logits_processors
+    for processor in cached_load_custom_logitsprocs(None if named is None else tuple(named)):
+        if reason := cannot_process_rows(processor):
+            raise ValueError(f"specopt: logits processors see draft tokens here, and {reason}")
 
 
 def _validate_spec_decode(original):
@@ -227,8 +251,10 @@ def _install_runner_hook(vllm_config) -> None:
         _wrap(ModelState, "custom_sampler", _custom_sampler)
         _wrap(GPUModelRunner, "load_model", _v2_load_model)
     else:
+        from vllm.v1.worker import gpu_model_runner
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+        _wrap(gpu_model_runner, "build_logitsprocs", _build_logitsprocs)
         _wrap(GPUModelRunner, "__init__", _v1_init)
         _wrap(GPUModelRunner, "_calc_spec_decode_metadata", _calc_spec_decode_metadata)
 
@@ -277,13 +303,30 @@ def _v2_load_model(original):
 
         replaced = self.sampler if self.speculative_config is None else self.rejection_sampler
         if not isinstance(replaced, Sampler | RejectionSampler):
-            _log_not_replaced(replaced)
+            log_not_replaced(replaced)
             return
-        _log_active("V2", config, self.device, BACKEND, self.speculative_config)
+        log_active("V2", config, self.device, BACKEND, self.speculative_config)
         if not isinstance(self.sampler, Sampler):
-            _log_unstable(self.sampler)
+            log_unstable(self.sampler)
 
     return load_model
+
+
+def _build_logitsprocs(original):
+    def build_logitsprocs(vllm_config, *args, **kwargs):
+        if vllm_config.speculative_config is None or not _active_config(vllm_config):
+            return original(vllm_config, *args, **kwargs)
+        from vllm_specopt.integration.v1_rows import MinTokens
+
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        processors = original(plain, *args, **kwargs)
+        processors.non_argmax_invariant = [
+            MinTokens(each) if type(each) is MinTokens.__base__ else each for each in processors.non_argmax_invariant
+        ]
+        return processors
+
+    return build_logitsprocs
 
 
 def _v1_init(original):
@@ -296,14 +339,22 @@ def _v1_init(original):
         from vllm.v1.sample.rejection_sampler import RejectionSampler as Stock
 
         from vllm_specopt.integration.v1 import RejectionSampler
+        from vllm_specopt.integration.v1_rows import BUILTIN, MinTokens
         from vllm_specopt.integration.v1_sampler import Draws, Sampler, is_stock
 
         samples = get_pp_group().is_last_rank and not self.is_pooling_model
         speculative, own = self.speculative_config, is_stock(self.sampler)
         current = self.sampler if speculative is None else getattr(self, "rejection_sampler", None)
         if not samples or not (own if speculative is None else type(current) is Stock):
-            _log_not_replaced(current if samples else None)
+            log_not_replaced(current if samples else None)
             return
+        # vLLM brings the lists of output tokens up to date only for processors that the engine's arguments name.
+        batch = self.input_batch
+        if any(type(each) not in BUILTIN for each in batch.logitsprocs.all):
+            batch.logitsprocs_need_output_token_ids = True
+        elif self.use_async_scheduling and not batch.logitsprocs_need_output_token_ids:
+            lengths = [each for each in batch.logitsprocs.all if type(each) is MinTokens]
+            batch.logitsprocs_need_output_token_ids = lengths[0] if lengths else False
         seed = self.model_config.seed or 0
         if own:
             self.sampler = Sampler(self.sampler, Draws(self.device, self, seed))
@@ -316,9 +367,9 @@ def _v1_init(original):
             from vllm_specopt.cpu import warm_up
 
             warm_up(self.model_config.dtype)
-        _log_active("V1", config, self.device, backend, speculative)
+        log_active("V1", config, self.device, backend, speculative)
         if not own:
-            _log_unstable(self.sampler)
+            log_unstable(self.sampler)
 
     return __init__
 
@@ -332,37 +383,3 @@ def _calc_spec_decode_metadata(original):
         return metadata
 
     return _calc_spec_decode_metadata
-
-
-def _log_active(runner: str, config: SpecoptConfig, device, backend: str, speculative) -> None:
-    more = " per_request=allowed" if config.allow_per_request else " speculation=off" if speculative is None else ""
-    logger.info(
-        "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, more
-    )
-    if config.sigmoid is None:
-        return
-    who = "requests that choose the method sigmoid" if config.method == "exact" else "the method sigmoid"
-    certain = speculative.draft_sample_method != "probabilistic"
-    logger.warning(
-        "specopt: the output of %s does not follow the target model's distribution at temperature > 0: %s",
-        who,
-        "drafts come without probabilities here, so a draft token survives with its target score as the "
-        "probability (0.62 for every token with the paper's constants)"
-        if certain
-        else "wherever scores of the two models are close, nearly every draft token survives, and the text becomes the "
-        "draft model's",
-    )
-
-
-def _log_not_replaced(current) -> None:
-    if current is None:
-        logger.info("specopt: not active: this worker does not sample")
-    else:
-        logger.warning("specopt: not active: the model or another plugin brings its own %s", type(current).__qualname__)
-
-
-def _log_unstable(sampler) -> None:
-    logger.warning(
-        "specopt: seeds are not stable across steps without drafts: the model or another plugin brings its own %s",
-        type(sampler).__qualname__,
-    )

@@ -1,11 +1,11 @@
 """Model runner V1: vLLM's metadata and sampling parameters to plain tensors, one call of verify(), and back.
 
-The logits of a step lie request by request: a row per draft token, then the bonus row. Temperature, top-k and top-p go
-to the kernels as they are, per request; what vLLM's own logits processors do (penalties, bad words, allowed tokens,
-minimum length, thinking budget) is left to them, on a copy, and only for batches that need it.
+The logits of a step lie request by request: a row per draft token, then the bonus row. Temperature, top-k, top-p
+and min-p go to the kernels as they are, per request; what vLLM's own logits processors do (penalties, bad words,
+allowed tokens, minimum length, logit bias, thinking budget), and custom ones, is left to them, on a copy, and only for
+batches that need it.
 """
 
-import copy
 import functools
 import itertools
 from dataclasses import replace
@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample import rejection_sampler as stock
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specopt.integration.config import SpecoptConfig, requested_method
 from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.v1_rows import process
 from vllm_specopt.integration.v1_sampler import (
     GREEDY_BELOW,
     Draws,
@@ -30,6 +29,9 @@ from vllm_specopt.integration.v1_sampler import (
     copied,
     is_stock,
     needs_processors,
+    reported,
+    scale,
+    wants_logprobs,
     works_on_probabilities,
 )
 from vllm_specopt.verify import verify
@@ -82,25 +84,27 @@ class RejectionSampler(stock.RejectionSampler):
         Returns:
             Token ids ``[batch, max_spec_len + 1]`` int32, -1 padded, and log probabilities if requested.
         """
-        if reason := works_on_probabilities(sampling_metadata, min_p=True):
-            self.draws.leave_to_stock(reason)
-            return super().forward(metadata, draft_probs, logits, sampling_metadata)
-
         bonus = None if is_stock(self.sampler) else self._custom_bonus(metadata, logits, sampling_metadata)
         if not getattr(metadata, BY_REQUEST, False):
             logits, metadata = _by_request(logits, metadata)
-        num_logprobs = sampling_metadata.max_num_logprobs
-        processed_logprobs = num_logprobs is not None and self.is_processed_logprobs_mode
-        rows = logits
-        if processed_logprobs or needs_processors(sampling_metadata):
-            rows = self._process(logits, metadata, sampling_metadata, with_bonus=bonus is None)
-
         all_greedy = sampling_metadata.all_greedy
-        temperature = None if all_greedy else sampling_metadata.temperature
-        top_k, top_p = (None, None) if all_greedy else (sampling_metadata.top_k, sampling_metadata.top_p)
-        if processed_logprobs and not all_greedy:
-            rows = _constrain(rows, metadata, sampling_metadata)
-            temperature, top_k, top_p = (temperature >= GREEDY_BELOW).float(), None, None
+        scaled = not all_greedy and works_on_probabilities(sampling_metadata)
+        rows = logits
+        if scaled or needs_processors(sampling_metadata):
+            rows = copied(logits)
+            process(
+                self.sampler,
+                rows,
+                metadata.num_draft_tokens,
+                sampling_metadata,
+                functools.partial(scale, self.sampler, sampling_metadata=sampling_metadata) if scaled else None,
+                with_bonus=bonus is None,
+            )
+        parameters = {}
+        if not all_greedy:
+            temperature = sampling_metadata.temperature
+            parameters["temperature"] = (temperature >= GREEDY_BELOW).float() if scaled else temperature
+            parameters |= self.draws.filters(sampling_metadata, min_p=not scaled)
 
         num_reqs, runner, account = len(metadata.num_draft_tokens), self.draws.runner, self.account
         sigmoid, sigmoid_requests = self._sigmoid(runner, sampling_metadata, num_reqs)
@@ -112,18 +116,16 @@ class RejectionSampler(stock.RejectionSampler):
             torch.nn.functional.pad(metadata.cu_num_sampled_tokens, (1, 0)),
             metadata.draft_token_ids,
             metadata.max_spec_len,
-            temperature=temperature,
             seeds=None if all_greedy else self.draws.seeds(num_reqs, sampling_metadata.generators, logits.device),
             positions=None if all_greedy or runner is None else runner.positions[metadata.logits_indices],
             draft_probs=None if all_greedy else draft_probs,
-            top_k=top_k,
-            top_p=top_p,
             bonus_token_ids=None if bonus is None else bonus.sampled_token_ids.view(-1),
             bad_row_counter=account.bad_rows,
             sigmoid=sigmoid,
             sigmoid_requests=sigmoid_requests,
             counters=account.counters if drafted else account.unpublished,
             token_dtype=torch.int32,
+            **parameters,
         )
         if drafted:
             account.recorder.end_step()
@@ -131,15 +133,43 @@ class RejectionSampler(stock.RejectionSampler):
             account.recorder.plain_step()
 
         logprobs = None
-        if num_logprobs is not None:
-            shown = rows if processed_logprobs else logits
-            bonus_rows = shown[metadata.bonus_logits_indices]
-            if bonus is not None and processed_logprobs:
-                bonus_rows = bonus.logprobs_tensors.logprobs
-            logprobs = self._get_logprobs_tensors(
-                num_logprobs, metadata, logits, shown[metadata.target_logits_indices], bonus_rows, token_ids
-            )
+        if wants_logprobs(sampling_metadata):
+            logprobs = self._logprobs(logits, rows, scaled, bonus, metadata, sampling_metadata, token_ids)
         return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=logprobs)
+
+    def _logprobs(
+        self, logits, rows, scaled: bool, bonus, metadata, sampling_metadata: SamplingMetadata, token_ids: torch.Tensor
+    ) -> LogprobsTensors:
+        """Log probabilities of ``[batch * width]`` output tokens; where none is emitted they mean nothing."""
+        num_reqs, width = token_ids.shape
+        ends = metadata.cu_num_sampled_tokens.long()
+        starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+        request = torch.arange(num_reqs, device=rows.device).repeat_interleave(width)
+        at = torch.minimum(
+            starts.unsqueeze(1) + torch.arange(width, device=rows.device), ends.unsqueeze(1) - 1
+        ).flatten()
+        emitted = token_ids.flatten().long().clamp(min=0)
+        if self.is_processed_logprobs_mode:
+            values = reported(rows[at].float(), emitted, sampling_metadata, scaled, request)
+            if bonus is not None:
+                is_bonus = (at == ends[request] - 1).unsqueeze(1)
+                values = torch.where(is_bonus, bonus.logprobs_tensors.logprobs[request], values)
+        else:
+            values = logits[at].float()
+        if not self.is_logits_logprobs_mode:
+            values = self.sampler.compute_logprobs(values)
+        wanted = {
+            request * width + i: ids
+            for request, ids in (sampling_metadata.logprob_token_ids or {}).items()
+            for i in range(width)
+        }
+        by_rank = sampling_metadata.max_num_logprobs
+        if by_rank is None:
+            return self.sampler.gather_specific_token_logprobs(values, wanted, emitted)
+        ranked = self.sampler.gather_logprobs(values, by_rank, emitted)
+        if not wanted:
+            return ranked
+        return _merged(ranked, self.sampler.gather_specific_token_logprobs(values, wanted, emitted), list(wanted))
 
     def warm_up(self, logits: torch.Tensor, num_speculative_tokens: int, probabilistic: bool) -> None:
         """Launch, on a dummy request, every kernel variant that serving can, so that none compiles in a request's way.
@@ -169,10 +199,9 @@ class RejectionSampler(stock.RejectionSampler):
             methods = [{}, {"sigmoid": config.sigmoid, "sigmoid_requests": zeros(dtype=torch.bool)}]
         # A batch whose drafts come from an all-greedy one brings no probabilities, whatever the drafter.
         probs = torch.zeros(1, logits.shape[1], device=device) if probabilistic else None
-        options = itertools.product(
-            (None, zeros(dtype=torch.int32)), (None, zeros()), (None, probs) if probabilistic else (None,), methods
-        )
-        batches = [{}] + [{"top_k": k, "top_p": p, "draft_probs": d, **sampled, **m} for k, p, d, m in options]
+        filters = {"top_k": zeros(dtype=torch.int32), "top_p": zeros(), "min_p": zeros()}
+        options = itertools.product(({}, filters), (None, probs) if probabilistic else (None,), methods)
+        batches = [{}] + [{**f, "draft_probs": d, **sampled, **m} for f, d, m in options]
         cu_num_logits = torch.tensor([0, 2], dtype=torch.int32, device=device)
         # A step without drafts has the narrowest output.
         plain = self.draws.starts(1), torch.empty(0, dtype=torch.int32, device=device), 0
@@ -188,21 +217,10 @@ class RejectionSampler(stock.RejectionSampler):
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""
         return self.sampler(
             logits=logits[metadata.bonus_logits_indices],
-            sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1),
+            sampling_metadata=replace(sampling_metadata, max_num_logprobs=-1, logprob_token_ids=None),
             predict_bonus_token=True,
             logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
         )
-
-    def _process(self, logits, metadata, sampling_metadata, with_bonus: bool) -> torch.Tensor:
-        """Copy the rows to fp32 and run vLLM's logits processors on them."""
-        rows = copied(logits)
-        target, bonus = metadata.target_logits_indices, metadata.bonus_logits_indices
-        # The bonus rows come first, as in the stock sampler: that call also advances the thinking-budget state.
-        if with_bonus:
-            at_bonus = _at_bonus_rows(sampling_metadata, metadata.num_draft_tokens)
-            rows[bonus] = self.sampler.apply_logits_processors(rows[bonus], at_bonus, predict_bonus_token=True)
-        rows[target] = self.apply_logits_processors(rows[target], sampling_metadata, metadata)
-        return rows
 
     def _sigmoid(self, runner, sampling_metadata: SamplingMetadata, num_reqs: int):
         """Constants of the sigmoid method if this batch uses it, and which requests do (None: all)."""
@@ -245,39 +263,17 @@ def _output_widths(num_speculative_tokens: int) -> list[int]:
     return sorted({min(max(8, 1 << (width - 1).bit_length()), widths[-1]) for width in widths})
 
 
-def _at_bonus_rows(sampling_metadata: SamplingMetadata, num_draft_tokens: list[int]) -> SamplingMetadata:
-    """Metadata whose minimum lengths count the draft tokens, which precede a bonus token.
-
-    vLLM's processor counts them for the rows that judge drafts only: it keeps a stop token from ending a request at a
-    bonus row whose request reaches its minimum within the step.
-    """
-    processors = sampling_metadata.logitsprocs.non_argmax_invariant
-    if not any(type(processor) is MinTokensLogitsProcessor and processor.min_toks for processor in processors):
-        return sampling_metadata
-    counted = copy.copy(sampling_metadata.logitsprocs)
-    counted.non_argmax_invariant = [
-        _counting(processor, num_draft_tokens) if type(processor) is MinTokensLogitsProcessor else processor
-        for processor in processors
-    ]
-    return replace(sampling_metadata, logitsprocs=counted)
-
-
-def _counting(processor: MinTokensLogitsProcessor, num_draft_tokens: list[int]) -> MinTokensLogitsProcessor:
-    counting = copy.copy(processor)
-    counting.min_toks = {
-        request: (minimum, range(len(output) + num_draft_tokens[request]), *rest)
-        for request, (minimum, output, *rest) in processor.min_toks.items()
-    }
-    counting.update_state(None)
-    return counting
-
-
-def _constrain(rows: torch.Tensor, metadata: SpecDecodeMetadata, sampling_metadata: SamplingMetadata) -> torch.Tensor:
-    """Apply temperature, top-k and top-p to fp32 rows, in place where possible; greedy rows keep their scale."""
-    counts = np.asarray(metadata.num_draft_tokens) + 1
-    request = async_tensor_h2d(np.repeat(np.arange(len(counts)), counts), device=rows.device)
-    temperature = sampling_metadata.temperature
-    temperature = torch.where(temperature < GREEDY_BELOW, 1.0, temperature)
-    rows.div_(temperature[request].unsqueeze(1))
-    top_k, top_p = (None if x is None else x[request] for x in (sampling_metadata.top_k, sampling_metadata.top_p))
-    return apply_top_k_top_p(rows, top_k, top_p)
+def _merged(ranked: LogprobsTensors, specific: LogprobsTensors, rows: list[int]) -> LogprobsTensors:
+    """Both as one table: the second's rows where it has been asked for, padded to one width."""
+    wider, narrower = sorted((ranked, specific), key=lambda each: each.logprobs.shape[1], reverse=True)
+    missing = wider.logprobs.shape[1] - narrower.logprobs.shape[1]
+    padded = narrower._replace(
+        logprob_token_ids=torch.nn.functional.pad(narrower.logprob_token_ids, (0, missing)),
+        logprobs=torch.nn.functional.pad(narrower.logprobs, (0, missing), value=-torch.inf),
+    )
+    specific, ranked = (padded if each is narrower else wider for each in (specific, ranked))
+    at = async_tensor_h2d(rows, device=ranked.logprobs.device, dtype=torch.long)
+    return ranked._replace(
+        logprob_token_ids=ranked.logprob_token_ids.index_copy(0, at, specific.logprob_token_ids[at]),
+        logprobs=ranked.logprobs.index_copy(0, at, specific.logprobs[at]),
+    )

@@ -6,14 +6,12 @@ for batches that go to the stock one.
 """
 
 import functools
-import itertools
 import sys
 import weakref
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample import sampler as stock
@@ -27,8 +25,6 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
-
-logger = init_logger("vllm.specopt")
 
 GREEDY_BELOW = 1e-5
 # What one draw of the stock sampler advances a CUDA generator by; the runner takes it back for a discarded draw.
@@ -48,6 +44,7 @@ class Draws:
         self._runner = None if runner is None else weakref.ref(runner)
         self._fresh_seeds = np.random.Generator(np.random.Philox(seed))
         self._starts = torch.arange(1, dtype=torch.int32, device=device)
+        self._unused = _unused(device)
 
     @property
     def runner(self):
@@ -64,17 +61,29 @@ class Draws:
                     generator.set_offset(generator.get_offset() + OFFSET_PER_DRAW)
         return async_tensor_h2d(seeds.view(np.int64), device=device)
 
+    def filters(self, sampling_metadata: SamplingMetadata, min_p: bool = True) -> dict[str, torch.Tensor]:
+        """Arguments of ``verify``: all three filters, those a batch does not use as such that keep everything, or none.
+
+        Each combination would be one more variant of the kernels to compile.
+        """
+        used = {
+            "top_k": sampling_metadata.top_k,
+            "top_p": sampling_metadata.top_p,
+            "min_p": _min_p(sampling_metadata) if min_p else None,
+        }
+        given = [tensor for tensor in used.values() if tensor is not None]
+        if not given:
+            return {}
+        num_reqs = len(given[0])
+        if len(self._unused["top_k"]) < num_reqs:
+            self._unused = {name: tensor.repeat(2 * num_reqs) for name, tensor in _unused(given[0].device).items()}
+        return {name: self._unused[name][:num_reqs] if tensor is None else tensor for name, tensor in used.items()}
+
     def starts(self, num_reqs: int) -> torch.Tensor:
         """``[num_reqs + 1]`` int32, the first row of each request where each has one row."""
         if len(self._starts) <= num_reqs:
             self._starts = torch.arange(2 * num_reqs + 1, dtype=torch.int32, device=self._starts.device)
         return self._starts[: num_reqs + 1]
-
-    def leave_to_stock(self, reason: str) -> None:
-        """Count a batch that vLLM's own sampler takes over; log the first for each reason."""
-        if not self.account.fallbacks[reason]:
-            logger.warning("specopt: a batch goes to vLLM's own sampler: %s", reason)
-        self.account.fallbacks[reason] += 1
 
 
 class Sampler(stock.Sampler):
@@ -108,7 +117,7 @@ class Sampler(stock.Sampler):
             Token ids ``[batch, 1]`` int32, and log probabilities if requested.
         """
         if (
-            _wants_logprobs(sampling_metadata)
+            wants_logprobs(sampling_metadata)
             or needs_processors(sampling_metadata)
             or works_on_probabilities(sampling_metadata)
         ):
@@ -129,20 +138,15 @@ class Sampler(stock.Sampler):
         Returns:
             Token ids ``[batch]``, and the processed log probabilities or logits if that is what is requested.
         """
-        if reason := works_on_probabilities(sampling_metadata):
-            self.draws.leave_to_stock(reason)
-            return super().sample(logits, sampling_metadata, logprobs_mode_override)
+        scaled = not sampling_metadata.all_greedy and works_on_probabilities(sampling_metadata)
+        if scaled:
+            logits = scale(self, logits, sampling_metadata)
+        token_ids = self._draw(logits, sampling_metadata, scaled).view(-1)
         mode = logprobs_mode_override or self.logprobs_mode
-        if mode not in PROCESSED_LOGPROBS_MODES or not _wants_logprobs(sampling_metadata):
-            return self._draw(logits, sampling_metadata).view(-1), None
-        # The token must be one whose processed probability is not 0, so it is drawn from what is reported.
-        if not sampling_metadata.all_greedy:
-            logits = self.apply_temperature(logits, sampling_metadata.temperature, sampling_metadata.all_random)
-            for processor in sampling_metadata.logitsprocs.argmax_invariant:
-                logits = processor.apply(logits)
-            logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
-        processed = logits if mode == "processed_logits" else self.compute_logprobs(logits)
-        return self._draw(logits, sampling_metadata, constrained=True).view(-1), processed
+        if mode not in PROCESSED_LOGPROBS_MODES or not wants_logprobs(sampling_metadata):
+            return token_ids, None
+        shown = reported(logits, token_ids.long(), sampling_metadata, scaled)
+        return token_ids, shown if mode == "processed_logits" else self.compute_logprobs(shown)
 
     def warm_up(self, logits: torch.Tensor) -> None:
         """Launch, on a dummy request, every kernel variant that serving can, so that none compiles in a request's way.
@@ -156,29 +160,26 @@ class Sampler(stock.Sampler):
             "seeds": zeros(dtype=torch.int64),
             "positions": None if self.draws.runner is None else zeros(dtype=torch.int64),
         }
-        filters = itertools.product((None, zeros(dtype=torch.int32)), (None, zeros()), (None, zeros()))
-        batches = [{}] + [{"top_k": k, "top_p": p, "min_p": m, **sampled} for k, p, m in filters]
+        batches = [{}, sampled, sampled | _unused(logits.device)]
         counters, bad_rows = new_counters(logits.device)
         for rows in (logits[:1], copied(logits[:1])):
             for batch in batches:
                 self._launch(rows, bad_rows, counters, **batch)
 
-    def _draw(self, rows, sampling_metadata: SamplingMetadata, constrained: bool = False) -> torch.Tensor:
-        """Token ids ``[batch, 1]``; ``constrained`` rows have temperature and filters applied."""
+    def _draw(self, rows, sampling_metadata: SamplingMetadata, scaled: bool = False) -> torch.Tensor:
+        """Token ids ``[batch, 1]``; temperature and min-p have been applied to ``scaled`` rows."""
         parameters = {}
         if not sampling_metadata.all_greedy:
             num_reqs, runner = len(rows), self.draws.runner
             temperature = sampling_metadata.temperature
             parameters = {
-                "temperature": (temperature >= GREEDY_BELOW).float() if constrained else temperature,
+                "temperature": (temperature >= GREEDY_BELOW).float() if scaled else temperature,
                 "seeds": self.draws.seeds(num_reqs, sampling_metadata.generators, rows.device),
             }
             if runner is not None:
                 last = runner.query_start_loc.gpu[1 : num_reqs + 1] - 1
                 parameters["positions"] = runner.positions[last]
-            if not constrained:
-                parameters |= {"top_k": sampling_metadata.top_k, "top_p": sampling_metadata.top_p}
-                parameters["min_p"] = _min_p(sampling_metadata)
+            parameters |= self.draws.filters(sampling_metadata, min_p=not scaled)
         account = self.draws.account
         token_ids = self._launch(rows, account.bad_rows, account.unpublished, **parameters)
         account.recorder.plain_step()
@@ -202,12 +203,62 @@ def copied(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def works_on_probabilities(sampling_metadata: SamplingMetadata, min_p: bool = False) -> str | None:
-    """Which processor of this batch works on probabilities after temperature, if one does; min-p only on request."""
+def works_on_probabilities(sampling_metadata: SamplingMetadata) -> bool:
+    """Whether a processor other than min-p works on logits after temperature; the kernels know min-p."""
+    return any(
+        type(processor) is not MinPLogitsProcessor for processor in sampling_metadata.logitsprocs.argmax_invariant
+    )
+
+
+def scale(sampler: stock.Sampler, rows: torch.Tensor, sampling_metadata: SamplingMetadata) -> torch.Tensor:
+    """Apply temperature, and the processors that follow it, to a row per request; greedy rows keep their scale.
+
+    Args:
+        sampler: vLLM's sampler, or ours.
+        rows: ``[batch, vocab]`` fp32; may be modified.
+        sampling_metadata: Sampling parameters per request, not all of them greedy.
+    """
+    rows = sampler.apply_temperature(rows, sampling_metadata.temperature, sampling_metadata.all_random)
     for processor in sampling_metadata.logitsprocs.argmax_invariant:
-        if type(processor) is not MinPLogitsProcessor or (min_p and processor.min_p_count):
-            return f"{type(processor).__name__} works on probabilities"
-    return None
+        rows = processor.apply(rows)
+    return rows
+
+
+def reported(
+    rows: torch.Tensor,
+    emitted: torch.Tensor,
+    sampling_metadata: SamplingMetadata,
+    scaled: bool,
+    request: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits that log probabilities after sampling parameters are those of.
+
+    Args:
+        rows: ``[num_rows, vocab]`` fp32 as they were drawn from; modified.
+        emitted: ``[num_rows]`` int64, the token drawn from each row, which keeps its logit: where a token lies at a
+            filter's threshold, vLLM's filter and ours may differ.
+        sampling_metadata: Sampling parameters per request.
+        scaled: Whether :func:`scale` has been applied.
+        request: ``[num_rows]``, the request of each row; None if there is a row per request.
+
+    Returns:
+        ``[num_rows, vocab]`` fp32.
+    """
+    if sampling_metadata.all_greedy:
+        return rows
+
+    def of_rows(parameter):
+        return parameter if parameter is None or request is None else parameter[request]
+
+    if not scaled:
+        rows = stock.Sampler.apply_temperature(rows, of_rows(sampling_metadata.temperature), all_random=False)
+    emitted = emitted.unsqueeze(1)
+    kept = rows.gather(1, emitted)
+    min_p = None if scaled else of_rows(_min_p(sampling_metadata))
+    if min_p is not None:
+        rows.masked_fill_(rows < rows.amax(1, keepdim=True) + min_p.log().unsqueeze(1), -torch.inf)
+    rows = apply_top_k_top_p(rows, of_rows(sampling_metadata.top_k), of_rows(sampling_metadata.top_p))
+    return rows.scatter(1, emitted, kept)
 
 
 def needs_processors(sampling_metadata: SamplingMetadata) -> bool:
@@ -232,7 +283,8 @@ def is_stock(sampler) -> bool:
     )
 
 
-def _wants_logprobs(sampling_metadata: SamplingMetadata) -> bool:
+def wants_logprobs(sampling_metadata: SamplingMetadata) -> bool:
+    """Whether a request of this batch asks for log probabilities."""
     return sampling_metadata.max_num_logprobs is not None or bool(sampling_metadata.logprob_token_ids)
 
 
@@ -244,9 +296,15 @@ def _min_p(sampling_metadata: SamplingMetadata) -> torch.Tensor | None:
     return None
 
 
+def _unused(device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Filters of one request that keep everything."""
+    full = functools.partial(torch.full, (1,), device=device)
+    return {"top_k": full(0, dtype=torch.int32), "top_p": full(1.0), "min_p": full(0.0)}
+
+
 def _is_active(processor) -> bool:
-    if type(processor) is MinTokensLogitsProcessor:
-        return bool(processor.min_toks)
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return any(len(output) < minimum for minimum, output, *_ in processor.min_toks.values())
     if type(processor) is LogitBiasLogitsProcessor:
         return bool(processor.biases)
     return True

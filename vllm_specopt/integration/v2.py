@@ -7,7 +7,11 @@ host arrays say which parameters the batch uses at all.
 
 import numpy as np
 import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
@@ -21,6 +25,7 @@ from vllm_specopt.integration.v2_sampler import (
     parameters_of,
     prepare,
     processed,
+    reported,
 )
 from vllm_specopt.verify import verify
 
@@ -43,6 +48,63 @@ class RejectionSampler(stock.RejectionSampler):
     def fallbacks(self):
         """Number of batches left to the stock sampler, by reason."""
         return self.account.fallbacks
+
+    def _verify_in_chunks(self, logits: torch.Tensor, input_batch, *args, **kwargs):
+        # Chunks whose requests ask for fewer log probabilities are as wide as the others.
+        self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        return super()._verify_in_chunks(logits, input_batch, *args, **kwargs)
+
+    def _get_logprobs_tensors(
+        self,
+        sampled: torch.Tensor,
+        num_sampled: torch.Tensor,
+        logits: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        cu_num_logits_np: np.ndarray,
+        max_num_logprobs: int,
+    ) -> LogprobsTensors | None:
+        """Log probabilities of the chunk that was verified last; rows of requests that do not ask mean nothing.
+
+        Args:
+            sampled: ``[num_reqs, K + 1]``, as :meth:`_verify` returns it, like ``num_sampled``.
+            logits: ``[num_rows, vocab]``: raw, or the rows drawn from if what is after sampling parameters is wanted.
+            cu_num_logits: ``[num_reqs + 1]``, leading 0; ``cu_num_logits_np`` is the same on the host.
+            max_num_logprobs: Not read: specific tokens may be asked for, too.
+        """
+        if self._logprobs_dims is None:
+            return None
+        by_rank, num_specific = self._logprobs_dims
+        slot_of_row, slots = self._chunk
+        sampler, counts = self.sampler, np.diff(cu_num_logits_np)
+        asks = sampler.sampling_states.num_logprobs[slots] != NO_LOGPROBS
+        asks |= sampler.logprob_token_ids_state.num_token_ids.np[slots] > 0
+        request = np.repeat(np.arange(len(counts)), counts)
+        at = np.flatnonzero(asks[request])
+        at, request = (async_tensor_h2d(index, device=logits.device) for index in (at, request[at]))
+        width = 1 + max(by_rank, num_specific)
+        found = LogprobsTensors(
+            sampled.new_zeros(len(logits), width),
+            torch.zeros(len(logits), width, device=logits.device),
+            sampled.new_zeros(len(logits)),
+            cu_num_logits_np.tolist() if len(logits) != len(counts) else None,
+        )
+        if len(at):
+            emitted = sampled[request, at - cu_num_logits[request]].clamp(min=0)
+            rows, slot_of_row = logits[at], slot_of_row[at]
+            if sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+                rows = reported(sampler, rows, emitted, slot_of_row, slots[asks])
+            asked = compute_topk_scores(
+                rows,
+                by_rank,
+                emitted,
+                logprob_token_ids_state=sampler.logprob_token_ids_state,
+                expanded_idx_mapping=slot_of_row,
+                max_per_req_token_ids=num_specific,
+                logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+            )
+            for whole, part in zip(found[:3], asked[:3], strict=True):
+                whole[at] = part
+        return found
 
     def _verify(
         self,
@@ -73,8 +135,8 @@ class RejectionSampler(stock.RejectionSampler):
             verify_draft_sampled: ``draft_sampled`` with -1 where the grammar forbids the draft token.
 
         Returns:
-            Logits for log probabilities, token ids ``[num_reqs, K + 1]`` int64 (-1 padded), and the number of them per
-            request, int32.
+            The rows drawn from, token ids ``[num_reqs, K + 1]`` int64 (-1 padded), and the number of them per request,
+            int32.
         """
         context = LogitsContext(
             expanded_idx_mapping=expanded_idx_mapping,
@@ -85,8 +147,7 @@ class RejectionSampler(stock.RejectionSampler):
             pos=pos,
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
-        return_logprobs = self.sampler.sampling_states.max_num_logprobs(idx_mapping_np) != NO_LOGPROBS
-        rows, parameters, shown = prepare(self.sampler, logits, context, return_logprobs)
+        rows, parameters = prepare(self.sampler, logits, context)
         account = self.account
         account.recorder.begin_step()
         token_ids, num_sampled = self._launch(
@@ -102,7 +163,8 @@ class RejectionSampler(stock.RejectionSampler):
             account.counters,
         )
         account.recorder.end_step()
-        return shown, token_ids, num_sampled
+        self._chunk = expanded_idx_mapping, idx_mapping_np
+        return rows, token_ids, num_sampled
 
     def _launch(
         self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, sigmoid, bad_rows, counters

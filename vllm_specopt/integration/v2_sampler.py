@@ -115,13 +115,15 @@ class Sampler(stock.Sampler):
             pos=pos,
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
-        rows, parameters, shown = prepare(self, logits, context, return_logprobs)
+        rows, parameters = prepare(self, logits, context)
         account = self.account
         sampled = self._launch(
             rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished
         )
         account.recorder.plain_step()
-        return sampled, shown
+        if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+            rows = reported(self, rows, sampled, expanded_idx_mapping, idx_mapping_np)
+        return sampled, rows
 
     def warm_up(self, logits: torch.Tensor) -> None:
         """Launch, on a dummy request, every kernel variant that serving can, so that none compiles in a request's way.
@@ -157,45 +159,21 @@ class Sampler(stock.Sampler):
         return token_ids.view(-1)
 
 
-def prepare(
-    sampler: stock.Sampler, logits: torch.Tensor, context: LogitsContext, return_logprobs: bool
-) -> tuple[torch.Tensor, dict, torch.Tensor]:
+def prepare(sampler: stock.Sampler, logits: torch.Tensor, context: LogitsContext) -> tuple[torch.Tensor, dict]:
     """What to draw from, after vLLM's logits processors where the batch needs them.
 
     Args:
         sampler: vLLM's sampler, or ours.
         logits: ``[num_rows, vocab]`` raw logits; not modified.
         context: Which request each row belongs to.
-        return_logprobs: Whether a request of the batch asks for log probabilities.
 
     Returns:
-        Rows ``[num_rows, vocab]``, the sampling parameters that ``verify`` is to apply to them, and the logits that log
-        probabilities after sampling parameters are those of.
+        Rows ``[num_rows, vocab]``, and the sampling parameters that ``verify`` is to apply to them.
     """
     states, slots = sampler.sampling_states, context.idx_mapping_np
 
     def used(parameter, unused):
         return bool(np.any(parameter.np[slots] != unused))
-
-    random = used(states.temperature, 0.0)
-    if return_logprobs and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
-        shown = sampler.apply_sampling_params(
-            logits,
-            context.expanded_idx_mapping,
-            context.idx_mapping,
-            slots,
-            context.pos,
-            context.input_ids,
-            context.expanded_local_pos,
-            context.seq_lens_upper_bound_np,
-        )
-        rows = shown
-        if random:
-            # A token must be one whose reported probability is not 0, so vLLM's filters decide. The temperature is
-            # taken out again, as the kernels need it for the draft's logits, too.
-            temperature = states.temperature.gpu[context.expanded_idx_mapping].unsqueeze(1)
-            rows = shown * torch.where(temperature == 0, 1.0, temperature)
-        return rows, parameters_of(sampler, random, False), shown
 
     rows = logits
     if _needs_processors(sampler, slots):
@@ -203,8 +181,33 @@ def prepare(
         for processor in sampler.logits_processors:
             rows = processor.apply(rows, context)
         sampler.thinking_budget_state.apply(rows, context)
+    random = used(states.temperature, 0.0)
     filtered = random and (used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0))
-    return rows, parameters_of(sampler, random, filtered), rows
+    return rows, parameters_of(sampler, random, filtered)
+
+
+def reported(
+    sampler: stock.Sampler, rows: torch.Tensor, emitted: torch.Tensor, slot_of_row: torch.Tensor, slots: np.ndarray
+) -> torch.Tensor:
+    """Logits that log probabilities after sampling parameters are those of; vLLM's code makes them.
+
+    Args:
+        sampler: vLLM's sampler, or ours.
+        rows: ``[num_rows, vocab]`` as they were drawn from; not modified.
+        emitted: ``[num_rows]`` int64, the token drawn from each row, which keeps its logit: where a token lies at a
+            filter's threshold, vLLM's filter and ours may differ.
+        slot_of_row: ``[num_rows]``, the slot of each row.
+        slots: The slots of these rows, on the host.
+
+    Returns:
+        ``[num_rows, vocab]`` fp32.
+    """
+    states, shown = sampler.sampling_states, processed(rows)
+    states.apply_temperature(shown, slot_of_row, slots)
+    emitted = emitted.unsqueeze(1)
+    kept = shown.gather(1, emitted)
+    states.apply_min_p(shown, slot_of_row, slots)
+    return states.apply_top_k_top_p(shown, slot_of_row, slots).scatter(1, emitted, kept)
 
 
 def parameters_of(sampler: stock.Sampler, random: bool, filtered: bool) -> dict:

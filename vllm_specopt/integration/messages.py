@@ -1,0 +1,48 @@
+"""What a worker says of itself, once, when its runner is built."""
+
+from vllm.logger import init_logger
+
+from vllm_specopt.integration.config import SpecoptConfig
+
+logger = init_logger("vllm.specopt")
+
+
+def log_active(runner: str, config: SpecoptConfig, device, backend: str, speculative) -> None:
+    """Which sampler is at work, and what its output is, if that is not the target's distribution."""
+    more = " per_request=allowed" if config.allow_per_request else " speculation=off" if speculative is None else ""
+    logger.info(
+        "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, more
+    )
+    if config.sigmoid is None:
+        return
+    who = "requests that choose the method sigmoid" if config.method == "exact" else "the method sigmoid"
+    certain = speculative.draft_sample_method != "probabilistic"
+    logger.warning(
+        "specopt: the output of %s does not follow the target model's distribution at temperature > 0: %s",
+        who,
+        "drafts come without probabilities here, so a draft token survives with its target score as the "
+        "probability (0.62 for every token with the paper's constants)"
+        if certain
+        else "wherever scores of the two models are close, nearly every draft token survives, and the text becomes the "
+        "draft model's",
+    )
+
+
+def log_not_replaced(current) -> None:
+    """Why a runner keeps its sampler, ``current``; None where it does not sample."""
+    if current is None:
+        logger.info("specopt: not active: this worker does not sample")
+    else:
+        logger.warning(
+            "specopt: not active: the model or another plugin brings its own %s, and whether min-p, logit bias and "
+            "custom logits processors apply to draft tokens is up to that",
+            type(current).__qualname__,
+        )
+
+
+def log_unstable(sampler) -> None:
+    """What it means that only the rejection sampler is ours."""
+    logger.warning(
+        "specopt: seeds are not stable across steps without drafts: the model or another plugin brings its own %s",
+        type(sampler).__qualname__,
+    )
