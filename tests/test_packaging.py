@@ -17,7 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_specopt"
 KERNELS = ROOT / "kernels"
-MAY_IMPORT_VLLM = {"plugin.py", "v1.py", "v1_sampler.py", "v2.py", "v2_sampler.py", "warm_up.py"}
+MAY_IMPORT_VLLM = {
+    *("plugin.py", "messages.py", "v1.py", "v1_rows.py", "v1_sampler.py", "v1_thinking.py"),
+    *("v2.py", "v2_sampler.py", "warm_up.py"),
+}
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 MAPPED = {ROOT / folder: name.replace(".", "/") for name, folder in SETUPTOOLS["package-dir"].items()}
 

@@ -273,10 +273,13 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Blo
             goal = sync_targets.get(re.search(r"B\d+", last.arguments)[0])
             block.successors = [number_of[labels[goal]]] if goal in labels else following
         elif name == "CALL":
-            if target and target[1] in labels:
-                # Of ptxas's subroutines the kernels use divisions and roots only; unusual operands alone lead there.
-                blocks[number_of[labels[target[1]]]].slow = "a subroutine for unusual operands"
-                if not re.search(r"_full|slowpath", target[1]):
+            if target and target[1].startswith(".L_x"):
+                # No subroutine but a jump.
+                following = [number_of[labels[target[1]]], *(following if conditional else [])]
+            elif target and target[1] in labels:
+                # Of ptxas's subroutines the kernels use divisions, roots, and what a diverged warp does one by one.
+                blocks[number_of[labels[target[1]]]].slow = "a subroutine for unusual operands or a diverged warp"
+                if not re.search(r"_full|slowpath|shflsync|reduxsync", target[1]):
                     raise ValueError(f"a call of {target[1]}, which this tool cannot weigh")
             block.successors = following
         elif name in ("RET", "BRX", "BPT"):
