@@ -67,7 +67,7 @@ def test_draws_from_another_law_are_told(ran):
     for row in ROWS:
         if row.name in ("top-k", "top-p", "min-p", "logit bias", "allowed tokens"):
             verdict, note = judge(row, column, found, {})
-            assert verdict == "wrong" and ("exact law" in note or "exclude" in note), row.name
+            assert verdict == "wrong" and ("exact distribution" in note or "exclude" in note), row.name
 
 
 def test_the_page_has_every_cell():

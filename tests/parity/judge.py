@@ -13,7 +13,7 @@ WORKS, FALLS_BACK, REFUSED, WRONG, CRASHES = VERDICTS = "works", "falls back to 
 REFUSALS = ("VLLMValidationError", "ValueError", "ValidationError")
 # Of about 100 tests of a law one in a hundred runs would fall below by chance; the seeds are fixed, so runs repeat.
 MIN_P_VALUE = 1e-4
-# Logarithm of how many times likelier the draws must be than under the law without the parameter.
+# Logarithm of how many times likelier the draws must be than under the distribution without the parameter.
 TOLD_APART = 7.0
 CLOSE = 5e-3
 START_OF_THINKING, END_OF_THINKING = 8, 9
@@ -78,12 +78,12 @@ def _law_problems(row: Row, entries: list[dict]):
     if outside:
         yield f"{outside} of {draws} sampled tokens are ones the parameters exclude"
     elif p_value < MIN_P_VALUE:
-        yield f"sampled tokens do not follow the exact law (chi-square p = {p_value:.1g}, {draws} draws)"
+        yield f"sampled tokens do not follow the exact distribution (chi-square p = {p_value:.1g}, {draws} draws)"
     if row.bites and row.greedy is None and row.check is None:
         # Greedy requests show that a parameter bites by themselves.
         ratio = law.log_likelihood(entries, row.sampled) - law.log_likelihood(entries, {})
         if not ratio > TOLD_APART:
-            yield f"the law without the parameter fits as well (log likelihood ratio {ratio:.1f}, {draws} draws)"
+            yield f"the distribution without the parameter fits as well (log likelihood ratio {ratio:.1f}, {draws} draws)"
 
 
 def _repeats(row, found, plain):

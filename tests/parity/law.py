@@ -1,4 +1,4 @@
-"""The exact law of a sampled token, from the target model's own logits, and a test of draws against it."""
+"""The exact distribution of a sampled token, from the target model's own logits, and a test of draws against it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The parity matrix as data: its columns, the engines each column starts, and its rows.
 
 A row names one thing a user may ask for. Its greedy requests must emit what the same runner emits without speculation
-(and something else than without the parameter); its sampled requests must follow the exact law of the target model.
+(and something else than without the parameter); its sampled requests must follow the exact distribution of the target model.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Row:
     """One row.
 
     greedy: Parameters of the greedy requests; None if there are none.
-    sampled: Parameters of the sampled requests, checked against the exact law; None if there are none.
+    sampled: Parameters of the sampled requests, checked against the exact distribution; None if there are none.
     engine: The engine that runs them, a key of ``ENGINES``.
     prompts: Which prompts the greedy requests take: ``short``, ``long``, ``shared`` (the same twice) or ``thinking``.
     bites: Whether the greedy output must differ from that without the parameters.
