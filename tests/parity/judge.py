@@ -83,7 +83,8 @@ def _law_problems(row: Row, entries: list[dict]):
         # Greedy requests show that a parameter bites by themselves.
         ratio = law.log_likelihood(entries, row.sampled) - law.log_likelihood(entries, {})
         if not ratio > TOLD_APART:
-            yield f"the distribution without the parameter fits as well (log likelihood ratio {ratio:.1f}, {draws} draws)"
+            fit = f"log likelihood ratio {ratio:.1f}, {draws} draws"
+            yield f"the distribution without the parameter fits as well ({fit})"
 
 
 def _repeats(row, found, plain):

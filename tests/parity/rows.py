@@ -1,7 +1,8 @@
 """The parity matrix as data: its columns, the engines each column starts, and its rows.
 
 A row names one thing a user may ask for. Its greedy requests must emit what the same runner emits without speculation
-(and something else than without the parameter); its sampled requests must follow the exact distribution of the target model.
+(and something else than without the parameter); its sampled requests must follow the exact distribution of
+the target model.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ INTRODUCTION = """# Sampling parameters under speculation
 Written by `python tests/parity/run.py`; do not edit. Each cell is a run of a real engine ({versions}): the shipped
 pair in fp32, a draft model with 3 greedy drafts, V1 on a CPU, V2 under Triton's interpreter. Greedy requests must emit
 what the same runner emits without speculation, and something else than without the parameter. Sampled requests (256
-on V1, 24 on V2, up to 5 verified tokens each) must follow the exact distribution, computed from the target model's own logits:
+on V1, 24 on V2, up to 5 verified tokens each) must follow the exact distribution, computed from the target
+model's own logits:
 no token that the parameters exclude, chi-square p above 1e-4; where a row has no greedy requests, the draws must also
 be e^7 times likelier than under the distribution without the parameter.
 
