@@ -29,6 +29,7 @@ from vllm_specopt.integration.v1_sampler import (
     copied,
     is_stock,
     needs_processors,
+    plain_sampler,
     reported,
     scale,
     wants_logprobs,
@@ -92,12 +93,13 @@ class RejectionSampler(stock.RejectionSampler):
         rows = logits
         if scaled or needs_processors(sampling_metadata):
             rows = copied(logits)
+            sampler = self.sampler if bonus is None else plain_sampler()
             process(
-                self.sampler,
+                sampler,
                 rows,
                 metadata.num_draft_tokens,
                 sampling_metadata,
-                functools.partial(scale, self.sampler, sampling_metadata=sampling_metadata) if scaled else None,
+                functools.partial(scale, sampler, sampling_metadata=sampling_metadata) if scaled else None,
                 with_bonus=bonus is None,
             )
         parameters = {}

@@ -283,6 +283,12 @@ def is_stock(sampler) -> bool:
     )
 
 
+@functools.cache
+def plain_sampler() -> stock.Sampler:
+    """vLLM's own sampler, for draft tokens' rows where the runner's is another's, which gives bonus tokens only."""
+    return stock.Sampler()
+
+
 def wants_logprobs(sampling_metadata: SamplingMetadata) -> bool:
     """Whether a request of this batch asks for log probabilities."""
     return sampling_metadata.max_num_logprobs is not None or bool(sampling_metadata.logprob_token_ids)
