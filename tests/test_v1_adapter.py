@@ -15,6 +15,7 @@ from vllm_specopt.kernels.reference.rows import filter_row_ref
 pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -342,6 +343,25 @@ def test_greedy_equals_stock_with_logits_processors(change):
     if change:
         plain = adapter()(metadata, None, before, sampling(size=4)).sampled_token_ids
         assert not torch.equal(ours, plain), "the processors changed nothing, so this test shows nothing"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_processors_work_on_drafts_beside_a_sampler_that_only_gives_bonus_tokens(change):
+    class BonusTokens(torch.nn.Module):
+        logprobs_mode = "raw_logprobs"
+
+        def forward(self, logits, sampling_metadata, **kwargs):
+            return SamplerOutput(torch.full((len(logits), 1), 17, dtype=torch.int32), None)
+
+    metadata, logits, settings = greedy_step(change)
+    ours = adapter(sampler=BonusTokens())(metadata, None, logits, settings).sampled_token_ids
+    stock = StockRejectionSampler(Sampler(), None, CPU)(metadata, None, logits, settings).sampled_token_ids
+    accepted_all = (stock >= 0).sum(1) == torch.tensor([4, 1, 3, 5])
+    for request, last in enumerate([3, 0, 2, 4]):
+        expected = stock[request].clone()
+        if accepted_all[request]:
+            expected[last] = 17
+        assert torch.equal(ours[request], expected)
 
 
 @pytest.mark.parametrize("change", ["penalties", ""])
