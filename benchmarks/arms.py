@@ -40,8 +40,7 @@ class Arm:
             except json.JSONDecodeError as error:
                 raise ValueError(f"the option of arm {name!r} is not JSON ({error}): {value}") from error
             try:
-                if parse({"specopt": option}) is None:
-                    raise ValueError("it is null")
+                parse({"specopt": option})
             except ValueError as error:
                 raise ValueError(f"the option of arm {name!r} is not one of the plugin: {error}") from error
             if not name or name in (STOCK, REPAIRED):

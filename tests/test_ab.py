@@ -51,7 +51,7 @@ RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2"
         ({"arms": ["mine={"]}, "the option of arm 'mine' is not JSON"),
         ({"arms": ['mine={"method": "exakt"}']}, "specopt.method is 'exakt'"),
         ({"arms": ['mine={"metod": "exact"}']}, "unknown key 'metod'"),
-        ({"arms": ["mine=null"]}, "it is null"),
+        ({"arms": ["mine=null"]}, "specopt is null"),
         ({"arms": ['stock={"method": "exact"}']}, "needs a name other than 'stock'"),
         ({"spec": "sonnet"}, "there is no workload 'sonnet'"),
         ({"spec": "none.jsonl"}, "none.jsonl does not exist"),
