@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .constants import BAD_ROW, NO_TOKEN
-from .load import exp2, load_logits, tile_statistics, weights
+from .load import exp2, load_logits, row_shift, tile_statistics, weights
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def load_tiles(tiles, row, PADDED_TILES: tl.constexpr):
 def tile_masses(maxima, sums, scale, threshold):
     """The row's largest logit, and the mass of each tile that reaches the threshold, relative to it, fp64."""
     top = tl.max(maxima, axis=0)
-    shift = tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
+    shift = row_shift(top, scale)
     # Both products are rounded as in the sweep; their difference is exact.
     distance = ((maxima * scale).to(tl.float64) - shift.to(tl.float64)).to(tl.float32)
     factor = exp2(tl.maximum(distance, -200.0))
@@ -56,7 +56,7 @@ def token_prob(logit, scale, top, mass, threshold):
     0 below the threshold, beside +inf, and in a row without mass.
     """
     inverse = (1.0 / tl.where(mass > 0.0, mass, 1.0)).to(tl.float32)
-    shift = tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
+    shift = row_shift(top, scale)
     weight = tl.where(logit == top, 1.0, weights(logit, scale, shift))
     kept = (mass > 0.0) & (logit >= threshold) & ((top < float("inf")) | (logit == top))
     return tl.where(kept, weight * inverse, 0.0), inverse

@@ -82,6 +82,12 @@ def load_logits(ptr, offsets, mask):
 
 
 @triton.jit
+def row_shift(top, scale):
+    """What the exponents of a row are relative to: its largest logit times ``scale``, 0 where that is infinite."""
+    return tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
+
+
+@triton.jit
 def weights(x, scale, shift):
     """2^(x scale - shift), 0 for -inf and NaN."""
     return exp2(tl.maximum(tl.fma(x, scale, tl.zeros_like(x) - shift), -200.0))

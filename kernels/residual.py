@@ -20,21 +20,16 @@ from .constants import (
     UNALIGNED,
 )
 from .draw import draw_token, pick, row_maximum
-from .load import Noise, Tiles, exp2, load_logits, load_position, load_request, weights
+from .load import Noise, Tiles, exp2, load_logits, load_position, load_request, row_shift, weights
 from .noise import draw_uniform
 from .rules import exact, sigmoid
-
-
-@triton.jit
-def _shift(top, scale):
-    return tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
 
 
 @triton.jit
 def _exact_residual(x, y, scale, row_ptr, DRAFT_IS_PROBS: tl.constexpr):
     """Residual of a block of logits ``x`` and draft logits or probabilities ``y``, times the target row's mass."""
     top = tl.load(row_ptr + TARGET_TOP)
-    shift = _shift(top, scale)
+    shift = row_shift(top, scale)
     inverse = tl.load(row_ptr + TARGET_SCALE)
     if DRAFT_IS_PROBS:
         draft_top = tl.full((), 0.0, tl.float32)
@@ -43,7 +38,7 @@ def _exact_residual(x, y, scale, row_ptr, DRAFT_IS_PROBS: tl.constexpr):
     else:
         draft_top = tl.load(row_ptr + DRAFT_TOP)
         ratio = tl.load(row_ptr + DRAFT_SCALE) / inverse
-        draft = weights(y, scale, _shift(draft_top, scale))
+        draft = weights(y, scale, row_shift(draft_top, scale))
     # NaN becomes 0 in the residual's maximum.
     result = exact.residual(exp2(tl.fma(x, scale, tl.zeros_like(x) - shift)), draft, ratio)
     if (top == float("inf")) | (draft_top == float("inf")):
