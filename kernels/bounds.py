@@ -47,7 +47,7 @@ def top_k_bound(maxima, top_k):
 
 
 @triton.jit
-def top_p_bound(maxima, masses, scale, top, goal, total, top_p, vocab_size, TILE: tl.constexpr):
+def top_p_bound(maxima, masses, scale, top, goal, total, vocab_size, TILE: tl.constexpr):
     """A value such that what lies above it weighs at least ``goal``, from the tiles' maxima and masses alone.
 
     A tile whose maximum lies above a value c has there at least the weight of its maximum, and at least its mass less

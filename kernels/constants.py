@@ -25,7 +25,7 @@ NEEDS_RESIDUAL = tl.constexpr(-2)
 REJECTED = tl.constexpr(-3)
 
 # Columns of what a row leaves for the residual.
-THRESHOLD, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE = (tl.constexpr(i) for i in range(5))
+THRESHOLD, NUM_CANDIDATES, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE = (tl.constexpr(i) for i in range(6))
 ROW_COLUMNS = tl.constexpr(8)
 
 # The interpreter has no inline PTX.

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .bounds import CAPACITY
+from .candidates import Candidates, draw_row, kept_mass
 from .constants import (
     BAD_ROW,
     DRAFT_SCALE,
@@ -17,6 +18,7 @@ from .constants import (
     GREEDY_BELOW,
     LOG2_E,
     NEEDS_RESIDUAL,
+    NUM_CANDIDATES,
     REJECTED,
     RESIDUAL,
     ROW_COLUMNS,
@@ -25,7 +27,7 @@ from .constants import (
     THRESHOLD,
     UNALIGNED,
 )
-from .draw import argmax_token, draw_token, row_mass, token_prob
+from .draw import argmax_token, row_mass, token_prob
 from .filters import filter_row
 from .load import (
     Drafts,
@@ -47,13 +49,24 @@ from .rules import exact, sigmoid
 
 @triton.jit
 def _ratio_test(
-    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES: tl.constexpr
+    rows,
+    tiles,
+    draft_tiles,
+    drafts,
+    noise,
+    request,
+    pos,
+    token,
+    threshold,
+    candidates,
+    row_ptr,
+    PADDED_TILES: tl.constexpr,
 ):
     """Whether a sampled draft token survives; leaves what its residual would need."""
     row = request.start_row + pos
     scale = LOG2_E / request.temperature
     row_ptr += row * ROW_COLUMNS
-    top, mass = row_mass(tiles, row, scale, threshold, PADDED_TILES)
+    top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
     logit = load_logits(rows.ptr, row * rows.stride + token, token >= 0)
     target_prob, target_scale = token_prob(logit, scale, top, mass, threshold)
     if drafts.probs_ptr is not None:
@@ -65,6 +78,8 @@ def _ratio_test(
         tl.store(row_ptr + DRAFT_TOP, draft_top)
         tl.store(row_ptr + DRAFT_SCALE, draft_scale)
     tl.store(row_ptr + THRESHOLD, threshold)
+    if candidates.values_ptr is not None:
+        tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
     tl.store(row_ptr + TARGET_TOP, top)
     tl.store(row_ptr + TARGET_SCALE, target_scale)
     uniform = acceptance_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos))
@@ -82,6 +97,7 @@ def _sampled_outcome(
     pos,
     token,
     threshold,
+    candidates,
     sigmoid_ptr,
     by_scores,
     row_ptr,
@@ -107,21 +123,37 @@ def _sampled_outcome(
                     excluded = token
                     purpose = tl.full((), RESIDUAL, tl.int32)
                 else:
-                    tl.store(row_ptr + (request.start_row + pos) * ROW_COLUMNS + THRESHOLD, threshold)
+                    row_ptr += (request.start_row + pos) * ROW_COLUMNS
+                    tl.store(row_ptr + THRESHOLD, threshold)
+                    if candidates.values_ptr is not None:
+                        tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
         else:
             if not IS_ONE_HOT:
                 survives = _ratio_test(
-                    rows, tiles, draft_tiles, drafts, noise, request, pos, token, threshold, row_ptr, PADDED_TILES
+                    rows,
+                    tiles,
+                    draft_tiles,
+                    drafts,
+                    noise,
+                    request,
+                    pos,
+                    token,
+                    threshold,
+                    candidates,
+                    row_ptr,
+                    PADDED_TILES,
                 )
                 outcome = tl.where(survives, token, NEEDS_RESIDUAL)
     if is_drawn:
         row = request.start_row + pos
+        scale = LOG2_E / request.temperature
         uniform = draw_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos), purpose)
-        outcome = draw_token(
+        outcome = draw_row(
             rows.ptr + row * rows.stride,
             tiles,
+            candidates,
             row,
-            LOG2_E / request.temperature,
+            scale,
             threshold,
             excluded,
             uniform,
@@ -152,7 +184,7 @@ def find_outcome(
     tile_list_ptr,
     candidates_ptr,
     row_ptr,
-    KEY_STEP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ):
@@ -171,21 +203,26 @@ def find_outcome(
     elif is_needed:
         if noise.seeds_ptr is not None:
             threshold = tl.full((), float("-inf"), tl.float32)
+            candidates = Candidates(None, None, None)
             if tile_list_ptr is not None:
+                list_ptr = tile_list_ptr + row * (tiles.count + CAPACITY)
+                values_ptr = candidates_ptr + row * CAPACITY
+                count = tl.full((), CAPACITY + 1, tl.int32)
                 if is_filtered(filters, rows.vocab_size):
-                    threshold = filter_row(
+                    threshold, count = filter_row(
                         logits_ptr,
                         tiles,
                         row,
                         filters,
                         LOG2_E / request.temperature,
-                        tile_list_ptr + row * tiles.count,
-                        candidates_ptr + row * CAPACITY,
+                        list_ptr,
+                        values_ptr,
                         rows.vocab_size,
-                        KEY_STEP,
+                        KEY_BITS,
                         TILE,
                         PADDED_TILES,
                     )
+                candidates = Candidates(values_ptr, list_ptr + tiles.count, count)
             outcome = _sampled_outcome(
                 rows,
                 tiles,
@@ -196,6 +233,7 @@ def find_outcome(
                 pos,
                 token,
                 threshold,
+                candidates,
                 sigmoid_ptr,
                 by_scores,
                 row_ptr,
@@ -232,8 +270,8 @@ def decide_kernel(
     tile_sum_ptr,  # [num_rows, num_tiles]; of rows with a filter it becomes that of what is kept
     draft_tile_max_ptr,  # [num_rows, num_tiles] or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
-    tile_list_ptr,  # [num_rows, num_tiles] scratch, or None where no request filters
-    candidates_ptr,  # [num_rows, CAPACITY] scratch, or None
+    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch: tiles, then ids of candidates; None where none filters
+    candidates_ptr,  # [num_rows, CAPACITY] scratch: their logits, or None
     outcome_ptr,  # [num_rows] scratch: what each row found
     row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, or None
     arrived_ptr,  # [num_reqs, 2] zeros
@@ -247,7 +285,7 @@ def decide_kernel(
     num_tiles,
     rows_per_req,
     COMPACT_DRAFTS: tl.constexpr,
-    KEY_STEP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -302,7 +340,7 @@ def decide_kernel(
         tile_list_ptr,
         candidates_ptr,
         row_ptr,
-        KEY_STEP,
+        KEY_BITS,
         TILE,
         PADDED_TILES,
     )

@@ -107,7 +107,8 @@ def draw_token(
             token_ids = excluded // TILE * TILE + tl.arange(0, TILE)
             x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
             x = tl.where((token_ids == excluded) | ((x >= threshold) == 0), float("-inf"), x)
-            largest, total = tile_statistics(x, scale)
+            largest, total = tile_statistics(x[None, :], scale)
+            largest, total = tl.max(largest, axis=0), tl.max(total, axis=0)
             others = tl.where(tile_ids == excluded // TILE, largest, maxima)
             if tl.max(others, axis=0) >= tl.maximum(threshold, -3.4e38):
                 maxima = others

@@ -11,10 +11,11 @@ from .bounds import CAPACITY
 from .constants import ROW_COLUMNS
 from .decide import decide_kernel
 from .residual import residual_kernel
-from .shapes import DEFAULTS, shapes_of
+from .shapes import DEFAULTS, Shapes, shapes_of
 from .statistics import statistics_kernel
 
-KEY_STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
+KEY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+"""Low bits in which no two values of a dtype differ as fp32."""
 
 
 def tiling(
@@ -29,6 +30,21 @@ def tiling(
     padded_tiles = triton.next_power_of_2(num_tiles)
     steps = min(steps, padded_tiles)
     return tile, steps, num_tiles, triton.cdiv(num_tiles, steps), padded_tiles
+
+
+def row_tiling(vocab_size: int, shapes: Shapes, is_filtered: bool) -> tuple[int, int, int, int, int]:
+    """The same for the statistics of rows, whose tiles are smaller where a request of the batch filters."""
+    if not is_filtered:
+        return tiling(vocab_size, shapes.tile, shapes.statistics_steps)
+    steps = shapes.statistics_steps * max(1, shapes.tile // shapes.filter_tile)
+    return tiling(vocab_size, shapes.filter_tile, steps)
+
+
+def decide_options(shapes: Shapes, is_filtered: bool) -> dict[str, int]:
+    """Launch options of the deciding kernel."""
+    if not is_filtered:
+        return {"num_warps": shapes.decide_warps}
+    return {"num_warps": shapes.filter_warps, "maxnreg": min(shapes.filter_registers, 255)}
 
 
 def verify_batch(
@@ -66,9 +82,9 @@ def verify_batch(
     if temperature is None:
         draft = draft_probs = draft_logits = top_k = top_p = min_p = None
     shapes = shapes_of(logits.device)
-    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.statistics_steps)
-    block_k = max(8, triton.next_power_of_2(width))
     is_filtered = top_k is not None or top_p is not None or min_p is not None
+    tile, steps, num_tiles, num_groups, padded_tiles = row_tiling(vocab_size, shapes, is_filtered)
+    block_k = max(8, triton.next_power_of_2(width))
     compact = draft_token_ids.shape[0] != num_rows
 
     def floats(*size):
@@ -84,7 +100,7 @@ def verify_batch(
     if draft is not None:
         row_data, pending = floats(num_rows, ROW_COLUMNS.value), ints(num_reqs)
     if is_filtered:
-        tile_list, candidates = ints(num_rows, num_tiles), floats(num_rows, CAPACITY.value)
+        tile_list, candidates = ints(num_rows, num_tiles + CAPACITY.value), floats(num_rows, CAPACITY.value)
     outcome, arrived = ints(num_rows), ints(num_reqs, 2)
     draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     draft_forms = (draft_probs, 0 if draft_probs is None else draft_probs.stride(0), draft_logits, *draft_strides)
@@ -155,15 +171,16 @@ def verify_batch(
         num_tiles,
         width,
         COMPACT_DRAFTS=compact,
-        KEY_STEP=KEY_STEPS[logits.dtype],
+        KEY_BITS=KEY_BITS[logits.dtype],
         TILE=tile,
         PADDED_TILES=padded_tiles,
         BLOCK_K=block_k,
-        num_warps=shapes.filter_warps if is_filtered else shapes.decide_warps,
+        **decide_options(shapes, is_filtered),
     )
     if draft is None:
         return
-    _, steps, _, num_groups, _ = tiling(vocab_size, shapes.tile, shapes.residual_steps)
+    num_row_tiles, padded_row_tiles, row_tile = num_tiles, padded_tiles, tile
+    tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.residual_steps)
     residual_kernel[(num_reqs * num_groups,)](
         logits,
         logits.stride(0),
@@ -177,6 +194,8 @@ def verify_batch(
         sigmoid_requests,
         tile_max,
         tile_sum,
+        tile_list,
+        candidates,
         floats(num_reqs, num_tiles),
         row_data,
         arrived,
@@ -186,9 +205,12 @@ def verify_batch(
         bad_row_counter,
         vocab_size,
         num_tiles,
+        num_row_tiles,
         num_groups,
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,
+        ROW_TILE=row_tile,
+        PADDED_ROW_TILES=padded_row_tiles,
         num_warps=shapes.residual_warps,
     )

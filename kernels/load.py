@@ -149,18 +149,16 @@ def is_filtered(filters, vocab_size):
 
 @triton.jit
 def tile_statistics(x, scale):
-    """Largest logit of a tile, and the sum of 2^(x scale - shift) with shift = fl(largest scale).
+    """Largest logit of each tile of ``x``, ``[tiles, TILE]``, and the sum of its 2^(x scale - fl(largest scale)).
 
     A tile with +inf counts its occurrences; one without a usable logit has -inf and 0.
     """
-    largest = tl.max(x, axis=0)
+    largest = tl.max(x, axis=1)
     is_usable = largest > float("-inf")
-    shift = tl.where(is_usable, largest, 0.0) * scale
-    total = tl.sum(exp2(tl.fma(x, scale, tl.zeros_like(x) - shift)), axis=0)
-    if (total < float("inf")) == 0:
+    shift = (tl.where(is_usable, largest, 0.0) * scale)[:, None]
+    total = tl.sum(exp2(tl.fma(x, scale, tl.zeros_like(x) - shift)), axis=1)
+    if tl.sum(((total < float("inf")) == 0).to(tl.int32), axis=0) > 0:
         # NaN among the logits, or +inf - +inf.
-        if largest == float("inf"):
-            total = tl.sum((x == float("inf")).to(tl.float32), axis=0)
-        else:
-            total = tl.sum(weights(x, scale, shift), axis=0)
+        infinite = tl.sum((x == float("inf")).to(tl.float32), axis=1)
+        total = tl.where(infinite > 0.0, infinite, tl.sum(weights(x, scale, shift), axis=1))
     return tl.where(is_usable, largest, float("-inf")), total

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .constants import GREEDY_BELOW, LOG2_E, UNALIGNED
 from .decide import find_outcome
-from .launch import KEY_STEPS, tiling
+from .launch import KEY_BITS, tiling
 from .load import Drafts, Filters, Noise, Rows, Tiles, load_draft_token, load_request
 from .output import write_request
 from .shapes import shapes_of
@@ -50,7 +50,7 @@ def one_launch_kernel(
     rows_per_req,
     num_groups,
     COMPACT_DRAFTS: tl.constexpr,
-    KEY_STEP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
     PADDED_TILES: tl.constexpr,
@@ -104,7 +104,7 @@ def one_launch_kernel(
             None,
             None,
             None,
-            KEY_STEP,
+            KEY_BITS,
             TILE,
             PADDED_TILES,
         )
@@ -182,7 +182,7 @@ def verify_in_one_launch(
         width,
         num_groups,
         COMPACT_DRAFTS=draft_token_ids.shape[0] != num_rows,
-        KEY_STEP=KEY_STEPS[logits.dtype],
+        KEY_BITS=KEY_BITS[logits.dtype],
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,

@@ -6,12 +6,15 @@ Every program adds up its tiles' residual; the last one of a request picks a til
 import triton
 import triton.language as tl
 
+from .bounds import CAPACITY
+from .candidates import Candidates, draw_row
 from .constants import (
     BAD_ROW,
     DRAFT_SCALE,
     DRAFT_TOP,
     LOG2_E,
     NO_TOKEN,
+    NUM_CANDIDATES,
     RESIDUAL,
     ROW_COLUMNS,
     TARGET_SCALE,
@@ -19,7 +22,7 @@ from .constants import (
     THRESHOLD,
     UNALIGNED,
 )
-from .draw import draw_token, pick, row_maximum
+from .draw import pick, row_maximum
 from .load import Noise, Tiles, exp2, load_logits, load_position, load_request, row_shift, weights
 from .noise import draw_uniform
 from .rules import exact, sigmoid
@@ -85,7 +88,10 @@ def _tile_residual(
     return tl.where(kept, result, 0.0), token_ids
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_groups", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_row_tiles", "num_groups", "token_ids_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def residual_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,
@@ -101,8 +107,10 @@ def residual_kernel(
     draft_logits_stride_1,
     sigmoid_ptr,  # [10] or None
     sigmoid_requests_ptr,  # [max_reqs] or None
-    tile_max_ptr,  # [num_rows, num_tiles]
-    tile_sum_ptr,  # [num_rows, num_tiles]
+    tile_max_ptr,  # [num_rows, num_row_tiles], see statistics.py
+    tile_sum_ptr,  # [num_rows, num_row_tiles]
+    tile_list_ptr,  # [num_rows, num_row_tiles + CAPACITY], see decide.py; None where no request filters
+    candidates_ptr,  # [num_rows, CAPACITY], or None
     residual_ptr,  # [num_reqs, num_tiles] scratch
     row_ptr,  # [num_rows, ROW_COLUMNS], see decide.py
     arrived_ptr,  # [num_reqs, 2]
@@ -112,12 +120,15 @@ def residual_kernel(
     bad_row_counter_ptr,  # [1] or None
     vocab_size,
     num_tiles,
+    num_row_tiles,
     num_groups,
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
     PADDED_TILES: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    PADDED_ROW_TILES: tl.constexpr,
 ):
-    """One program per (request, group of STEPS tiles)."""
+    """One program per (request, group of STEPS tiles); the row's statistics may have tiles of another size."""
     req_idx = (tl.program_id(0) // num_groups).to(tl.int64)
     group = tl.program_id(0) % num_groups
     pos = tl.load(pending_ptr + req_idx)
@@ -139,10 +150,10 @@ def residual_kernel(
             draft_logits_ptr + state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
         )
     row_ptr += row * ROW_COLUMNS
-    tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_tiles)
+    tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_row_tiles)
     row_top = tl.full((), 0.0, tl.float32)
     if sigmoid_ptr is not None:
-        row_top = row_maximum(tiles, row, PADDED_TILES)
+        row_top = row_maximum(tiles, row, PADDED_ROW_TILES)
 
     steps = tl.arange(0, STEPS)
     sums = tl.zeros([STEPS], tl.float32)
@@ -194,17 +205,23 @@ def residual_kernel(
             token, _share = pick(fine, token_ids, share * tl.sum(fine, axis=0))
         else:
             # An empty residual: the full target row takes its place.
-            token = draw_token(
+            candidates = Candidates(None, None, None)
+            if candidates_ptr is not None:
+                ids_ptr = tile_list_ptr + row * (num_row_tiles + CAPACITY) + num_row_tiles
+                count = tl.load(row_ptr + NUM_CANDIDATES).to(tl.int32)
+                candidates = Candidates(candidates_ptr + row * CAPACITY, ids_ptr, count)
+            token = draw_row(
                 logits_row_ptr,
                 tiles,
+                candidates,
                 row,
                 scale,
                 tl.load(row_ptr + THRESHOLD),
                 tl.full((), -1, tl.int32),
                 uniform,
                 vocab_size,
-                TILE,
-                PADDED_TILES,
+                ROW_TILE,
+                PADDED_ROW_TILES,
                 False,
             )
         if bad_row_counter_ptr is not None:

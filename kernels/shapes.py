@@ -22,23 +22,27 @@ TABLES = Path(__file__).parent / "tables"
 class Shapes(NamedTuple):
     """All are powers of two.
 
-    tile: Tokens of a tile, the same for every kernel of a step.
-    statistics_steps, residual_steps: Tiles that one program of these kernels sweeps.
+    tile, filter_tile: Tokens of a tile, the same for every kernel of a step; the second where a request filters.
+    statistics_steps, residual_steps: Tiles of the first kind that one program of these kernels sweeps.
     statistics_warps, decide_warps, residual_warps: Warps of a program.
-    filter_warps: Those of the deciding kernel where a request filters.
+    filter_warps, filter_registers: Those of the deciding kernel where a request filters, and registers that each of its
+        threads may use: left to itself, the assembler takes so many that one program fills a multiprocessor.
     """
 
     tile: int = 1024
-    statistics_steps: int = 8
+    filter_tile: int = 256
+    statistics_steps: int = 2
     statistics_warps: int = 1
     decide_warps: int = 1
-    filter_warps: int = 4
-    residual_steps: int = 8
+    filter_warps: int = 8
+    filter_registers: int = 128
+    residual_steps: int = 4
     residual_warps: int = 2
 
 
 DEFAULTS = Shapes()
-LIMITS = dict.fromkeys(Shapes._fields, (1, 32)) | {"tile": (16, 16384)}
+LIMITS = dict.fromkeys(Shapes._fields, (1, 32)) | {"tile": (16, 16384), "filter_tile": (16, 2048)}
+LIMITS["filter_registers"] = (64, 256)
 """Smallest and largest value of each."""
 
 

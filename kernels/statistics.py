@@ -12,29 +12,29 @@ from .constants import GREEDY_BELOW, LOG2_E, UNALIGNED
 from .load import Drafts, Noise, Rows, is_filtered, load_filters, load_logits, load_request, tile_statistics
 from .rules.sigmoid import first_rejection, uses_sigmoid
 
+BLOCK = tl.constexpr(1024)
+"""Tokens that a program reads at once: a large tile, or several small ones."""
+
 
 @triton.jit
 def sweep(
     row_ptr, scale, max_ptr, sum_ptr, first_tile, num_tiles, vocab_size, greedy, TILE: tl.constexpr, STEPS: tl.constexpr
 ):
     """Statistics of STEPS tiles of a row; a greedy request needs maxima only."""
-    steps = tl.arange(0, STEPS)
-    maxima = tl.full([STEPS], float("-inf"), tl.float32)
-    sums = tl.zeros([STEPS], tl.float32)
-    for step in range(STEPS):
-        token_ids = (first_tile + step) * TILE + tl.arange(0, TILE)
+    FITTING: tl.constexpr = BLOCK // TILE if TILE < BLOCK else 1
+    TOGETHER: tl.constexpr = FITTING if FITTING < STEPS else STEPS
+    for step in range(0, STEPS, TOGETHER):
+        tile_ids = first_tile + step + tl.arange(0, TOGETHER)
+        token_ids = tile_ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
         x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
         if greedy:
-            largest = tl.max(x, axis=0)
+            largest = tl.max(x, axis=1)
             largest = tl.where(largest > float("-inf"), largest, float("-inf"))
-            total = tl.zeros((), tl.float32)
+            total = tl.zeros([TOGETHER], tl.float32)
         else:
             largest, total = tile_statistics(x, scale)
-        maxima = tl.where(steps == step, largest, maxima)
-        sums = tl.where(steps == step, total, sums)
-    in_range = first_tile + steps < num_tiles
-    tl.store(max_ptr + first_tile + steps, maxima, mask=in_range)
-    tl.store(sum_ptr + first_tile + steps, sums, mask=in_range)
+        tl.store(max_ptr + tile_ids, largest, mask=tile_ids < num_tiles)
+        tl.store(sum_ptr + tile_ids, total, mask=tile_ids < num_tiles)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "rows_per_req", "num_groups"], do_not_specialize_on_alignment=UNALIGNED)

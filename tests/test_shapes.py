@@ -12,7 +12,8 @@ from vllm_specopt.testing import LOGITS, NO_DRAFT, assert_matches_reference, ran
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME = shapes.device_name(DEVICE)
-OTHER = Shapes(512, 2, 2, 4, 8, 4, 4)
+OTHER = Shapes(512, 128, 2, 2, 4, 8, 64, 4, 4)
+LARGE = Shapes(4096, 2048, 2, 4, 1, 1, 256, 16, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,9 @@ def test_a_broken_or_foreign_table_is_one_sentence_and_the_defaults(monkeypatch,
         assert shapes.shapes_of(DEVICE) == DEFAULTS
 
 
-@pytest.mark.parametrize("chosen", [OTHER, Shapes(4096, 2, 4, 1, 1, 16, 1)], ids=["small tiles", "large tiles"])
+@pytest.mark.parametrize(
+    "chosen", [OTHER, Shapes(4096, 2048, 2, 4, 1, 1, 256, 16, 1)], ids=["small tiles", "large tiles"]
+)
 @pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
 def test_other_shapes_give_the_references_tokens(monkeypatch, draft, chosen):
     monkeypatch.setattr(launch, "shapes_of", lambda device: chosen)

@@ -75,6 +75,7 @@ def compile_kernel(
     architecture: int = 90,
     aligned: Collection[str] = (),
     num_stages: int = 3,
+    max_registers: int | None = None,
 ) -> Compiled:
     """Compile one variant of a kernel.
 
@@ -93,7 +94,7 @@ def compile_kernel(
             if name in aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
     log = io.StringIO()
     with contextlib.redirect_stdout(log), knobs.compilation.scope(), knobs.nvidia.scope():
         knobs.compilation.always_compile = True

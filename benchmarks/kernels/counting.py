@@ -134,13 +134,15 @@ def machine_code(launch: Launch, architecture: int) -> MachineCode:
             signature[parameter.name] = "i32" if -(2**31) <= value[0] < 2**31 else "i64"
             aligned += [parameter.name] * (value[0] % 16 == 0 and alignable)
     frozen = (tuple(signature.items()), tuple(constants.items()), tuple(aligned))
-    return _machine_code(launch.module, launch.kernel, *frozen, launch.num_warps, launch.num_stages, architecture)
+    options = (launch.num_warps, launch.num_stages, launch.max_registers)
+    return _machine_code(launch.module, launch.kernel, *frozen, options, architecture)
 
 
 @cache
-def _machine_code(module, name, signature, constants, aligned, num_warps, num_stages, architecture) -> MachineCode:
+def _machine_code(module, name, signature, constants, aligned, options, architecture) -> MachineCode:
     arguments = (_kernel(module, name), dict(signature), dict(constants))
-    return MachineCode(compile_kernel(*arguments, num_warps, architecture, aligned, num_stages))
+    num_warps, num_stages, max_registers = options
+    return MachineCode(compile_kernel(*arguments, num_warps, architecture, aligned, num_stages, max_registers))
 
 
 @cache

@@ -51,6 +51,7 @@ class Launch:
     arguments: dict[str, tuple] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
     grid: tuple[int, ...] = (1,)
     sampled: int = 1
     counts: dict[tuple, int] = field(default_factory=collections.Counter)
@@ -155,6 +156,7 @@ def _run(self, *args, grid, warmup, **kwargs):
         arguments={name: _argument(value, name in constants) for name, value in names.items()},
         num_warps=kwargs.get("num_warps", 4),
         num_stages=kwargs.get("num_stages", 3),
+        max_registers=kwargs.get("maxnreg"),
         grid=shape,
     )
     ranges = _recorder.sample(launch.module, shape)

@@ -23,7 +23,7 @@ INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr"
 INTS += ("row_arrived_ptr", "stopped_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = SCALARS
-SCALARS += ("num_tiles", "num_reqs", "rows_per_req", "num_groups", "token_ids_stride")
+SCALARS += ("num_tiles", "num_row_tiles", "num_reqs", "rows_per_req", "num_groups", "token_ids_stride")
 COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
     **dict.fromkeys(INTS, "*i32"),
@@ -34,7 +34,6 @@ COMMON = {
 
 def variants(with_all: bool):
     """Yield (variant name, argument types, constants, launches) for the combinations that serving can produce."""
-    tile, steps, _, _, padded_tiles = launch.tiling(VOCAB_SIZE)
     for dtype, runner, draft, filtered, method in itertools.product(
         DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", "sigmoid", "mixed")
     ):
@@ -67,19 +66,22 @@ def variants(with_all: bool):
             types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
             types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32"}
         launches = [
-            (statistics.statistics_kernel, DEFAULTS.statistics_warps),
-            (decide.decide_kernel, DEFAULTS.filter_warps if filtered else DEFAULTS.decide_warps),
+            (statistics.statistics_kernel, {"num_warps": DEFAULTS.statistics_warps}),
+            (decide.decide_kernel, launch.decide_options(DEFAULTS, filtered)),
         ]
         if draft != "one-hot":
-            launches.append((residual.residual_kernel, DEFAULTS.residual_warps))
+            launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}))
         if draft == "one-hot" and method == "exact" and not filtered:
-            launches.append((one_launch.one_launch_kernel, DEFAULTS.decide_warps))
+            launches.append((one_launch.one_launch_kernel, {"num_warps": DEFAULTS.decide_warps}))
+        tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)
         known = {
             "COMPACT_DRAFTS": runner == "v1",
-            "KEY_STEP": launch.KEY_STEPS[DTYPES[dtype]],
+            "KEY_BITS": launch.KEY_BITS[DTYPES[dtype]],
             "TILE": tile,
             "STEPS": steps,
             "PADDED_TILES": padded_tiles,
+            "ROW_TILE": tile,
+            "PADDED_ROW_TILES": padded_tiles,
             "BLOCK_K": BLOCK_K,
         }
         yield (
@@ -94,15 +96,26 @@ def main() -> None:
     architecture = int(sys.argv[1])
     seen = set()
     for variant, types, known, launches in variants(sys.argv[2:] == ["all"]):
-        for kernel, num_warps in launches:
+        for kernel, options in launches:
             known_here = {name: known[name] for name in kernel.arg_names if name in known}
+            if kernel is residual.residual_kernel:
+                names = "TILE", "STEPS", "PADDED_TILES"
+                known_here |= zip(names, itertools.compress(launch.tiling(VOCAB_SIZE), (1, 1, 0, 0, 1)), strict=True)
             used = {name: types.get(name) for name in kernel.arg_names if name not in known}
-            key = (kernel.__name__, num_warps, tuple(sorted((used | known_here).items(), key=str)))
+            key = (kernel.__name__, tuple(sorted((used | known_here).items(), key=str)))
             if key in seen:
                 continue
             seen.add(key)
             aligned = {name for name in used if name in ALIGNED or name.endswith("_ptr")} - set(constants.UNALIGNED)
-            compiled = compile_kernel(kernel, types, known_here, num_warps, architecture, aligned)
+            compiled = compile_kernel(
+                kernel,
+                types,
+                known_here,
+                options["num_warps"],
+                architecture,
+                aligned,
+                max_registers=options.get("maxnreg"),
+            )
             result = {
                 "kernel": compiled.name,
                 "variant": variant,

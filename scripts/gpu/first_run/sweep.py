@@ -45,15 +45,19 @@ class Parameter:
     cases: tuple[tuple[str, int, int], ...]
 
 
-ALL_FORMS = (*(("one-hot", *shape) for shape in SHAPES), ("top-p", 64, 7), ("draft logits", 64, 7))
+ONE_HOT = tuple(("one-hot", *shape) for shape in SHAPES)
+DRAFTED = tuple(("draft logits", *shape) for shape in SHAPES)
+FILTERED = (("top-p", 64, 7), ("top-k, top-p", 64, 7), ("top-p", 1, 3), ("top-k, top-p", 1, 3))
 PARAMETERS = (
-    Parameter("tile", (512, 1024, 2048, 4096), ALL_FORMS),
-    Parameter("statistics_warps", (1, 2, 4), ALL_FORMS),
-    Parameter("statistics_steps", (2, 4, 8, 16), ALL_FORMS),
-    Parameter("decide_warps", (1, 2, 4), ALL_FORMS[:3]),
-    Parameter("filter_warps", (1, 2, 4, 8), (("top-p", 64, 7), ("top-p", 1, 3), ("top-k, top-p", 64, 7))),
-    Parameter("residual_warps", (1, 2, 4), (("draft logits", 64, 7), ("draft logits", 256, 3))),
-    Parameter("residual_steps", (4, 8, 16), (("draft logits", 64, 7), ("draft logits", 256, 3))),
+    Parameter("statistics_steps", (1, 2, 4, 8), (*ONE_HOT, DRAFTED[0], FILTERED[0])),
+    Parameter("filter_tile", (128, 256, 512), FILTERED),
+    Parameter("filter_warps", (4, 8, 16), FILTERED),
+    Parameter("filter_registers", (64, 128, 256), FILTERED),
+    Parameter("residual_steps", (2, 4, 8, 16), DRAFTED),
+    Parameter("residual_warps", (1, 2, 4), DRAFTED),
+    Parameter("tile", (512, 1024, 2048), (*ONE_HOT, DRAFTED[0])),
+    Parameter("statistics_warps", (1, 2), (*ONE_HOT, DRAFTED[0])),
+    Parameter("decide_warps", (1, 2, 4), ONE_HOT),
 )
 TINY = (
     Parameter("tile", (64, 128), (("one-hot", 2, 1),)),
