@@ -28,7 +28,7 @@ WORKLOADS = {
     "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
     "T = 0": {"temperature": 0.0},
 }
-KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel", "one_launch_kernel")
+KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel")
 ENTRY_POINTS = "vllm.general_plugins"
 WARMUP_LEN = 6
 MAX_MODEL_LEN = 1024

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .load import load_logits, weights
+from .load import load_logits, scaled, weights
 
 CAPACITY = tl.constexpr(1024)
 """Values of a row that are resolved in registers."""
@@ -53,7 +53,7 @@ def top_p_bound(maxima, masses, scale, top, goal, total, vocab_size, TILE: tl.co
     A tile whose maximum lies above a value c has there at least the weight of its maximum, and at least its mass less
     TILE tokens as heavy as c.
     """
-    shift = top * scale
+    shift = scaled(top, scale)
     rest = tl.maximum((total - goal) / vocab_size, 1e-30)
     below = tl.minimum(top, (tl.log2(rest) + shift) / scale) - 1e-3 / scale
     below = key_value(order_key(below) - 1)

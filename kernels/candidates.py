@@ -12,7 +12,7 @@ import triton.language as tl
 from .bounds import CAPACITY, key_value, order_key
 from .constants import BAD_ROW, NO_TOKEN
 from .draw import draw_token, pick, row_mass
-from .load import load_logits, weights
+from .load import load_logits, scaled, weights
 
 SPAN = tl.constexpr(2048)
 """Tokens read at once, several tiles of them."""
@@ -120,7 +120,7 @@ def threshold_among(candidates, filters, filters_k, threshold, total, scale, top
         kth = smallest_kept(x, ones, low, top, 0.0, filters.top_k.to(tl.float32), KEY_BITS)
         threshold = tl.maximum(threshold, kth)
     if filters.top_p < 1.0:
-        w = weights(x, scale, top * scale)
+        w = weights(x, scale, scaled(top, scale))
         if threshold > float("-inf"):
             w = tl.where(x >= threshold, w, 0.0)
             total = tl.sum(w, axis=0)
@@ -135,7 +135,7 @@ def candidates_mass(candidates, scale, threshold):
     """The largest logit, and the mass of what the threshold keeps relative to it, fp64."""
     x = load_candidates(candidates)
     top = tl.max(x, axis=0)
-    w = tl.where(x >= threshold, weights(x, scale, top * scale), 0.0)
+    w = tl.where(x >= threshold, weights(x, scale, scaled(top, scale)), 0.0)
     return top, tl.sum(w.to(tl.float64), axis=0)
 
 
@@ -148,7 +148,7 @@ def draw_candidate(candidates, scale, threshold, excluded, uniform):
     x = tl.where(x >= threshold, x, float("-inf"))
     others = tl.where(ids == excluded, float("-inf"), x)
     x = tl.where(tl.max(others, axis=0) > float("-inf"), others, x)
-    w = weights(x, scale, tl.max(x, axis=0) * scale).to(tl.float64)
+    w = weights(x, scale, scaled(tl.max(x, axis=0), scale)).to(tl.float64)
     place, _ = pick(w, places, uniform * tl.sum(w, axis=0))
     token = tl.max(tl.where(places == place, ids, -1), axis=0)
     return tl.where(place == NO_TOKEN, BAD_ROW, token)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .constants import BAD_ROW, NO_TOKEN
-from .load import exp2, load_logits, row_shift, tile_statistics, weights
+from .load import exp2, load_logits, row_shift, scaled, tile_statistics, weights
 
 
 @triton.jit
@@ -26,9 +26,8 @@ def tile_masses(maxima, sums, scale, threshold):
     """The row's largest logit, and the mass of each tile that reaches the threshold, relative to it, fp64."""
     top = tl.max(maxima, axis=0)
     shift = row_shift(top, scale)
-    # Both products are rounded as in the sweep; their difference is exact.
-    distance = ((maxima * scale).to(tl.float64) - shift.to(tl.float64)).to(tl.float32)
-    factor = exp2(tl.maximum(distance, -200.0))
+    # Both products are rounded as in the sweep.
+    factor = exp2(tl.maximum(scaled(maxima, scale) - shift, -200.0))
     factor = tl.where(maxima == top, 1.0, tl.where(top == float("inf"), 0.0, factor))
     kept = (maxima >= threshold) & (maxima > float("-inf"))
     return top, tl.where(kept, sums.to(tl.float64) * factor.to(tl.float64), 0.0)
@@ -125,7 +124,7 @@ def draw_token(
         if top == float("inf"):
             w = (x == float("inf")).to(tl.float32)
         else:
-            w = weights(x, scale, shift * scale)
+            w = weights(x, scale, scaled(shift, scale))
             w = tl.where(x >= threshold, w, 0.0)
         if EXCLUDES:
             w = tl.where(token_ids == excluded, 0.0, w)

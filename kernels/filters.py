@@ -25,7 +25,7 @@ from .candidates import (
     threshold_among,
 )
 from .draw import load_tiles, tile_masses
-from .load import load_logits, weights
+from .load import load_logits, scaled, weights
 
 MAX_PASSES = tl.constexpr(40)
 """More than the order of floats needs: 6 by value, then 16 by key."""
@@ -108,7 +108,7 @@ def _crossing(
     A logit measures 2^((logit - top) scale): its mass, or 1 where ``scale`` is 0. low_measure: an upper bound of what
     lies above ``low``. reach: where ``low`` is -inf, how far below the top to look first.
     """
-    shift = top * scale
+    shift = scaled(top, scale)
     high, high_measure = top, tl.zeros((), tl.float32)
     num_listed = list_tiles(list_ptr, maxima, low, PADDED_TILES)
     found = tl.full((), CAPACITY + 1, tl.int32)
@@ -147,7 +147,7 @@ def keep_above(
         tile_ids, exists, _token_ids = listed(list_ptr, start, num_listed, TILE)
         offsets = row * tiles.count + tile_ids
         largest = tl.load(tiles.max_ptr + offsets, mask=exists, other=0.0)
-        w = weights(x, scale, (largest * scale)[:, None])
+        w = weights(x, scale, scaled(largest, scale)[:, None])
         sums = tl.sum(tl.where(x >= threshold, w, 0.0), axis=1)
         tl.store(tiles.sum_ptr + offsets, sums, mask=exists)
         start += SPAN // TILE

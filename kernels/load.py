@@ -82,9 +82,15 @@ def load_logits(ptr, offsets, mask):
 
 
 @triton.jit
+def scaled(x, scale):
+    """x scale, rounded: a plain product may be fused, unrounded, with a difference that it is part of."""
+    return tl.fma(x, scale, tl.zeros_like(x))
+
+
+@triton.jit
 def row_shift(top, scale):
     """What the exponents of a row are relative to: its largest logit times ``scale``, 0 where that is infinite."""
-    return tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0) * scale
+    return scaled(tl.where((top < float("inf")) & (top > float("-inf")), top, 0.0), scale)
 
 
 @triton.jit
@@ -155,7 +161,7 @@ def tile_statistics(x, scale):
     """
     largest = tl.max(x, axis=1)
     is_usable = largest > float("-inf")
-    shift = (tl.where(is_usable, largest, 0.0) * scale)[:, None]
+    shift = scaled(tl.where(is_usable, largest, 0.0), scale)[:, None]
     total = tl.sum(exp2(tl.fma(x, scale, tl.zeros_like(x) - shift)), axis=1)
     if tl.sum(((total < float("inf")) == 0).to(tl.int32), axis=0) > 0:
         # NaN among the logits, or +inf - +inf.

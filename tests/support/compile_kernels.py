@@ -12,7 +12,7 @@ import sys
 import torch
 
 from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
-from vllm_specopt.kernels import constants, decide, launch, one_launch, residual, statistics
+from vllm_specopt.kernels import constants, decide, launch, residual, statistics
 from vllm_specopt.kernels.shapes import DEFAULTS
 
 VOCAB_SIZE = 151936
@@ -20,10 +20,9 @@ BLOCK_K = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
-INTS += ("row_arrived_ptr", "stopped_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = SCALARS
-SCALARS += ("num_tiles", "num_row_tiles", "num_reqs", "rows_per_req", "num_groups", "token_ids_stride")
+SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "num_groups", "token_ids_stride")
 COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
     **dict.fromkeys(INTS, "*i32"),
@@ -71,8 +70,6 @@ def variants(with_all: bool):
         ]
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}))
-        if draft == "one-hot" and method == "exact" and not filtered:
-            launches.append((one_launch.one_launch_kernel, {"num_warps": DEFAULTS.decide_warps}))
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)
         known = {
             "COMPACT_DRAFTS": runner == "v1",

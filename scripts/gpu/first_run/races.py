@@ -1,6 +1,6 @@
-"""The variant in one launch beside two launches: times, and 10,000 launches of each compared with what is right.
+"""10,000 launches in a row, each compared with what is right.
 
-In both, the last program to arrive writes; a race would show as another token in some launch. Outputs are poisoned
+The last program of a request to arrive writes; a race would show as another token in some launch. Outputs are poisoned
 before each. What is right comes from the float64 reference; a request whose draw is too close to call takes the tokens
 of the first launch, which every other one has to repeat.
 """
@@ -14,55 +14,36 @@ import torch
 
 from first_run import batches, timing
 from first_run.places import REHEARSE, STANDIN, save
-from vllm_specopt.benchmarks import measure
 from vllm_specopt.benchmarks.grid import Case
 from vllm_specopt.benchmarks.inputs import make_inputs
 from vllm_specopt.kernels.launch import verify_batch
-from vllm_specopt.kernels.one_launch import verify_in_one_launch
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.testing import MARGIN
 
-SHAPES = ((64, 7), (256, 3), (8, 3), (1, 3))
 LAUNCHES = 4 if REHEARSE else 200 if STANDIN else 10_000
 # Some programs per row, and more programs than the card holds at once.
-RACED = Case(2, 2, 300, dtype="fp32", temperature=0.7) if REHEARSE else Case(96, 7, 20_000, temperature=0.7)
+CASES = {
+    "one-hot": Case(2, 2, 300, dtype="fp32", temperature=0.7) if REHEARSE else Case(96, 7, 20_000, temperature=0.7)
+}
+if not REHEARSE:
+    CASES |= {form: Case(96, 7, 20_000, **batches.FORMS[form]) for form in ("draft logits", "top-k, top-p")}
 POISON = -7
 CHECKED = 500
-VARIANTS = {"one launch": verify_in_one_launch, "two launches": verify_batch}
 
 
 def main(seconds: float) -> None:
-    """Write races.json, after each part."""
+    """Write races.json, after each case."""
     deadline = time.monotonic() + seconds - 3
-    found: dict = {"launches": LAUNCHES, "raced": {}, "times": []}
-    for name in VARIANTS:
-        found["raced"][name] = race(name, deadline - 5)
+    found: dict = {}
+    for name, case in CASES.items():
+        left = deadline - time.monotonic()
+        found[name] = race(case, time.monotonic() + left / (len(CASES) - len(found)))
         save("races", found)
-    flusher = measure.cache_flusher(timing.device())
-    for shape in SHAPES[:1] if REHEARSE else SHAPES:
-        row = {"case": batches.case("one-hot", *shape).name}
-        for name in VARIANTS:
-            row[name] = timing.timed(caller(batches.case("one-hot", *shape), name), flusher)
-        found["times"].append(row)
-        save("races", found)
-        if time.monotonic() > deadline:
-            break
     print(found)
 
 
-def caller(case: Case, name: str):
-    """A variant over a case, as a function of the round."""
-    call, token_ids, num_sampled, _ = prepared(case, name)
-
-    def run(number: int):
-        call(number)
-        return token_ids, num_sampled
-
-    return run
-
-
-def prepared(case: Case, name: str):
-    """A call that writes the round's tokens into the tensors it returns, and the inputs."""
+def race(case: Case, deadline: float) -> dict:
+    """Launch again and again; how many launches differed from the reference, and how many were made."""
     inputs = make_inputs(case, timing.device(), batches.SEED)
     rounds = [inputs.round(number) for number in range(4)]
     token_ids = torch.empty(case.batch, case.num_drafts + 1, dtype=torch.int32, device=inputs.device)
@@ -70,14 +51,8 @@ def prepared(case: Case, name: str):
 
     def call(number: int) -> None:
         batch = rounds[number % len(rounds)]
-        VARIANTS[name](*batch.args()[:3], token_ids=token_ids, num_sampled=num_sampled, **batch.kwargs)
+        verify_batch(*batch.args()[:3], token_ids=token_ids, num_sampled=num_sampled, **batch.kwargs)
 
-    return call, token_ids, num_sampled, rounds
-
-
-def race(name: str, deadline: float) -> dict:
-    """Launch again and again; how many launches differed from the reference, and how many were made."""
-    call, token_ids, num_sampled, rounds = prepared(RACED, name)
     expected, close = [], 0
     for number, batch in enumerate(rounds):
         call(number)
@@ -99,7 +74,7 @@ def race(name: str, deadline: float) -> dict:
             wrong += ((token_ids != wanted).any() | (num_sampled != (wanted >= 0).sum(1)).any()).long()
             done += 1
         wrong.item()
-    return {"case": RACED.name, "launches": done, "differed": int(wrong), "too_close_to_call": close}
+    return {"case": case.name, "launches": done, "differed": int(wrong), "too_close_to_call": close}
 
 
 if __name__ == "__main__":

@@ -80,17 +80,10 @@ def sweep_lines() -> list[str]:
 
 
 def race_lines() -> list[str]:
-    """One launch beside two."""
+    """Launches that differed from what is right."""
     found = load("races", {})
-    lines = [
-        f"{name}: {each['differed']} of {each['launches']} launches differed"
-        for name, each in found.get("raced", {}).items()
-    ]
-    times = [
-        f"{row['case'].removeprefix('v151936-')} {row['one launch']['us']:.0f} / {row['two launches']['us']:.0f}"
-        for row in found.get("times", [])
-    ]
-    return ([", ".join(lines)] if lines else []) + (["one / two launches, us: " + ", ".join(times)] if times else [])
+    lines = [f"{name}: {each['differed']} of {each['launches']} launches differed" for name, each in found.items()]
+    return ["races: " + ", ".join(lines)] if lines else []
 
 
 def engine_lines() -> list[str]:

@@ -21,7 +21,7 @@ import triton
 from first_run import batches, timing
 from first_run.places import REHEARSE, RESULTS, STANDIN, save
 from vllm_specopt.benchmarks import measure
-from vllm_specopt.kernels import launch, one_launch, shapes
+from vllm_specopt.kernels import launch, shapes
 from vllm_specopt.kernels.shapes import DEFAULTS, Shapes
 
 MARGIN = 0.01
@@ -78,7 +78,7 @@ def variations() -> Iterator[tuple[Shapes, tuple[tuple[str, int, int], ...]]]:
 
 def use(chosen: Shapes) -> None:
     """Have every launch take these shapes."""
-    launch.shapes_of = one_launch.shapes_of = lambda device: chosen
+    launch.shapes_of = lambda device: chosen
 
 
 def main(seconds: float) -> None:
