@@ -4,6 +4,8 @@ Two launches where drafts are one-hot, three where they are sampled, the same wi
 another; the last one of a request to arrive goes on.
 """
 
+from functools import cache
+
 import torch
 import triton
 
@@ -13,10 +15,14 @@ from .decide import decide_kernel
 from .residual import residual_kernel
 from .shapes import DEFAULTS, shapes_of
 from .statistics import statistics_kernel
+from .variants import Launcher, variant_of
 
 KEY_STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}
 
+_statistics, _decide, _residual = map(Launcher, (statistics_kernel, decide_kernel, residual_kernel))
 
+
+@cache
 def tiling(
     vocab_size: int, tile: int = DEFAULTS.tile, steps: int = DEFAULTS.statistics_steps
 ) -> tuple[int, int, int, int, int]:
@@ -58,6 +64,7 @@ def verify_batch(
     ``sigmoid`` holds the constants as that function packs them. Writes every element of ``token_ids`` (int32 or int64)
     and ``num_sampled`` (int32); no synchronisation, nothing of the size of a row is allocated.
     """
+    given = [*locals().values()]
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
     draft = draft_probs if draft_probs is not None else draft_logits
@@ -67,15 +74,15 @@ def verify_batch(
         draft = draft_probs = draft_logits = top_k = top_p = min_p = None
     shapes = shapes_of(logits.device)
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.statistics_steps)
-    block_k = max(8, triton.next_power_of_2(width))
+    block_k = max(8, 1 << (width - 1).bit_length())
     is_filtered = top_k is not None or top_p is not None or min_p is not None
     compact = draft_token_ids.shape[0] != num_rows
 
     def floats(*size):
-        return torch.empty(size, dtype=torch.float32, device=logits.device)
+        return torch.empty(*size, dtype=torch.float32, device=logits.device)
 
     def ints(*size):
-        return torch.empty(size, dtype=torch.int32, device=logits.device)
+        return torch.empty(*size, dtype=torch.int32, device=logits.device)
 
     tile_max, tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
     draft_tile_max = draft_tile_sum = row_data = pending = tile_list = candidates = None
@@ -89,8 +96,15 @@ def verify_batch(
     draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     draft_forms = (draft_probs, 0 if draft_probs is None else draft_probs.stride(0), draft_logits, *draft_strides)
 
+    variant = variant_of(
+        given,
+        [logits, draft_probs, draft_logits],
+        (logits.device, shapes, vocab_size, block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
+    )
     rows_per_slot = 1 if draft_logits is None else 2
-    statistics_kernel[(num_reqs * width * rows_per_slot * num_groups,)](
+    _statistics(
+        variant,
+        num_reqs * width * rows_per_slot * num_groups,
         logits,
         logits.stride(0),
         cu_num_logits,
@@ -120,7 +134,9 @@ def verify_batch(
         BLOCK_K=block_k,
         num_warps=shapes.statistics_warps,
     )
-    decide_kernel[(num_reqs * width,)](
+    _decide(
+        variant,
+        num_reqs * width,
         logits,
         logits.stride(0),
         cu_num_logits,
@@ -164,7 +180,9 @@ def verify_batch(
     if draft is None:
         return
     _, steps, _, num_groups, _ = tiling(vocab_size, shapes.tile, shapes.residual_steps)
-    residual_kernel[(num_reqs * num_groups,)](
+    _residual(
+        variant,
+        num_reqs * num_groups,
         logits,
         logits.stride(0),
         cu_num_logits,
