@@ -242,12 +242,17 @@ def v2(name: str, inputs: Inputs) -> Implementation:
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler as Stock
     from vllm.v1.worker.gpu.states import RequestState
 
+    from vllm_specopt.integration.metrics import Account
     from vllm_specopt.integration.v2 import RejectionSampler
+    from vllm_specopt.integration.v2_sampler import Sampler as OurSampler
 
     case, device, batch = inputs.case, inputs.device, inputs.batch
     states = RequestState(case.batch, 64, 64, case.num_drafts, case.vocab, device)
     config = types.SimpleNamespace(reasoning_config=None)
     sampler = Sampler(config, case.batch, case.vocab, device, states, "raw_logprobs", case.num_drafts + 1)
+    verifier = Stock
+    if name.startswith("ours"):
+        sampler, verifier = OurSampler(sampler, Account(device)), RejectionSampler
     seeds = batch.kwargs["seeds"].tolist() if case.temperature > 0 else [0] * case.batch
     # Slots are handed out from the end of this list: request i gets slot i.
     states.free_indices.reverse()
@@ -269,7 +274,7 @@ def v2(name: str, inputs: Inputs) -> Implementation:
         fly_entropy_threshold=None,
         fly_entropy_top_k=None,
     )
-    built = (RejectionSampler if name.startswith("ours") else Stock)(sampler, options, device)
+    built = verifier(sampler, options, device)
     slots_on_host = np.arange(case.batch, dtype=np.int32)
     slots = torch.from_numpy(slots_on_host).to(device)
     local = torch.arange(case.num_drafts + 1, dtype=torch.int32, device=device).repeat(case.batch)

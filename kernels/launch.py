@@ -4,6 +4,8 @@ Two launches where drafts are one-hot, three where they are sampled, the same wi
 another; the last one of a request to arrive goes on.
 """
 
+from functools import cache
+
 import torch
 import triton
 
@@ -13,11 +15,15 @@ from .decide import decide_kernel
 from .residual import residual_kernel
 from .shapes import DEFAULTS, Shapes, shapes_of
 from .statistics import statistics_kernel
+from .variants import Launcher, variant_of
 
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits in which no two values of a dtype differ as fp32."""
 
+_statistics, _decide, _residual = map(Launcher, (statistics_kernel, decide_kernel, residual_kernel))
 
+
+@cache
 def tiling(
     vocab_size: int, tile: int = DEFAULTS.tile, steps: int = DEFAULTS.statistics_steps
 ) -> tuple[int, int, int, int, int]:
@@ -74,6 +80,7 @@ def verify_batch(
     ``sigmoid`` holds the constants as that function packs them. Writes every element of ``token_ids`` (int32 or int64)
     and ``num_sampled`` (int32); no synchronisation, nothing of the size of a row is allocated.
     """
+    given = [*locals().values()]
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
     draft = draft_probs if draft_probs is not None else draft_logits
@@ -84,14 +91,14 @@ def verify_batch(
     shapes = shapes_of(logits.device)
     is_filtered = top_k is not None or top_p is not None or min_p is not None
     tile, steps, num_tiles, num_groups, padded_tiles = row_tiling(vocab_size, shapes, is_filtered)
-    block_k = max(8, triton.next_power_of_2(width))
+    block_k = max(8, 1 << (width - 1).bit_length())
     compact = draft_token_ids.shape[0] != num_rows
 
     def floats(*size):
-        return torch.empty(size, dtype=torch.float32, device=logits.device)
+        return torch.empty(*size, dtype=torch.float32, device=logits.device)
 
     def ints(*size):
-        return torch.empty(size, dtype=torch.int32, device=logits.device)
+        return torch.empty(*size, dtype=torch.int32, device=logits.device)
 
     tile_max, tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
     draft_tile_max = draft_tile_sum = row_data = pending = tile_list = candidates = None
@@ -105,8 +112,16 @@ def verify_batch(
     draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     draft_forms = (draft_probs, 0 if draft_probs is None else draft_probs.stride(0), draft_logits, *draft_strides)
 
+    variant = variant_of(
+        given,
+        [logits, draft_probs, draft_logits],
+        (logits.device, shapes, vocab_size, block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
+    )
     rows_per_slot = 1 if draft_logits is None else 2
-    statistics_kernel[(num_reqs * width * rows_per_slot * num_groups,)](
+    _statistics(
+        variant,
+        num_reqs * width * rows_per_slot * num_groups,
+        {"num_warps": shapes.statistics_warps},
         logits,
         logits.stride(0),
         cu_num_logits,
@@ -134,9 +149,11 @@ def verify_batch(
         TILE=tile,
         STEPS=steps,
         BLOCK_K=block_k,
-        num_warps=shapes.statistics_warps,
     )
-    decide_kernel[(num_reqs * width,)](
+    _decide(
+        variant,
+        num_reqs * width,
+        decide_options(shapes, is_filtered),
         logits,
         logits.stride(0),
         cu_num_logits,
@@ -175,13 +192,15 @@ def verify_batch(
         TILE=tile,
         PADDED_TILES=padded_tiles,
         BLOCK_K=block_k,
-        **decide_options(shapes, is_filtered),
     )
     if draft is None:
         return
     num_row_tiles, padded_row_tiles, row_tile = num_tiles, padded_tiles, tile
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.residual_steps)
-    residual_kernel[(num_reqs * num_groups,)](
+    _residual(
+        variant,
+        num_reqs * num_groups,
+        {"num_warps": shapes.residual_warps},
         logits,
         logits.stride(0),
         cu_num_logits,
@@ -212,5 +231,4 @@ def verify_batch(
         PADDED_TILES=padded_tiles,
         ROW_TILE=row_tile,
         PADDED_ROW_TILES=padded_row_tiles,
-        num_warps=shapes.residual_warps,
     )

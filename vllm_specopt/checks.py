@@ -29,23 +29,30 @@ def check_arguments(
     min_p,
     bonus_token_ids,
     bad_row_counter,
+    sigmoid,
     sigmoid_requests,
     counters,
+    token_dtype,
+    backend,
 ) -> int:
-    """Raise ValueError on the first argument that breaks the contract; return the number of requests."""
+    """Raise ValueError on the first argument that breaks the contract; return the number of requests.
 
-    def check(name, tensor, ndim, dtypes, size=None, unit_stride=True):
+    Takes what ``verify`` takes; neither ``backend`` nor what ``sigmoid`` holds is checked here.
+    """
+    device = logits.device
+
+    def check(name, tensor, ndim, dtypes, size=None):
         if tensor is None:
             return
         if tensor.ndim != ndim:
             raise ValueError(f"{name} has {tensor.ndim} dimensions, expected {ndim}")
         if tensor.dtype not in dtypes:
             raise ValueError(f"{name} has dtype {names([tensor.dtype])}, expected one of {names(dtypes)}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {logits.device} (the device of logits)")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device} (the device of logits)")
         if size is not None and tensor.shape[0] != size:
             raise ValueError(f"{name} has length {tensor.shape[0]}, expected {size}")
-        if unit_stride and tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 and tensor.numel() and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last dimension, expected 1")
 
     check("logits", logits, 2, LOGIT_DTYPES)
@@ -96,4 +103,8 @@ def check_arguments(
         raise ValueError(
             f"draft_logits has {draft_logits.shape[1]} positions, expected at least {max_num_draft_tokens}"
         )
+    if sigmoid is None and sigmoid_requests is not None:
+        raise ValueError("sigmoid is None, expected SigmoidConstants (sigmoid_requests is given)")
+    if token_dtype not in INDEX_DTYPES:
+        raise ValueError(f"token_dtype is {token_dtype}, expected one of {names(INDEX_DTYPES)}")
     return num_reqs

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_specopt.checks import BACKENDS, INDEX_DTYPES, check_arguments, names
+from vllm_specopt.checks import BACKENDS, check_arguments
 from vllm_specopt.rules import SigmoidConstants
 
 
@@ -116,14 +116,10 @@ def verify(
         ValueError: A shape, dtype, device or stride is wrong; the message names the argument, what it is and what it
             should be.
     """
-    num_reqs = check_arguments(**{k: v for k, v in locals().items() if k not in ("token_dtype", "backend", "sigmoid")})
-    if sigmoid is None and sigmoid_requests is not None:
-        raise ValueError("sigmoid is None, expected SigmoidConstants (sigmoid_requests is given)")
+    num_reqs = check_arguments(**locals())
     constants = None
     if sigmoid is not None:
         constants = _pack_sigmoid(sigmoid, draft_probs is not None, logits.device)
-    if token_dtype not in INDEX_DTYPES:
-        raise ValueError(f"token_dtype is {token_dtype}, expected one of {names(INDEX_DTYPES)}")
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
@@ -151,6 +147,7 @@ def verify(
     return Verified(token_ids, num_sampled)
 
 
+@functools.cache
 def backend_name(device: torch.device, backend: str | None = None) -> str:
     """Name of the backend that serves a device, ``triton`` or ``cpu``; ``backend`` overrides the choice by device.
 
@@ -166,6 +163,7 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
     return backend or ("triton" if device.type == "cuda" else "cpu")
 
 
+@functools.cache
 def _backend(name: str):
     if name == "cpu":
         from vllm_specopt.cpu import verify_batch

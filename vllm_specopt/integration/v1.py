@@ -109,17 +109,18 @@ class RejectionSampler(stock.RejectionSampler):
             parameters |= self.draws.filters(sampling_metadata, min_p=not scaled)
 
         num_reqs, runner, account = len(metadata.num_draft_tokens), self.draws.runner, self.account
+        if not all_greedy and runner is not None:
+            parameters["positions"] = runner.positions.index_select(0, metadata.logits_indices)
         sigmoid, sigmoid_requests = self._sigmoid(runner, sampling_metadata, num_reqs)
         drafted = metadata.max_spec_len > 0
         if drafted:
             account.recorder.begin_step()
         token_ids, _ = verify(
             rows,
-            torch.nn.functional.pad(metadata.cu_num_sampled_tokens, (1, 0)),
+            torch.cat((self.draws.starts(0), metadata.cu_num_sampled_tokens)),
             metadata.draft_token_ids,
             metadata.max_spec_len,
             seeds=None if all_greedy else self.draws.seeds(num_reqs, sampling_metadata.generators, logits.device),
-            positions=None if all_greedy or runner is None else runner.positions[metadata.logits_indices],
             draft_probs=None if all_greedy else draft_probs,
             bonus_token_ids=None if bonus is None else bonus.sampled_token_ids.view(-1),
             bad_row_counter=account.bad_rows,

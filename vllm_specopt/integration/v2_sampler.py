@@ -49,9 +49,11 @@ class RequestedMethods(LogitsProcessor):
 USES = {
     LogitBiasState: lambda state: state.use_logit_bias,
     PenaltiesState: lambda state: state.use_penalty,
-    BadWordsState: lambda state: state.num_bad_words.np,
+    BadWordsState: lambda state: state.num_bad_words.np > 0,
     RequestedMethods: lambda state: np.zeros_like(state.sigmoid.np),
 }
+# What a request may need, as bits.
+RANDOM, FILTERED, PROCESSED = 1, 2, 4
 # Of the batches there are: whether some request samples, and whether some of those filter. All three filters or none:
 # each combination would be one more variant to compile.
 KINDS = ((False, False), (True, False), (True, True))
@@ -64,6 +66,7 @@ class Sampler(stock.Sampler):
         account: What this worker's samplers count.
         parameters: Sampling parameters of all slots, on the device. vLLM's own arrays are views of host memory, which
             every program of a kernel would read across the bus; they are copied when a request takes a slot.
+        needs: What the requests in all slots need, found out at the same time.
     """
 
     def __init__(self, sampler: stock.Sampler, account: Account):
@@ -72,12 +75,16 @@ class Sampler(stock.Sampler):
         self.account = account
         device = account.counters.device
         self._starts = torch.arange(self.sampling_states.max_num_reqs + 1, dtype=torch.int32, device=device)
-        self.parameters: dict[str, torch.Tensor] = {}
+        self._read_states()
 
     def apply_staged_writes(self) -> None:
         """As in the stock class; the runner calls it in steps that bring new requests."""
         super().apply_staged_writes()
+        self._read_states()
+
+    def _read_states(self) -> None:
         self.parameters = {name: array.clone() for name, array in _parameters(self.sampling_states).items()}
+        self.needs = _needs(self)
 
     def sample(
         self,
@@ -170,20 +177,16 @@ def prepare(sampler: stock.Sampler, logits: torch.Tensor, context: LogitsContext
     Returns:
         Rows ``[num_rows, vocab]``, and the sampling parameters that ``verify`` is to apply to them.
     """
-    states, slots = sampler.sampling_states, context.idx_mapping_np
-
-    def used(parameter, unused):
-        return bool(np.any(parameter.np[slots] != unused))
-
+    needs = sampler.needs if isinstance(sampler, Sampler) else _needs(sampler)
+    needed = int(np.bitwise_or.reduce(needs[context.idx_mapping_np]))
     rows = logits
-    if _needs_processors(sampler, slots):
+    if needed & PROCESSED:
         rows = processed(logits)
         for processor in sampler.logits_processors:
             rows = processor.apply(rows, context)
         sampler.thinking_budget_state.apply(rows, context)
-    random = used(states.temperature, 0.0)
-    filtered = random and (used(states.top_k, states.vocab_size) or used(states.top_p, 1.0) or used(states.min_p, 0.0))
-    return rows, parameters_of(sampler, random, filtered)
+    random = bool(needed & RANDOM)
+    return rows, parameters_of(sampler, random, random and bool(needed & FILTERED))
 
 
 def reported(
@@ -212,7 +215,7 @@ def reported(
 
 def parameters_of(sampler: stock.Sampler, random: bool, filtered: bool) -> dict:
     """Arguments of ``verify`` for a batch of which some request samples (``random``) and some of those filter."""
-    parameters = getattr(sampler, "parameters", None) or _parameters(sampler.sampling_states)
+    parameters = sampler.parameters if isinstance(sampler, Sampler) else _parameters(sampler.sampling_states)
     used = {"temperature": random, "seeds": random, "top_k": filtered, "top_p": filtered, "min_p": filtered}
     return {name: parameters[name] if is_used else None for name, is_used in used.items()}
 
@@ -226,15 +229,14 @@ def processed(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _needs_processors(sampler: stock.Sampler, slots: np.ndarray) -> bool:
-    """Whether a logits processor has something to do in this batch; temperature and filters do not count."""
-    if not np.any(sampler.needs_logits_processing[slots]):
-        return False
-    budget = sampler.thinking_budget_state
-    if budget.enabled and np.any(budget.use_thinking_budget[slots]):
-        return True
-    # A processor we do not know may have work whenever any request does.
-    return any(
-        type(processor) not in USES or np.any(USES[type(processor)](processor)[slots])
-        for processor in sampler.logits_processors
-    )
+def _needs(sampler: stock.Sampler) -> np.ndarray:
+    """``[max_num_reqs]``, what the request in each slot needs."""
+    states, budget = sampler.sampling_states, sampler.thinking_budget_state
+    works = budget.use_thinking_budget.copy() if budget.enabled else np.zeros(states.max_num_reqs, dtype=bool)
+    for processor in sampler.logits_processors:
+        # A processor we do not know may have work whenever any request does.
+        works |= USES[type(processor)](processor) if type(processor) in USES else True
+    # This is also set where only temperature and filters have something to do.
+    works &= sampler.needs_logits_processing
+    filters = (states.top_k.np != states.vocab_size) | (states.top_p.np != 1.0) | (states.min_p.np != 0.0)
+    return (states.temperature.np != 0.0) * RANDOM | filters * FILTERED | works * PROCESSED

@@ -12,8 +12,8 @@ from first_run.places import REHEARSE, STANDIN
 from vllm_specopt.benchmarks.engine_ab import KERNELS
 
 WARM_UPS, ROUNDS = 3, 20
-# About 0.2 ms: the host queues the call meanwhile.
-SLEEP_CYCLES = 400_000
+# About 1 ms: the host queues the call meanwhile, also a slow one that takes 0.5 ms for it.
+SLEEP_CYCLES = 2_000_000
 
 
 def device() -> torch.device:
