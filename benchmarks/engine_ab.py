@@ -142,8 +142,6 @@ def problem(arm: Arm, result: dict) -> str | None:
     ours = result["sampler"].startswith("vllm_specopt.")
     if ours != (arm.option is not None):
         return f"the arm {arm.name} ran the sampler {result['sampler']}"
-    if result["fallbacks"]:
-        return f"the arm {arm.name} left batches to vLLM's sampler: {', '.join(result['fallbacks'])}"
     if ours := set(result.get("compiled_in_flight", ())).intersection(KERNELS):
         return f"the arm {arm.name} compiled {', '.join(sorted(ours))} while it served"
     if arm.repair and not result["expands_parameters"]:

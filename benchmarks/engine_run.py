@@ -188,7 +188,6 @@ def main(request_path: str, result_path: str) -> None:
         "cudagraph_mode": getattr(config.compilation_config.cudagraph_mode, "name", None),
         "engine_seconds": round(loaded, 1),
         "sampler": f"{type(sampler).__module__}.{type(sampler).__qualname__}",
-        "fallbacks": dict(getattr(sampler, "fallbacks", {})),
         "expands_parameters": expands_parameters() if timers else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -164,8 +164,6 @@ def problem(arm: Arm, result: dict) -> str | None:
     """Why the result of a run is not one of its arm, if it is not."""
     if arm.speculates != result["sampler"].startswith("vllm_specopt."):
         return f"ran the sampler {result['sampler']}"
-    if result["fallbacks"]:
-        return f"left batches to vLLM's sampler: {', '.join(result['fallbacks'])}"
     return None
 
 

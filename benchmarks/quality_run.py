@@ -80,7 +80,6 @@ def write_texts(llm, request: dict) -> dict:
             runs.append(run)
     return {
         "sampler": f"{sampler.__module__}.{sampler.__qualname__}",
-        "fallbacks": dict(getattr(getattr(runner, "rejection_sampler", None), "fallbacks", {})),
         "dtype": str(runner.model_config.dtype).removeprefix("torch."),
         "runs": runs,
     }

@@ -106,7 +106,6 @@ def test_the_drop_in_verified_everything(ran):
     for name, result in ran.items():
         without = name in ("plain", "off")
         assert result["sampler"] == ("builtins" if without else "vllm_specopt.integration.v1")
-        assert result["fallbacks"] == {}
 
 
 def test_a_seeded_request_repeats_in_the_same_engine(ran):

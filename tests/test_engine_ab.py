@@ -176,13 +176,12 @@ def test_a_gpu_has_no_repaired_arm():
 
 def test_a_run_that_is_not_of_its_arm_is_refused():
     stock, repaired, exact = plan().arms
-    result = {"sampler": "vllm.v1.RejectionSampler", "fallbacks": {}, "expands_parameters": False}
+    result = {"sampler": "vllm.v1.RejectionSampler", "expands_parameters": False}
     ours = result | {"sampler": "vllm_specopt.integration.v1.RejectionSampler"}
     assert engine_ab.problem(stock, result) is None and engine_ab.problem(exact, ours) is None
     assert "ran the sampler" in engine_ab.problem(exact, result)
     assert "ran the sampler" in engine_ab.problem(stock, ours)
     assert "not repaired" in engine_ab.problem(repaired, result)
-    assert "left batches" in engine_ab.problem(exact, ours | {"fallbacks": {"some reason": 3}})
     assert engine_ab.problem(exact, ours | {"compiled_in_flight": ["_topk_topp_kernel"]}) is None
     in_flight = ours | {"compiled_in_flight": ["decide_kernel", "_topk_topp_kernel"]}
     assert engine_ab.problem(exact, in_flight) == "the arm exact compiled decide_kernel while it served"

@@ -83,7 +83,7 @@ def test_a_plugin_that_vllm_cannot_find_is_said_before_anything_runs(monkeypatch
 
 def test_what_is_measured_stays_when_a_later_run_fails(monkeypatch, tmp_path):
     pytest.importorskip("vllm")
-    answers = [{"sampler": "vllm.Stock", "fallbacks": {}, "expands_parameters": True, "workloads": {}}]
+    answers = [{"sampler": "vllm.Stock", "expands_parameters": True, "workloads": {}}]
 
     def run(*_):
         if not answers:

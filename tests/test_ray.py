@@ -119,7 +119,6 @@ def test_every_ray_worker_verifies_with_ours(engines, size):
         assert worker["node"] is not None
         assert worker["additional_config"] == EXACT
         assert worker["sampler"] == OURS
-        assert worker["fallbacks"] == {}
 
 
 @pytest.mark.engine

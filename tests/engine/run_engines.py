@@ -66,7 +66,6 @@ def main(request_path: str, result_path: str) -> None:
         if not engine["llm"].get("disable_log_stats", True):
             counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
             result["preemptions"] = sum(counts)
-        result["fallbacks"] = dict(account.fallbacks) if (account := getattr(samplers[0], "account", None)) else {}
         results[engine["name"]] = result
         del llm, runner, samplers
         gc.collect()

@@ -135,7 +135,6 @@ class Engine:
     def run(self, row: Row) -> dict:
         """What one row emitted, or the error that it met."""
         before, preempted = self.verifications, self.preemptions()
-        fallbacks = dict(getattr(self.sampler, "fallbacks", {}))
         found = {"async_scheduling": self.async_scheduling}
         try:
             if row.greedy is not None:
@@ -151,8 +150,6 @@ class Engine:
             found["error"] = {"type": type(error).__name__, "message": str(error).strip()}
         found["verifications"] = self.verifications - before
         found["preemptions"] = self.preemptions() - preempted
-        after = getattr(self.sampler, "fallbacks", {})
-        found["fallbacks"] = {reason: n - fallbacks.get(reason, 0) for reason, n in after.items()}
         return found
 
     def _greedy(self, row: Row, params: dict) -> list[dict]:

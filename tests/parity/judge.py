@@ -9,7 +9,7 @@ import re
 import law
 from rows import BLOCK, STOPS, Column, Row
 
-WORKS, FALLS_BACK, REFUSED, WRONG, CRASHES = VERDICTS = "works", "falls back to stock", "refused", "wrong", "crashes"
+WORKS, REFUSED, WRONG, CRASHES = VERDICTS = "works", "refused", "wrong", "crashes"
 REFUSALS = ("VLLMValidationError", "ValueError", "ValidationError")
 # Of about 100 tests of a law one in a hundred runs would fall below by chance; the seeds are fixed, so runs repeat.
 MIN_P_VALUE = 1e-4
@@ -39,8 +39,6 @@ def judge(row: Row, column: Column, found: dict, plain: dict) -> tuple[str, str]
     problems = list(_problems(row, column, found, plain))
     if problems:
         return WRONG, "; ".join(problems)
-    if reasons := [reason for reason, number in found.get("fallbacks", {}).items() if number]:
-        return FALLS_BACK, "; ".join(reasons)
     return WORKS, ""
 
 

@@ -89,7 +89,6 @@ no token that the parameters exclude, chi-square p above 1e-4; where a row has n
 be e^7 times likelier than under the distribution without the parameter.
 
 - works: all of that holds.
-- falls back to stock: it holds, and vLLM's own sampler did the verification.
 - refused: vLLM takes no such request, or does not start.
 - wrong: something of that does not hold.
 - crashes: the engine fails.

@@ -44,7 +44,6 @@ def main(request_path: str, result_path: str) -> None:
             print(f"{time.perf_counter() - started:.0f} s: {engine['name']}, {batch['name']}", flush=True)
             result["preemptions"][batch["name"]] = counter(llm, "vllm:num_preemptions") - preempted
             result["drafts"][batch["name"]] = [list(kind) for kind in sorted(set(map(tuple, steps)))]
-        result["fallbacks"] = dict(getattr(sampler, "fallbacks", {}))
         del llm, runner, sampler
         gc.collect()
     with open(result_path, "w") as file:

@@ -34,7 +34,6 @@ def describe(worker) -> dict:
         "node": ray.get_runtime_context().get_node_id() if in_ray else None,
         "sampler": sampler and f"{type(sampler).__module__}.{type(sampler).__qualname__}",
         "additional_config": worker.vllm_config.additional_config,
-        "fallbacks": dict(getattr(sampler, "fallbacks", {})),
     }
 
 

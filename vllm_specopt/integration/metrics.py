@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ COUNTERS = {
     "plain_steps": "Batches without draft tokens, drawn by the drop-in.",
     "tokens": "Tokens emitted by requests with draft tokens, by outcome: accepted, recovered or bonus.",
     "rows": "Rows of target logits by outcome: swept (read in full) or skipped (not needed, not read in full).",
-    "fallback_batches": "Batches left to vLLM's own sampler, by reason.",
     "bad_rows": "Emitting rows without a usable logit; each emitted token 0.",
 }
 SECONDS = "verification_seconds"
@@ -100,12 +99,10 @@ class Account:
         counters: Tokens and rows of steps with draft tokens as ``verify`` counts them, int64 ``[num_methods + 1, 8]``.
         unpublished: The same for steps without draft tokens, which count as steps only.
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]``.
-        fallbacks: Number of batches left to vLLM's own sampler, by reason.
         recorder: Told of each step; publishes the counters where there is a ``/metrics``.
     """
 
     def __init__(self, device: torch.device | str):
-        self.fallbacks: Counter[str] = Counter()
         self.recorder = NOT_RECORDED
         self.restart(device)
 
@@ -173,7 +170,6 @@ class Recorder:
         """
         self.num_steps = self.num_plain_steps = 0
         self._labels, self._method, self._counts_steps = labels, method, counts_steps
-        self._fallbacks = account.fallbacks
         self._buffer = account.counters
         self._on_gpu = self._buffer.device.type == "cuda"
         self._host = torch.zeros_like(self._buffer, device="cpu", pin_memory=True) if self._on_gpu else self._buffer
@@ -224,8 +220,6 @@ class Recorder:
                 for (name, outcome), value in zip(COLUMNS, row, strict=False):
                     self._set("counter", name, value, "_total", method=method, outcome=outcome)
         self._set("counter", "bad_rows", values[-1][0], "_total", method=self._method)
-        for reason, count in self._fallbacks.copy().items():
-            self._set("counter", "fallback_batches", count, "_total", method=self._method, reason=reason)
         if self._counts_steps:
             self._set("counter", "verified_steps", self.num_steps, "_total", method=self._method)
             self._set("counter", "plain_steps", self.num_plain_steps, "_total", method=self._method)

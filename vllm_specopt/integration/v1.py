@@ -61,11 +61,6 @@ class RejectionSampler(stock.RejectionSampler):
         """What this worker's samplers count."""
         return self.draws.account
 
-    @property
-    def fallbacks(self):
-        """Number of batches left to the stock sampler, by reason."""
-        return self.account.fallbacks
-
     def forward(
         self,
         metadata: SpecDecodeMetadata,

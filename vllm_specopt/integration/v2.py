@@ -44,11 +44,6 @@ class RejectionSampler(stock.RejectionSampler):
             sampler.logits_processors.append(self._methods)
         self.account = sampler.account if isinstance(sampler, Sampler) else Account(device)
 
-    @property
-    def fallbacks(self):
-        """Number of batches left to the stock sampler, by reason."""
-        return self.account.fallbacks
-
     def _verify_in_chunks(self, logits: torch.Tensor, input_batch, *args, **kwargs):
         # Chunks whose requests ask for fewer log probabilities are as wide as the others.
         self._logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
