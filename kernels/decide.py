@@ -290,9 +290,8 @@ def decide_kernel(
     PADDED_TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per (request, row)."""
-    index = (tl.program_id(0) // rows_per_req).to(tl.int64)
-    pos = tl.program_id(0) % rows_per_req
+    """One program per (row, request)."""
+    pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     num_drafts = request.num_drafts
     if pos > num_drafts:

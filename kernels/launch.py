@@ -20,6 +20,9 @@ from .variants import Launcher, variant_of
 KEY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits in which no two values of a dtype differ as fp32."""
 
+MOST_REQUESTS = 65535
+"""What the last axes of a CUDA grid count to. Requests take the last one, so that a row's programs run side by side."""
+
 _statistics, _decide, _residual = map(Launcher, (statistics_kernel, decide_kernel, residual_kernel))
 
 
@@ -83,6 +86,8 @@ def verify_batch(
     given = [*locals().values()]
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
+    if num_reqs > MOST_REQUESTS:
+        raise ValueError(f"the batch has {num_reqs} requests, expected at most {MOST_REQUESTS}")
     draft = draft_probs if draft_probs is not None else draft_logits
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
@@ -117,10 +122,10 @@ def verify_batch(
         [logits, draft_probs, draft_logits],
         (logits.device, shapes, vocab_size, block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
     )
-    rows_per_slot = 1 if draft_logits is None else 2
+    rows_per_pos = 1 if draft_logits is None else 2
     _statistics(
         variant,
-        num_reqs * width * rows_per_slot * num_groups,
+        (num_groups, width * rows_per_pos, num_reqs),
         {"num_warps": shapes.statistics_warps},
         logits,
         logits.stride(0),
@@ -143,8 +148,6 @@ def verify_batch(
         arrived,
         vocab_size,
         num_tiles,
-        width,
-        num_groups,
         COMPACT_DRAFTS=compact,
         TILE=tile,
         STEPS=steps,
@@ -152,7 +155,7 @@ def verify_batch(
     )
     _decide(
         variant,
-        num_reqs * width,
+        (width, num_reqs),
         decide_options(shapes, is_filtered),
         logits,
         logits.stride(0),
@@ -199,7 +202,7 @@ def verify_batch(
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.residual_steps)
     _residual(
         variant,
-        num_reqs * num_groups,
+        (num_groups, num_reqs),
         {"num_warps": shapes.residual_warps},
         logits,
         logits.stride(0),
@@ -225,7 +228,6 @@ def verify_batch(
         vocab_size,
         num_tiles,
         num_row_tiles,
-        num_groups,
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,

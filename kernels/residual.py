@@ -89,7 +89,7 @@ def _tile_residual(
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_row_tiles", "num_groups", "token_ids_stride"],
+    do_not_specialize=["num_tiles", "num_row_tiles", "token_ids_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def residual_kernel(
@@ -121,16 +121,14 @@ def residual_kernel(
     vocab_size,
     num_tiles,
     num_row_tiles,
-    num_groups,
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
     PADDED_TILES: tl.constexpr,
     ROW_TILE: tl.constexpr,
     PADDED_ROW_TILES: tl.constexpr,
 ):
-    """One program per (request, group of STEPS tiles); the row's statistics may have tiles of another size."""
-    req_idx = (tl.program_id(0) // num_groups).to(tl.int64)
-    group = tl.program_id(0) % num_groups
+    """One program per (group of STEPS tiles, request); the row's statistics may have tiles of another size."""
+    group, req_idx = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pos = tl.load(pending_ptr + req_idx)
     if pos < 0:
         return
@@ -178,7 +176,7 @@ def residual_kernel(
 
     tl.debug_barrier()
     arrived = tl.atomic_add(arrived_ptr + 2 * req_idx + 1, 1, sem="acq_rel")
-    if arrived == num_groups - 1:
+    if arrived == tl.num_programs(0) - 1:
         tl.debug_barrier()
         position = load_position(Noise(seeds_ptr, positions_ptr), request, pos)
         uniform = draw_uniform(tl.load(seeds_ptr + state), position, RESIDUAL)

@@ -31,12 +31,12 @@ class Shapes(NamedTuple):
 
     tile: int = 1024
     filter_tile: int = 256
-    statistics_steps: int = 1
+    statistics_steps: int = 2
     statistics_warps: int = 1
     decide_warps: int = 2
     filter_warps: int = 8
     filter_registers: int = 128
-    residual_steps: int = 4
+    residual_steps: int = 8
     residual_warps: int = 2
 
 

@@ -37,7 +37,7 @@ def sweep(
         tl.store(sum_ptr + tile_ids, total, mask=tile_ids < num_tiles)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "rows_per_req", "num_groups"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,
@@ -64,25 +64,20 @@ def statistics_kernel(
     arrived_ptr,  # [num_reqs, 2] out: zeros
     vocab_size,
     num_tiles,
-    rows_per_req,
-    num_groups,
     COMPACT_DRAFTS: tl.constexpr,
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per (request, row, group of STEPS tiles), and with ``draft_logits_ptr`` one more for the draft's row.
+    """One program per (group of STEPS tiles, row, request), and with ``draft_logits_ptr`` one more for the draft's row.
 
     A request verified by scores needs the statistics of one row only, the one that emits, unless it filters.
     """
-    slot = tl.program_id(0) // num_groups
-    group = tl.program_id(0) % num_groups
+    group, pos, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     is_draft_row = tl.full((), 0, tl.int32) != 0
     if draft_logits_ptr is not None:
-        is_draft_row = slot % 2 == 1
-        slot = slot // 2
-    index = (slot // rows_per_req).to(tl.int64)
-    pos = slot % rows_per_req
+        is_draft_row = pos % 2 == 1
+        pos = pos // 2
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     if pos > request.num_drafts:
         return

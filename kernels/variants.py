@@ -33,11 +33,11 @@ class Launcher:
     def __init__(self, kernel):
         self._kernel, self._compiled = kernel, {}
 
-    def __call__(self, variant: tuple, num_programs: int, options: dict[str, int], *args, **constants) -> None:
+    def __call__(self, variant: tuple, grid: tuple[int, ...], options: dict[str, int], *args, **constants) -> None:
         """Launch with Triton's ``options``; ``args`` and ``constants`` in the kernel's order."""
         compiled = self._compiled.get(variant)
         if compiled is not None:
-            compiled[num_programs, 1, 1](*args, *constants.values())
+            compiled[(*grid, 1)[:3]](*args, *constants.values())
             return
         # Triton compiles it or finds what it has; None under its interpreter.
-        self._compiled[variant] = self._kernel[(num_programs,)](*args, **constants, **options)
+        self._compiled[variant] = self._kernel[grid](*args, **constants, **options)

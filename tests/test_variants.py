@@ -112,6 +112,6 @@ def test_a_compiled_variant_is_launched_as_it_is():
 
     launcher = variants.Launcher(Kernel())
     for variant in ("a", "a", "b"):
-        launcher(variant, 6, {"num_warps": 4}, 1, None, TILE=8, STEPS=2)
-    first = ("kernel", (6,), (1, None), {"TILE": 8, "STEPS": 2, "num_warps": 4})
-    assert said == [first, ("compiled", (6, 1, 1), (1, None, 8, 2)), first]
+        launcher(variant, (6, 2), {"num_warps": 4}, 1, None, TILE=8, STEPS=2)
+    first = ("kernel", (6, 2), (1, None), {"TILE": 8, "STEPS": 2, "num_warps": 4})
+    assert said == [first, ("compiled", (6, 2, 1), (1, None, 8, 2)), first]

@@ -82,3 +82,10 @@ def test_an_empty_tensor_has_no_stride_to_object_to():
     empty = torch.empty_strided((0, 8), (0, 0))
     tokens, _ = verify(torch.zeros(1, 8), torch.tensor([0, 1]), torch.zeros(0, dtype=torch.int64), 0, draft_probs=empty)
     assert tokens.tolist() == [[0]]
+
+
+def test_more_requests_than_a_grid_can_count():
+    pytest.importorskip("triton")
+    reqs = 65536
+    with pytest.raises(ValueError, match="the batch has 65536 requests, expected at most 65535"):
+        verify(torch.zeros(reqs, 1), torch.arange(reqs + 1), torch.zeros(reqs).int(), 0, backend="triton")

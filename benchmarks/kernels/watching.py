@@ -85,11 +85,10 @@ class _Recorder:
     def sample(self, module: str, grid: tuple[int, ...]) -> list[range]:
         """Programs to run along each axis: those of the first requests where an axis counts requests or rows.
 
-        Our kernels have one axis, in which the programs of a request follow each other.
+        The last axis of our kernels counts requests.
         """
         if module.startswith(OUR_KERNELS):
-            (programs,) = grid
-            return [range(round(programs * self.share))]
+            return [*map(range, grid[:-1]), range(round(grid[-1] * self.share))]
         ranges = [range(round(n * self.share)) if n in self.scaled_lengths and n > 1 else range(n) for n in grid]
         if len(grid) == 1 and ranges[0] == range(grid[0]) and grid[0] > MOST_PROGRAMS:
             ranges = [range(FEW_PROGRAMS)]

@@ -22,7 +22,7 @@ FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = SCALARS
-SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "num_groups", "token_ids_stride")
+SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "token_ids_stride")
 COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
     **dict.fromkeys(INTS, "*i32"),
