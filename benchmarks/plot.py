@@ -154,7 +154,8 @@ def _finish(figure: Figure, title: str, rows: list[dict]) -> None:
     handles = {}
     for panel in figure.axes:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    columns = 6 if len(figure.axes) > 1 else 3
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     sources = sorted({f"{row['device']}, vLLM {row['vllm'] or 'not installed'}" for row in rows})
     figure.suptitle(f"{title}\n{'; '.join(sources)}", fontsize=10)
 
