@@ -12,7 +12,7 @@ help: ## list the targets
 setup: ## create .venv with vLLM and this project (a few minutes once, then nothing)
 	@$(PYTHON) scripts/set_up.py
 
-demo: setup ## serve the shipped pair stock and exact, compare them, write reports/demo.{json,md}; ARGS="--quick"
+demo: setup ## serve the shipped pair with 151,936 tokens, stock and exact, compare them, write reports/demo.{json,md,png}; ARGS="--quick"
 	@$(bin)/specopt demo $(ARGS)
 
 test: setup ## run the tests, real engines included, in two processes; ARGS="-k name" picks some

@@ -1,4 +1,8 @@
-"""`specopt demo`: one model pair served by the real `vllm serve`, stock and exact, compared in one table."""
+"""`specopt demo`: one model pair served by the real `vllm serve`, stock and exact, compared in one table.
+
+The shipped pair gets a real vocabulary first: with its own 512 tokens sampling is next to nothing. On a CPU stock is
+the repaired one (``benchmarks/serving_repaired.py``), since as it comes it is no peer above temperature 0.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +18,32 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 import vllm_specopt
 from vllm_specopt.benchmarks.host import cpu_name, small_model_dtype
-from vllm_specopt.cli import report, scopes
+from vllm_specopt.cli import report, scopes, wide
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.process import ChildProcess, Server, free_port
 from vllm_specopt.cli.progress import Stages
 
 CHECKOUT = Path(vllm_specopt.__file__).parents[1]
-# Greedy drafting, vLLM's default, finds little acceptance at T = 1 with models this small.
-SPECULATION = {"num_speculative_tokens": 4, "draft_sample_method": "probabilistic"}
-TEMPERATURES = (0, 1)
-GREEDY_TOKENS = 16
-TIMED_REQUESTS = 64
+# vLLM's default drafting: texts of seeded requests then depend on the seed alone.
+SPECULATION = {"num_speculative_tokens": 4}
+WORKLOADS = {
+    "T = 0": {"temperature": 0.0},
+    "T = 1": {"temperature": 1.0},
+    "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
+}
+VOCAB_SIZE = 151_936
+COMPARED, COMPARED_TOKENS = 16, 16
+TIMED_REQUESTS = 32
 NUM_WARMUPS = 8
 PROFILED_TOKENS = 24
 PROFILED_STEPS = 8
@@ -50,6 +60,7 @@ class Settings:
 
     target: Path
     draft: Path
+    extends: bool
     prompt_file: Path
     prompts: list[str]
     num_prompts: int
@@ -67,6 +78,7 @@ class Settings:
     ) -> Settings:  # fmt: skip
         """Fill in the defaults and check every input before anything starts; raise CliError (2) for a bad one."""
         models = CHECKOUT / "models"
+        extends = target is None and draft is None
         target = (target or models / "specopt-target").resolve()
         draft = (draft or models / "specopt-draft").resolve()
         for role, folder in (("target", target), ("draft", draft)):
@@ -82,6 +94,7 @@ class Settings:
         return cls(
             target=target,
             draft=draft,
+            extends=extends,
             prompt_file=prompt_file,
             prompts=read,
             num_prompts=min(len(read), TIMED_REQUESTS // 4 if quick else TIMED_REQUESTS),
@@ -97,8 +110,7 @@ class Settings:
         """Return what the servers get on a CPU; other models than the shipped ones keep vLLM's number type."""
         if not self.on_cpu:
             return []
-        shipped = self.target == (CHECKOUT / "models" / "specopt-target").resolve()
-        return ["--enforce-eager", *(["--dtype", small_model_dtype()] if shipped else [])]
+        return ["--enforce-eager", *(["--dtype", small_model_dtype()] if self.extends else [])]
 
     def env(self) -> dict[str, str]:
         """Return the environment variables both arms run with; what the user has set for the CPU cache wins."""
@@ -127,7 +139,10 @@ def installed(distribution: str) -> str | None:
 
 
 class Arm:
-    """One server and what is asked of it."""
+    """One server and what is asked of it.
+
+    name: ``stock``, ``exact``, or ``plain``, which is exact without speculation and not timed.
+    """
 
     def __init__(self, name: str, settings: Settings, scratch: Path) -> None:
         self.name = name
@@ -136,15 +151,17 @@ class Arm:
         self.scratch.mkdir()
         profiler = {"profiler": "torch", "torch_profiler_dir": str(self.scratch), "torch_profiler_with_stack": False,
                     "ignore_frontend": True}  # fmt: skip
+        repairs = name == "stock" and settings.on_cpu
         self.command = [
-            settings.vllm, "serve", str(settings.target), "--host", "127.0.0.1", "--port", str(settings.port),
+            *([sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"] if repairs else [settings.vllm]),
+            "serve", str(settings.target), "--host", "127.0.0.1", "--port", str(settings.port),
             *settings.cpu_flags(),
             # Every timed run reads the same prompts: none may find its work done by the one before.
             "--no-enable-prefix-caching",
-            "--speculative-config",
-            json.dumps({"model": str(settings.draft), **SPECULATION}),
+            *([] if name == "plain" else
+              ["--speculative-config", json.dumps({"model": str(settings.draft), **SPECULATION})]),
             "--profiler-config", json.dumps(profiler), "--disable-uvicorn-access-log",
-            *(SPECOPT_OPTION if name == "exact" else []),
+            *([] if name == "stock" else SPECOPT_OPTION),
         ]  # fmt: skip
 
     def run(self, stages: Stages) -> dict:
@@ -153,21 +170,24 @@ class Arm:
         Raises CliError if the server or a client fails, or if the worker does not say what the arm is about.
         """
         log = self.settings.reports / f"demo-{self.name}.log"
-        found = {"command": self.command, "env": self.settings.env(), "runs": {}}
+        found = {"command": self.command, "env": self.settings.env(), "texts": {}, "runs": {}}
         with Server(self.command, log, self.settings.env(), self.settings.port) as server:
             with stages.next():
                 server.wait_ready(stages.tick)
             found["worker_line"] = self.worker_line(log)
             with stages.next():
-                found["greedy_tokens"] = [
-                    self.complete(server, prompt, 0, GREEDY_TOKENS, stages) for prompt in self.settings.prompts
-                ]
-            for temperature in TEMPERATURES:
+                for name in WORKLOADS if self.name == "exact" else report.COMPARED[self.name]:
+                    found["texts"][name] = [
+                        self.complete(server, prompt, name, COMPARED_TOKENS, stages, seed)
+                        for seed, prompt in enumerate(self.settings.prompts[:COMPARED])
+                    ]
+            if self.name != "plain":
+                for name in WORKLOADS:
+                    with stages.next():
+                        found["runs"][name] = self.timed_run(name, stages)
                 with stages.next():
-                    found["runs"][str(temperature)] = self.timed_run(temperature, stages)
-            with stages.next():
-                for temperature in TEMPERATURES:
-                    found["runs"][str(temperature)]["scopes"] = self.profiled_burst(server, temperature, stages)
+                    for name in WORKLOADS:
+                        found["runs"][name]["scopes"] = self.profiled_burst(server, name, stages)
         return found
 
     def worker_line(self, log: Path) -> str | None:
@@ -180,26 +200,31 @@ class Arm:
             return None
         if active is None:
             said = f"its worker says: {lines[-1]}" if lines else f"{log} has no line 'specopt: active'"
-            raise CliError(f"the exact arm is not active: {said}.")
+            raise CliError(f"the {self.name} arm is not active: {said}.")
         return active
 
-    def complete(self, server: Server, prompt: str, temperature: float, tokens: int, stages: Stages) -> list[int]:
+    def complete(
+        self, server: Server, prompt: str, workload: str, tokens: int, stages: Stages, seed: int = 0
+    ) -> list[int]:
         """Return the token ids of one completion; raise CliError if the server refuses."""
         stages.tick()
-        body = {"model": str(self.settings.target), "prompt": prompt, "max_tokens": tokens,
-                "temperature": temperature, "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+        body = {"model": str(self.settings.target), "prompt": prompt, "max_tokens": tokens, "seed": seed,
+                "ignore_eos": True, "return_token_ids": True, **WORKLOADS[workload]}  # fmt: skip
         return server.post("/v1/completions", body).json()["choices"][0]["token_ids"]
 
-    def timed_run(self, temperature: float, stages: Stages) -> dict:
+    def timed_run(self, workload: str, stages: Stages) -> dict:
         """Run `vllm bench serve` once; return its command and its result."""
         s = self.settings
-        result = self.scratch / f"bench-{temperature}.json"
+        result = self.scratch / f"bench-{list(WORKLOADS).index(workload)}.json"
+        sampling = [
+            part for key, value in WORKLOADS[workload].items() for part in (f"--{key.replace('_', '-')}", str(value))
+        ]
         command = [
             s.vllm, "bench", "serve", "--backend", "openai", "--endpoint", "/v1/completions", "--host", "127.0.0.1",
             "--port", str(s.port), "--model", str(s.target), "--dataset-name", "custom",
             "--dataset-path", str(s.prompt_file), "--skip-chat-template", "--disable-shuffle",
             "--num-prompts", str(s.num_prompts), "--custom-output-len", str(s.output_len), "--ignore-eos",
-            "--temperature", str(temperature), "--max-concurrency", str(s.concurrency),
+            *sampling, "--max-concurrency", str(s.concurrency),
             "--num-warmups", str(NUM_WARMUPS), "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99",
             "--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name,
         ]  # fmt: skip
@@ -211,17 +236,17 @@ class Arm:
                 raise CliError(f"vllm bench serve failed ({failed}); the end of its log:\n{client.last_lines()}")
         return {"command": command, "bench": bench}
 
-    def profiled_burst(self, server: Server, temperature: float, stages: Stages) -> dict | None:
+    def profiled_burst(self, server: Server, workload: str, stages: Stages) -> dict | None:
         """Profile a few steps of a full batch; return the share of sampling, or None where scopes say nothing."""
         # On a GPU the host runs ahead of the device, so that host scopes do not tell what a step spends.
         if not self.settings.on_cpu:
             return None
-        prefix = f"T{temperature}"
+        prefix = f"W{list(WORKLOADS).index(workload)}"
         body = {"profile_prefix": prefix, "max_iterations": PROFILED_STEPS}
         server.post("/start_profile", body)
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             prompts = self.settings.prompts[: self.settings.concurrency]
-            list(pool.map(lambda prompt: self.complete(server, prompt, temperature, PROFILED_TOKENS, stages), prompts))
+            list(pool.map(lambda prompt: self.complete(server, prompt, workload, PROFILED_TOKENS, stages), prompts))
         server.post("/stop_profile", {})
         return scopes.summarise(self.scratch.glob(f"{prefix}_*.pt.trace.json*"))
 
@@ -251,28 +276,34 @@ def describe(settings: Settings) -> dict:
         },
         "versions": {"python": platform.python_version(), **{package: installed(package) for package in packages}},
         "config": {
-            "pair": f"{settings.target.name} + {settings.draft.name}",
+            "pair": f"{settings.target.name} + {settings.draft.name}" + f", {VOCAB_SIZE:,} tokens" * settings.extends,
             "target": str(settings.target),
             "draft": str(settings.draft),
             "prompts": str(settings.prompt_file),
             **SPECULATION,
-            "temperatures": list(TEMPERATURES),
+            "workloads": WORKLOADS,
             "num_prompts": settings.num_prompts,
             "output_len": settings.output_len,
             "concurrency": settings.concurrency,
             "warm-up requests": NUM_WARMUPS,
-            "greedy check, tokens per prompt": GREEDY_TOKENS,
+            "compared texts": f"{min(COMPARED, len(settings.prompts))} of {COMPARED_TOKENS} tokens per workload",
         },
     }
 
 
 def plan(settings: Settings) -> list[tuple[str, float]]:
-    """Return the stages of both arms with the seconds each is expected to take on two cores."""
-    requests = settings.num_prompts * settings.output_len / 600
-    stages = [("starting vllm serve", 25.0), ("greedy completions", len(settings.prompts) * 0.1)]
-    stages += [(f"vllm bench serve, T = {temperature}", 10.0 + requests) for temperature in TEMPERATURES]
-    stages.append(("profiling some steps, stopping", 12.0))
-    return [(f"{arm}: {name}", seconds) for arm in report.ARMS for name, seconds in stages]
+    """Return the stages of all arms with the seconds each is expected to take on two cores."""
+    stages = [("extending the vocabulary", wide.SECONDS)] if settings.extends else []
+    tokens = settings.num_prompts * settings.output_len
+    speeds = {"stock": (150, 60, 25), "exact": (200, 120, 120), "plain": ()}
+    for arm, speed in speeds.items():
+        stages += [(f"{arm}: starting vllm serve", 30.0), (f"{arm}: texts to compare", 10.0)]
+        stages += [
+            (f"{arm}: vllm bench serve, {name}", 10.0 + 1.3 * tokens / per_second)
+            for name, per_second in zip(WORKLOADS, speed, strict=False)
+        ]
+        stages += [(f"{arm}: profiling some steps, stopping", 15.0)] * bool(speed)
+    return stages
 
 
 @contextmanager
@@ -291,7 +322,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def run(settings: Settings) -> int:
-    """Run the demo, print its table, leave its two reports and return the exit status; raise CliError on failure."""
+    """Run the demo, print its table, leave its reports and return the exit status; raise CliError on failure."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
@@ -302,16 +333,27 @@ def run(settings: Settings) -> int:
         tempfile.TemporaryDirectory(prefix="specopt-demo-") as scratch,
         Stages(console, plan(settings)) as stages,
     ):
-        for name in report.ARMS:
-            record["arms"][name] = Arm(name, settings, Path(scratch)).run(stages)
-    arms = [record["arms"][name] for name in report.ARMS]
-    record["greedy"] = report.compare_greedy(*(arm["greedy_tokens"] for arm in arms))
-    record["greedy_under_load"] = report.compare_greedy(*(arm["runs"]["0"]["bench"]["generated_texts"] for arm in arms))
+        served = settings
+        if settings.extends:
+            made, log = Path(scratch) / "pair", settings.reports / "demo-pair.log"
+            with stages.next():
+                folders = settings.target, settings.draft
+                wide.extend(folders, made, log, settings.env(), stages.tick, vocab_size=VOCAB_SIZE)
+            served = replace(settings, target=made / "target", draft=made / "draft")
+        for name in ("stock", "exact", "plain"):
+            record["arms"][name] = Arm(name, served, Path(scratch)).run(stages)
+    record["texts"] = report.compare_texts(record["arms"])
     (settings.reports / "demo.json").write_text(json.dumps(record) + "\n")
     (settings.reports / "demo.md").write_text(report.markdown(record))
+    left = ["demo.json", "demo.md"]
+    if find_spec("matplotlib"):
+        from vllm_specopt.cli.demo_plot import draw
+
+        draw(record, settings.reports / "demo.png")
+        left.append("demo.png")
     console.print(report.table(record))
-    for line in [*report.notes(record), "", *report.verdict(record)]:
+    for line in [*report.sentences(record), "", *report.notes(record), "", *report.verdict(record)]:
         console.print(line, highlight=False, markup=False)
-    for name in ("demo.json", "demo.md"):
+    for name in left:
         console.print(f"left: {settings.reports / name}", highlight=False, markup=False, soft_wrap=True)
     return report.exit_code(record)

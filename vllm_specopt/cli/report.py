@@ -8,73 +8,97 @@ from itertools import zip_longest
 from rich.table import Table
 
 ARMS = ("stock", "exact")
+COMPARED = {"stock": ("T = 0",), "plain": ("T = 1", "T = 0.8, top-p 0.9")}
+"""Workloads in which the texts of exact must be those of another arm; ``plain`` is exact without speculation."""
 HEADINGS = (
+    "workload",
     "arm",
-    "T",
-    "requests/s",
     "output\ntokens/s",
-    "TTFT ms\nmedian / p99",
     "TPOT ms\nmedian / p99",
+    "TTFT ms\nmedian / p99",
     "acceptance\nlength",
     "sampling,\nshare of step",
 )
 
 
-def compare_greedy(stock: list[list[int]], exact: list[list[int]]) -> dict:
-    """Compare the completions of both arms token by token.
+def compare(left: list[list[int]], right: list[list[int]]) -> dict:
+    """Compare completions token by token.
 
-    Returns the number of prompts and of identical completions, the number of tokens of the stock arm, and the first
-    difference (prompt, position, the two tokens; None for a token where one completion has ended) or None.
+    Returns their number, that of identical ones, the number of tokens on the left, and the first difference (prompt,
+    position, the two tokens; None for a token where one completion has ended) or None.
     """
     first = None
     identical = 0
-    for prompt, (left, right) in enumerate(zip_longest(stock, exact, fillvalue=[])):
-        if left == right:
+    for prompt, (one, other) in enumerate(zip_longest(left, right, fillvalue=[])):
+        if one == other:
             identical += 1
         elif first is None:
-            pairs = enumerate(zip_longest(left, right))
+            pairs = enumerate(zip_longest(one, other))
             position, (a, b) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-            first = {"prompt": prompt, "position": position, "stock": a, "exact": b}
+            first = {"prompt": prompt, "position": position, "other": a, "exact": b}
     return {
-        "prompts": max(len(stock), len(exact)),
+        "prompts": max(len(left), len(right)),
         "identical": identical,
-        "tokens": sum(map(len, stock)),
+        "tokens": sum(map(len, left)),
         "first_difference": first,
+    }
+
+
+def compare_texts(arms: dict) -> dict:
+    """Compare the completions of exact with those of the arms that it must equal, workload by workload."""
+    return {
+        workload: {"arm": arm} | compare(arms[arm]["texts"][workload], arms["exact"]["texts"][workload])
+        for arm, workloads in COMPARED.items()
+        for workload in workloads
     }
 
 
 def exit_code(record: dict) -> int:
     """Return 0 if every greedy completion was identical, and there was one, else 1."""
-    greedy = record["greedy"]
+    greedy = record["texts"]["T = 0"]
     return 0 if greedy["prompts"] and greedy["identical"] == greedy["prompts"] else 1
 
 
 def rows(record: dict) -> list[tuple[str, ...]]:
-    """Return the cells of the table, one row per temperature and arm."""
+    """Return the cells of the table, one row per workload and arm."""
     found = []
-    for temperature in record["config"]["temperatures"]:
+    for workload in record["config"]["workloads"]:
         for arm in ARMS:
-            run = record["arms"][arm]["runs"][str(temperature)]
+            run = record["arms"][arm]["runs"][workload]
             bench, scopes = run["bench"], run["scopes"]
-            mark = "*" if not _is_valid(record, arm, temperature) else ""
             length = bench.get("spec_decode_acceptance_length")
             found.append(
                 (
-                    arm,
-                    f"{temperature:g}",
-                    f"{bench['request_throughput']:.2f}",
-                    f"{bench['output_throughput']:.0f}{mark}",
-                    f"{bench['median_ttft_ms']:.0f} / {bench['p99_ttft_ms']:.0f}",
+                    workload,
+                    shown(record, arm),
+                    f"{bench['output_throughput']:.0f}",
                     f"{bench['median_tpot_ms']:.1f} / {bench['p99_tpot_ms']:.1f}",
-                    "not reported" if length is None else f"{length:.2f}{mark}",
+                    f"{bench['median_ttft_ms']:.0f} / {bench['p99_ttft_ms']:.0f}",
+                    "not reported" if length is None else f"{length:.2f}",
                     "not measured" if scopes is None else f"{100 * scopes['sampling_share']:.1f} %",
                 )
             )
     return found
 
 
-def _is_valid(record: dict, arm: str, temperature: float) -> bool:
-    return not (record["machine"]["device"] == "cpu" and arm == "stock" and temperature > 0)
+def shown(record: dict, arm: str) -> str:
+    """Return the name of an arm for readers."""
+    return "stock, repaired" if arm == "stock" and record["machine"]["device"] == "cpu" else arm
+
+
+def sentences(record: dict) -> list[str]:
+    """Return what each workload shows, in a sentence."""
+    found = []
+    for workload in record["config"]["workloads"]:
+        stock, exact = (record["arms"][arm]["runs"][workload] for arm in ARMS)
+        speeds = [run["bench"]["output_throughput"] for run in (stock, exact)]
+        line = f"{workload}: {speeds[1] / speeds[0]:.2f} times the tokens per second"
+        line += f" ({speeds[1]:.0f}, not {speeds[0]:.0f})"
+        if stock["scopes"] and exact["scopes"]:
+            before, after = (100 * run["scopes"]["sampling_share"] for run in (stock, exact))
+            line += f"; sampling went from {before:.0f} % to {after:.1f} % of a step"
+        found.append(line + ".")
+    return found
 
 
 def notes(record: dict) -> list[str]:
@@ -83,9 +107,8 @@ def notes(record: dict) -> list[str]:
     found = []
     if record["machine"]["device"] == "cpu":
         found.append(
-            "* On CPU, stock vLLM reads uninitialised memory for the sampling parameters when it speculates at a "
-            "temperature above 0: that row has another output distribution and is no peer for speed or acceptance. "
-            "The T = 0 rows are."
+            "Stock, repaired: as it comes, vLLM on a CPU reads uninitialised memory for the sampling parameters when "
+            "it speculates at a temperature above 0; that one function is replaced in the stock arm."
         )
     found.append(
         f"One run per row ({config['num_prompts']} requests of {config['output_len']} tokens, "
@@ -103,22 +126,21 @@ def notes(record: dict) -> list[str]:
 
 
 def verdict(record: dict) -> list[str]:
-    """Return the outcome in sentences: identity of the greedy completions, then what the worker said."""
-    greedy, loaded = record["greedy"], record["greedy_under_load"]
-    lines = [
-        f"greedy: {greedy['identical']} of {greedy['prompts']} completions identical, token for token "
-        f"({greedy['tokens']} tokens, one request at a time)"
-    ]
-    if first := greedy["first_difference"]:
-        tokens = {arm: "nothing" if first[arm] is None else f"token {first[arm]}" for arm in ARMS}
+    """Return the outcome in sentences: which texts are identical, then what the worker said."""
+    lines = []
+    for workload, found in record["texts"].items():
+        other = "stock's" if found["arm"] == "stock" else "those of the same requests without speculation"
+        kind = "greedy texts" if workload == "T = 0" else "seeded texts"
         lines.append(
-            f"first difference: prompt {first['prompt']}, position {first['position']}: "
-            f"stock emitted {tokens['stock']}, exact {tokens['exact']}"
+            f"{workload}: {found['identical']} of {found['prompts']} {kind} equal {other}, token for token "
+            f"({found['tokens']} tokens, one request at a time)"
         )
-    lines.append(
-        f"greedy, {record['config']['concurrency']} in flight: {loaded['identical']} of {loaded['prompts']} texts "
-        "identical (not required: which requests share a batch differs from run to run, and rounding with it)"
-    )
+        if first := found["first_difference"]:
+            tokens = {arm: "nothing" if first[arm] is None else f"token {first[arm]}" for arm in ("other", "exact")}
+            lines.append(
+                f"first difference: prompt {first['prompt']}, position {first['position']}: {tokens['other']} there, "
+                f"{tokens['exact']} here"
+            )
     lines.append(f"worker of the exact arm: {record['arms']['exact']['worker_line']}")
     return lines
 
@@ -127,7 +149,7 @@ def table(record: dict) -> Table:
     """Return the table for the terminal."""
     drawn = Table(title=f"{record['config']['pair']}, vLLM {record['versions']['vllm']}, {record['machine']['name']}")
     for heading in HEADINGS:
-        drawn.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+        drawn.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", no_wrap=True)
     for number, row in enumerate(rows(record)):
         drawn.add_row(*row, end_section=number % len(ARMS) == len(ARMS) - 1)
     return drawn
@@ -143,10 +165,10 @@ def markdown(record: dict) -> str:
         f"{record['time']}, commit {commit}",
         "",
         f"| {' | '.join(heads)} |",
-        f"|---|{'---:|' * (len(heads) - 1)}",
-        *(f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in row)} |" for row in rows(record)),
+        f"|---|---|{'---:|' * (len(heads) - 2)}",
+        *(f"| {' | '.join(row)} |" for row in rows(record)),
         "",
-        *(f"- {note.replace('*', chr(92) + '*')}" for note in notes(record)),
+        *(f"- {line}" for line in [*sentences(record), *notes(record)]),
         "",
         "## Outcome",
         "",
@@ -161,8 +183,7 @@ def markdown(record: dict) -> str:
         "## Commands",
         "",
     ]
-    for arm in ARMS:
-        ran = record["arms"][arm]
+    for arm, ran in record["arms"].items():
         shown = [ran["command"], *(run["command"] for run in ran["runs"].values())]
         lines += [f"{arm}, with `{shlex.join(f'{k}={v}' for k, v in ran['env'].items())}`:", ""]
         lines += [f"    {shlex.join(command)}" for command in shown]
