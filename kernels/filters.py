@@ -86,6 +86,12 @@ def _pass(row_ptr, scale, shift, low, high, low_measure, high_measure, goal, rea
 
 
 @triton.jit
+def _gap(low, high):
+    """How many floats apart two are."""
+    return order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
+
+
+@triton.jit
 def _crossing(
     row_ptr,
     list_ptr,
@@ -114,8 +120,7 @@ def _crossing(
     found = tl.full((), CAPACITY + 1, tl.int32)
     passes = tl.full((), 0, tl.int32)
     is_short = tl.full((), True, tl.int1)
-    gap = order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
-    while (found > CAPACITY) & (gap > (1 << KEY_BITS)) & (passes < MAX_PASSES):
+    while (found > CAPACITY) & (_gap(low, high) > (1 << KEY_BITS)) & (passes < MAX_PASSES):
         if is_short:
             found = gather(row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, high, vocab_size, TILE).count
         if found > CAPACITY:
@@ -123,7 +128,6 @@ def _crossing(
                 row_ptr, scale, shift, low, high, low_measure, high_measure, goal, reach, passes, vocab_size
             )
             passes += 1
-            gap = order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
             # No logit above the lower bound measures less than it.
             is_short = low_measure - high_measure <= CAPACITY * weights(low, scale, shift)
     # One value of the logits' dtype is left.
@@ -163,7 +167,6 @@ def _wide_threshold(
     filters_k,
     threshold,
     scale,
-    top,
     list_ptr,
     values_ptr,
     ids_ptr,
@@ -181,7 +184,7 @@ def _wide_threshold(
         applies = (counts & filters_k) | ((counts == 0) & (filters.top_p < 1.0))
         if applies:
             maxima, sums = load_tiles(tiles, row, PADDED_TILES)
-            _top, masses = tile_masses(maxima, sums, scale, threshold)
+            top, masses = tile_masses(maxima, sums, scale, threshold)
             total = tl.sum(masses, axis=0).to(tl.float32)
             if counts:
                 measure_scale = tl.zeros((), tl.float32)
@@ -268,7 +271,6 @@ def filter_row(
                 filters_k,
                 threshold,
                 scale,
-                top,
                 list_ptr,
                 values_ptr,
                 ids_ptr,
