@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import vllm_specopt
 from vllm_specopt.cli import report, scopes
-from vllm_specopt.cli.demo import Arm, Settings, read_prompts
+from vllm_specopt.cli.demo import WORKLOADS, Arm, Settings, read_prompts
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.main import app
 from vllm_specopt.cli.process import ChildProcess, Server, free_port
@@ -47,20 +47,21 @@ def record() -> dict:
             "command": ["vllm", "serve", "target", "--speculative-config", '{"model": "draft"}'],
             "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
             "worker_line": line,
-            "runs": {"0": sample_run(speed), "1": sample_run(speed)},
+            "texts": {name: [[1, 2, 3], [4, 5]] for name in WORKLOADS},
+            "runs": {name: sample_run(speed) for name in WORKLOADS if speed},
         }
-        for name, line, speed in (("stock", None, 6.5), ("exact", "specopt: active (v1, cpu)", 7.25))
-    }
-    completions = [[1, 2, 3], [4, 5]]
+        for name, line, speed in (
+            ("stock", None, 6.5), ("exact", "specopt: active (v1, cpu)", 7.25), ("plain", "specopt: active", None)
+        )
+    }  # fmt: skip
     return {
         "time": "2026-01-02T03:04:05+00:00",
         "git": {"commit": "abc123", "dirty": True},
         "machine": {"device": "cpu", "name": "Some CPU", "cores": 2, "system": "Linux", "load": 1.9},
         "versions": {"vllm": "0.32.0+cpu", "torch": "2.13.0+cpu"},
-        "config": {"pair": "t + d", "temperatures": [0, 1], "num_prompts": 96, "output_len": 64, "concurrency": 8},
+        "config": {"pair": "t + d", "workloads": WORKLOADS, "num_prompts": 96, "output_len": 64, "concurrency": 8},
         "arms": arms,
-        "greedy": report.compare_greedy(completions, completions),
-        "greedy_under_load": report.compare_greedy(["a", "b"], ["a", "c"]),
+        "texts": report.compare_texts(arms),
     }
 
 
@@ -70,20 +71,39 @@ def printed(record: dict) -> str:
     return console.file.getvalue()
 
 
-def test_table_has_one_row_per_arm_and_temperature(record: dict) -> None:
+def test_table_has_one_row_per_arm_and_workload(record: dict) -> None:
     text = printed(record)
-    assert text.count("stock") == text.count("exact") == 2
-    for cell in ("6.50", "7.25", "464", "101 / 180", "36.8 / 41.0", "2.35", "4.3 %", "0.32.0+cpu"):
+    assert text.count("stock, repaired") == text.count("exact") == 3
+    for cell in ("416", "464", "101 / 180", "36.8 / 41.0", "2.35", "4.3 %", "0.32.0+cpu"):
         assert cell in text, cell
 
 
-def test_only_the_stock_row_above_zero_is_marked_and_only_on_cpu(record: dict) -> None:
-    marked = [row[:2] for row in report.rows(record) if any("*" in cell for cell in row)]
-    assert marked == [("stock", "1")]
-    assert report.notes(record)[0].startswith("* On CPU, stock vLLM")
+def test_stock_is_the_repaired_one_on_a_cpu_only(record: dict) -> None:
+    assert report.notes(record)[0].startswith("Stock, repaired:")
     record["machine"]["device"] = "cuda"
-    assert not any("*" in cell for row in report.rows(record) for cell in row)
-    assert not any("On CPU" in note for note in report.notes(record))
+    assert {row[1] for row in report.rows(record)} == {"stock", "exact"}
+    assert not any("repaired" in note for note in report.notes(record))
+
+
+def test_a_sentence_says_what_each_workload_gained(record: dict) -> None:
+    record["arms"]["stock"]["runs"]["T = 1"]["scopes"]["sampling_share"] = 0.41
+    said = report.sentences(record)
+    assert said[1] == (
+        "T = 1: 1.12 times the tokens per second (464, not 416); sampling went from 41 % to 4.3 % of a step."
+    )
+    record["arms"]["exact"]["runs"]["T = 1"]["scopes"] = None
+    assert report.sentences(record)[1].endswith("(464, not 416).")
+
+
+def test_the_picture_is_drawn_with_and_without_shares(record: dict, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from vllm_specopt.cli.demo_plot import draw
+
+    draw(record, tmp_path / "with.png")
+    for run in record["arms"]["exact"]["runs"].values():
+        run["scopes"] = None
+    draw(record, tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
 def test_a_busy_machine_is_noted(record: dict) -> None:
@@ -104,30 +124,32 @@ def test_unmeasured_cells_say_so(record: dict) -> None:
 def test_markdown_holds_table_notes_outcome_conditions_and_commands(record: dict) -> None:
     page = report.markdown(json.loads(json.dumps(record)))
     assert page.splitlines()[4].count("|") == page.splitlines()[5].count("|") == len(report.HEADINGS) + 1
-    for text in ("abc123 with changes", "| torch | 2.13.0+cpu |", "2 of 2 completions identical", "1 of 2 texts",
-                 "specopt: active (v1, cpu)", "VLLM_CPU_KVCACHE_SPACE=1", "    vllm serve target"):  # fmt: skip
+    expected = ("abc123 with changes", "| torch | 2.13.0+cpu |", "2 of 2 greedy texts equal stock's")
+    expected += ("2 of 2 seeded texts equal those", "specopt: active (v1, cpu)", "VLLM_CPU_KVCACHE_SPACE=1")
+    for text in (*expected, "    vllm serve target"):
         assert text in page, text
 
 
 @pytest.mark.parametrize(
     ("exact", "difference"),
     [
-        ([[1, 2, 9], [4, 5]], {"prompt": 0, "position": 2, "stock": 3, "exact": 9}),
-        ([[1, 2, 3], [4]], {"prompt": 1, "position": 1, "stock": 5, "exact": None}),
-        ([[1, 2, 3]], {"prompt": 1, "position": 0, "stock": 4, "exact": None}),
+        ([[1, 2, 9], [4, 5]], {"prompt": 0, "position": 2, "other": 3, "exact": 9}),
+        ([[1, 2, 3], [4]], {"prompt": 1, "position": 1, "other": 5, "exact": None}),
+        ([[1, 2, 3]], {"prompt": 1, "position": 0, "other": 4, "exact": None}),
     ],
 )
 def test_a_difference_is_shown_and_fails(record: dict, exact: list, difference: dict) -> None:
-    record["greedy"] = report.compare_greedy([[1, 2, 3], [4, 5]], exact)
-    assert record["greedy"]["first_difference"] == difference
+    record["arms"]["exact"]["texts"]["T = 0"] = exact
+    record["texts"] = report.compare_texts(record["arms"])
+    assert record["texts"]["T = 0"]["first_difference"] == difference
     assert report.exit_code(record) == 1
-    assert f"position {difference['position']}: stock emitted token" in "\n".join(report.verdict(record))
+    assert f"position {difference['position']}: token {difference['other']} there" in "\n".join(report.verdict(record))
 
 
 def test_exit_code_needs_identity_and_at_least_one_completion(record: dict) -> None:
     assert report.exit_code(record) == 0
     empty = copy.deepcopy(record)
-    empty["greedy"] = report.compare_greedy([], [])
+    empty["texts"]["T = 0"] = report.compare([], [])
     assert report.exit_code(empty) == 1
 
 
@@ -148,15 +170,20 @@ def test_scopes_share(tmp_path: Path) -> None:
 
 def settings(tmp_path: Path) -> Settings:
     return Settings(
-        target=tmp_path, draft=tmp_path, prompt_file=tmp_path, prompts=["a"], num_prompts=1, output_len=8,
+        target=tmp_path, draft=tmp_path, extends=False, prompt_file=tmp_path, prompts=["a"], num_prompts=1,
+        output_len=8,
         concurrency=1, port=1, vllm="vllm", on_cpu=True, reports=tmp_path,
     )  # fmt: skip
 
 
-def test_arms_differ_by_our_option_only(tmp_path: Path) -> None:
-    stock, exact = (Arm(name, settings(tmp_path), tmp_path).command for name in ("stock", "exact"))
-    assert exact[:-2] == [part.replace("/stock", "/exact") for part in stock]
+def test_arms_differ_by_our_option_and_the_repair_only(tmp_path: Path) -> None:
+    names = ("stock", "exact", "plain")
+    stock, exact, plain = (Arm(name, settings(tmp_path), tmp_path).command for name in names)
+    assert stock[:3] == [sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"] and exact[0] == "vllm"
+    assert exact[1:-2] == [part.replace("/stock", "/exact") for part in stock[3:]]
     assert exact[-2:] == ["--additional-config", '{"specopt": {"method": "exact"}}']
+    at = exact.index("--speculative-config")
+    assert plain == [part.replace("/exact", "/plain") for part in exact[:at] + exact[at + 2 :]]
 
 
 def test_worker_line_is_required_of_exact_and_refused_of_stock(tmp_path: Path) -> None:
