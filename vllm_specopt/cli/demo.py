@@ -45,7 +45,7 @@ VOCAB_SIZE = 151_936
 COMPARED, COMPARED_TOKENS = 16, 16
 TIMED_REQUESTS = 32
 NUM_WARMUPS = 8
-PROFILED_TOKENS = 24
+PROFILED_TOKENS = 16
 PROFILED_STEPS = 8
 SPECOPT_OPTION = ["--additional-config", json.dumps({"specopt": {"method": "exact"}})]
 # vLLM's own profiler, idle until /start_profile; VLLM_CUSTOM_SCOPES_FOR_PROFILING makes the runner mark its parts.
