@@ -22,7 +22,7 @@ def draw(record: dict, path: Path) -> None:
         at = [number + 0.4 * (place - 0.5) for number in range(len(workloads))]
         bars = panel.bar(at, speeds, width=0.38, color=COLORS[arm], label=shown(record, arm))
         shares = [
-            f"{speed:.0f}" + (f"\n{100 * run['scopes']['sampling_share']:.0f} % sampling" if run["scopes"] else "")
+            f"{speed:.0f}" + (f"\n{100 * run['scopes']['sampling_share']:.2g} % sampling" if run["scopes"] else "")
             for speed, run in zip(speeds, runs, strict=True)
         ]
         panel.bar_label(bars, shares, fontsize=8, padding=2)
