@@ -8,6 +8,7 @@ distance in time.
 from __future__ import annotations
 
 import statistics
+from itertools import zip_longest
 
 from vllm_specopt.benchmarks.engine_stats import differs, paired_ratio
 
@@ -164,15 +165,36 @@ def acceptance(found: list[dict]) -> dict:
     return {"rate": accepted / drafted, "length": 1 + accepted / drafts, "positions": positions}
 
 
+def compare_completions(left: list[list[int]], right: list[list[int]]) -> dict:
+    """Compare completions token by token.
+
+    Returns their number, that of identical ones, the number of tokens on the left, and the first difference (prompt,
+    position, the two tokens; None for a token where one completion has ended) or None.
+    """
+    first = None
+    identical = 0
+    for prompt, (one, other) in enumerate(zip_longest(left, right, fillvalue=[])):
+        if one == other:
+            identical += 1
+        elif first is None:
+            pairs = enumerate(zip_longest(one, other))
+            position, (a, b) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+            first = {"prompt": prompt, "position": position, "other": a, "exact": b}
+    return {
+        "prompts": max(len(left), len(right)),
+        "identical": identical,
+        "tokens": sum(map(len, left)),
+        "first_difference": first,
+    }
+
+
 def greedy_matches(record: dict) -> dict[str, dict]:
     """Compare the greedy completions of every arm with the baseline's: ``{arm: {prompts, identical, first}}``."""
-    from vllm_specopt.cli.report import compare_greedy
-
     base = record["arms"].get(record["config"]["baseline"], {}).get("greedy")
     if not base:
         return {}
     return {
-        arm: compare_greedy(base, found["greedy"])
+        arm: compare_completions(base, found["greedy"])
         for arm, found in record["arms"].items()
         if arm != record["config"]["baseline"] and found.get("greedy")
     }

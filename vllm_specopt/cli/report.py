@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from itertools import zip_longest
 
 from rich.table import Table
+
+from vllm_specopt.benchmarks.serving_stats import compare_completions
 
 ARMS = ("stock", "exact")
 COMPARED = {"stock": ("T = 0",), "plain": ("T = 1", "T = 0.8, top-p 0.9")}
@@ -21,33 +22,10 @@ HEADINGS = (
 )
 
 
-def compare(left: list[list[int]], right: list[list[int]]) -> dict:
-    """Compare completions token by token.
-
-    Returns their number, that of identical ones, the number of tokens on the left, and the first difference (prompt,
-    position, the two tokens; None for a token where one completion has ended) or None.
-    """
-    first = None
-    identical = 0
-    for prompt, (one, other) in enumerate(zip_longest(left, right, fillvalue=[])):
-        if one == other:
-            identical += 1
-        elif first is None:
-            pairs = enumerate(zip_longest(one, other))
-            position, (a, b) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-            first = {"prompt": prompt, "position": position, "other": a, "exact": b}
-    return {
-        "prompts": max(len(left), len(right)),
-        "identical": identical,
-        "tokens": sum(map(len, left)),
-        "first_difference": first,
-    }
-
-
 def compare_texts(arms: dict) -> dict:
     """Compare the completions of exact with those of the arms that it must equal, workload by workload."""
     return {
-        workload: {"arm": arm} | compare(arms[arm]["texts"][workload], arms["exact"]["texts"][workload])
+        workload: {"arm": arm} | compare_completions(arms[arm]["texts"][workload], arms["exact"]["texts"][workload])
         for arm, workloads in COMPARED.items()
         for workload in workloads
     }
