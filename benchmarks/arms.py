@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from vllm_specopt.integration.config import METHODS, parse
+from vllm_specopt.integration.config import METHODS, WITH_CONSTANTS, parse
 
 STOCK, REPAIRED = "stock", "stock-repaired"
 
@@ -52,8 +52,10 @@ class Arm:
             if not on_cpu:
                 raise ValueError(f"the arm {REPAIRED} is for CPUs: what it repairs works on a GPU")
             return cls(REPAIRED, repair=True)
-        if name in METHODS:
-            # The sigmoid method does not choose its constants by itself; by name it means the paper's.
-            return cls(name, {"method": name} | ({"sigmoid": "paper"} if name == "sigmoid" else {}))
-        known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *METHODS))
+        # No lossy method chooses its constants by itself; by its name sigmoid means the paper's.
+        named = {name: {"method": name} for name in METHODS if name not in WITH_CONSTANTS}
+        named["sigmoid"] = {"method": "sigmoid", "sigmoid": "paper"}
+        if name in named:
+            return cls(name, named[name])
+        known = ", ".join((STOCK, *((REPAIRED,) if on_cpu else ()), *named))
         raise ValueError(f"there is no arm {name!r}: take {known}, or NAME=JSON")

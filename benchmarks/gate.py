@@ -39,7 +39,7 @@ def check_reference(inputs: Inputs, implementation: Implementation) -> None:
         if request and time.monotonic() - began > REFERENCE_SECONDS:
             break
         arguments, keywords = _request(inputs, request)
-        reference = verify_ref(*arguments, **keywords, sigmoid=PAPER if implementation.is_lossy else None)
+        reference = verify_ref(*arguments, **keywords, rule=PAPER if implementation.is_lossy else None)
         emitted = _tokens(found, request)
         expected = reference.token_ids[0, : reference.num_sampled[0]].tolist()
         if reference.margin[0] >= MARGIN and emitted != expected:

@@ -29,7 +29,7 @@ import torch
 
 from vllm_specopt.benchmarks.grid import LOGITS, PROBS
 from vllm_specopt.benchmarks.inputs import NUM_ROUNDS, Inputs
-from vllm_specopt.rules import PAPER
+from vllm_specopt.rules import PAPER, BlockConstants
 from vllm_specopt.verify import Verified, verify
 
 
@@ -137,11 +137,11 @@ def ours(name: str, inputs: Inputs) -> Implementation:
     """``verify()`` by itself, on the backend of the device (Triton on a CPU under the interpreter)."""
     backend = "triton" if interpreted() else None
     rounds = [inputs.round(number) for number in range(NUM_ROUNDS)]
-    sigmoid = PAPER if name == "ours-sigmoid" else None
+    rule = {"ours-sigmoid": PAPER, "ours-block": BlockConstants()}.get(name)
 
     def call(round_number: int) -> Verified:
         batch = rounds[round_number % NUM_ROUNDS]
-        return verify(*batch.args(), **batch.kwargs, sigmoid=sigmoid, token_dtype=torch.int32, backend=backend)
+        return verify(*batch.args(), **batch.kwargs, rule=rule, token_dtype=torch.int32, backend=backend)
 
     def greedy() -> Verified:
         return verify(*inputs.batch.args(), backend=backend)

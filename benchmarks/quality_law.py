@@ -68,7 +68,7 @@ def rule(config: SpecoptConfig, form: str, rows: Rows) -> Callable[[int], tuple[
     """The (TV, acceptance) of a row under a method and its constants; form: what the drafter hands over."""
     if config.method == "exact":
         return lambda i: outcome(rows.laws(i), rows.laws(i))
-    chosen = config.sigmoid
+    chosen = config.rule
 
     def by_scores(i: int) -> tuple[float, float]:
         target = _score(rows.target[i], chosen.target_alpha, chosen.target_beta, chosen.clip)

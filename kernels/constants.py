@@ -16,7 +16,11 @@ NO_TOKEN = tl.constexpr(2147483647)
 DRAW = tl.constexpr(0)
 ACCEPTANCE = tl.constexpr(1)
 RESIDUAL = tl.constexpr(2)
+PREFIX = tl.constexpr(16)
 STREAM = tl.constexpr(0x53504543)
+
+# Verification rules, by their places in the registry.
+EXACT, SIGMOID, BLOCK, TYPICAL, BUDGET = (tl.constexpr(i) for i in range(5))
 
 # What a row's program found, where it is not a token.
 BAD_ROW = tl.constexpr(-1)
@@ -24,8 +28,10 @@ NEEDS_RESIDUAL = tl.constexpr(-2)
 # REJECTED - token: the row emits its own draft token, though it was rejected.
 REJECTED = tl.constexpr(-3)
 
-# Columns of what a row leaves for the residual.
-THRESHOLD, NUM_CANDIDATES, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE = (tl.constexpr(i) for i in range(6))
+# Columns of what a row leaves for the residual, and for the end of its request.
+THRESHOLD, NUM_CANDIDATES, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE, CARRY, SPENT = (
+    tl.constexpr(i) for i in range(8)
+)
 ROW_COLUMNS = tl.constexpr(8)
 
 # The interpreter has no inline PTX.
@@ -41,10 +47,11 @@ UNALIGNED = (
     "top_k_ptr",
     "top_p_ptr",
     "min_p_ptr",
-    "sigmoid_ptr",
-    "sigmoid_requests_ptr",
+    "constants_ptr",
+    "rule_requests_ptr",
     "tile_max_ptr",
     "tile_sum_ptr",
+    "tile_entropy_ptr",
     "draft_tile_max_ptr",
     "draft_tile_sum_ptr",
     "residual_ptr",

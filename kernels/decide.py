@@ -12,6 +12,9 @@ from .bounds import CAPACITY
 from .candidates import Candidates, draw_row, kept_mass
 from .constants import (
     BAD_ROW,
+    BLOCK,
+    BUDGET,
+    CARRY,
     DRAFT_SCALE,
     DRAFT_TOP,
     DRAW,
@@ -22,9 +25,12 @@ from .constants import (
     REJECTED,
     RESIDUAL,
     ROW_COLUMNS,
+    SIGMOID,
+    SPENT,
     TARGET_SCALE,
     TARGET_TOP,
     THRESHOLD,
+    TYPICAL,
     UNALIGNED,
 )
 from .draw import argmax_token, row_mass, token_prob
@@ -35,6 +41,7 @@ from .load import (
     Rows,
     Tiles,
     draft_offset,
+    follows_rule,
     is_filtered,
     load_draft_token,
     load_filters,
@@ -43,8 +50,8 @@ from .load import (
     load_request,
 )
 from .noise import acceptance_uniform, draw_uniform
-from .output import write_request
-from .rules import exact, sigmoid
+from .output import Output, end_request
+from .rules import budget, exact, sigmoid, typical
 
 
 @triton.jit
@@ -61,8 +68,9 @@ def _ratio_test(
     candidates,
     row_ptr,
     PADDED_TILES: tl.constexpr,
+    RULE: tl.constexpr,
 ):
-    """Whether a sampled draft token survives; leaves what its residual would need."""
+    """Whether a sampled draft token survives; leaves what its residual would need, and a block's rule its ratio."""
     row = request.start_row + pos
     scale = LOG2_E / request.temperature
     row_ptr += row * ROW_COLUMNS
@@ -82,8 +90,25 @@ def _ratio_test(
         tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
     tl.store(row_ptr + TARGET_TOP, top)
     tl.store(row_ptr + TARGET_SCALE, target_scale)
+    if RULE == BLOCK:
+        ratio = target_prob / tl.where(draft_prob > 0.0, draft_prob, 1.0)
+        tl.store(row_ptr + CARRY, tl.where(draft_prob > 0.0, ratio, 0.0))
     uniform = acceptance_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos))
     return exact.passes(uniform, target_prob, draft_prob)
+
+
+@triton.jit
+def _within_budget(rows, tiles, noise, request, pos, token, threshold, candidates, delta, row_ptr, PADDED_TILES):
+    """Whether a chosen draft token replaces another one that its row drew; leaves what verifying it spends."""
+    row = request.start_row + pos
+    scale = LOG2_E / request.temperature
+    top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
+    logit = load_logits(rows.ptr, row * rows.stride + token, token >= 0)
+    prob, _inverse = token_prob(logit, scale, top, mass, threshold)
+    prob = tl.minimum(prob, 1.0)
+    tl.store(row_ptr + row * ROW_COLUMNS + SPENT, tl.where(token >= 0, budget.spent(prob, delta), 0.0))
+    uniform = acceptance_uniform(tl.load(noise.seeds_ptr + request.state), load_position(noise, request, pos))
+    return (token >= 0) & budget.passes(uniform, prob, delta)
 
 
 @triton.jit
@@ -98,25 +123,41 @@ def _sampled_outcome(
     token,
     threshold,
     candidates,
-    sigmoid_ptr,
-    by_scores,
+    constants_ptr,
+    by_rule,
+    is_typical,
+    delta,
     row_ptr,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
+    RULE: tl.constexpr,
 ):
-    """What a row of a sampled request found: its token, or that the draft token survives or needs a residual."""
+    """What a row of a sampled request found: its token, or that the draft token survives or needs a residual.
+
+    is_typical, delta: whether the rule of that name keeps the draft token, and what the request may spend on it.
+    """
     outcome = tl.full((), BAD_ROW, tl.int32)
     excluded = tl.full((), -1, tl.int32)
     purpose = tl.full((), DRAW, tl.int32)
     IS_ONE_HOT: tl.constexpr = drafts.probs_ptr is None and drafts.logits_ptr is None
     is_drawn = token < 0
+    if RULE == TYPICAL:
+        is_drawn = is_drawn | by_rule
     if IS_ONE_HOT:
-        is_drawn = is_drawn | (by_scores == 0)
+        if RULE == SIGMOID:
+            is_drawn = is_drawn | (by_rule == 0)
+        else:
+            is_drawn = tl.full((), True, tl.int1)
     if is_drawn == 0:
-        if by_scores:
-            if sigmoid_ptr is not None:
+        is_scored = tl.full((), False, tl.int1)
+        if RULE == SIGMOID:
+            is_scored = by_rule
+        if is_scored:
+            if RULE == SIGMOID:
                 logit = load_logits(rows.ptr, (request.start_row + pos) * rows.stride + token, token >= 0)
-                survives = (logit >= threshold) & sigmoid.passes(rows, drafts, noise, sigmoid_ptr, request, pos, token)
+                survives = (logit >= threshold) & sigmoid.passes(
+                    rows, drafts, noise, constants_ptr, request, pos, token
+                )
                 outcome = tl.where(survives, token, NEEDS_RESIDUAL)
                 if IS_ONE_HOT:
                     is_drawn = survives == 0
@@ -142,6 +183,7 @@ def _sampled_outcome(
                     candidates,
                     row_ptr,
                     PADDED_TILES,
+                    RULE,
                 )
                 outcome = tl.where(survives, token, NEEDS_RESIDUAL)
     if is_drawn:
@@ -160,8 +202,16 @@ def _sampled_outcome(
             rows.vocab_size,
             TILE,
             PADDED_TILES,
-            IS_ONE_HOT and sigmoid_ptr is not None,
+            IS_ONE_HOT and RULE == SIGMOID,
         )
+        if RULE == TYPICAL:
+            outcome = tl.where(is_typical & (outcome != BAD_ROW), token, outcome)
+        if RULE == BUDGET:
+            if by_rule:
+                replaces = _within_budget(
+                    rows, tiles, noise, request, pos, token, threshold, candidates, delta, row_ptr, PADDED_TILES
+                )
+                outcome = tl.where(replaces & (outcome != BAD_ROW), token, outcome)
         # Nothing was left without the draft token.
         outcome = tl.where((outcome == excluded) & (excluded >= 0), REJECTED - excluded, outcome)
     return outcome
@@ -179,14 +229,16 @@ def find_outcome(
     pos,
     token,
     is_needed,
-    by_scores,
-    sigmoid_ptr,
+    by_rule,
+    constants_ptr,
+    delta,
     tile_list_ptr,
     candidates_ptr,
     row_ptr,
     KEY_BITS: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     """What a swept row found; BAD_ROW where it is not needed.
 
@@ -204,6 +256,13 @@ def find_outcome(
         if noise.seeds_ptr is not None:
             threshold = tl.full((), float("-inf"), tl.float32)
             candidates = Candidates(None, None, None)
+            is_typical = tl.full((), False, tl.int1)
+            if RULE == TYPICAL:
+                if by_rule & (token >= 0):
+                    # Before a filter changes the row's statistics.
+                    logit = load_logits(logits_ptr, token, token >= 0)
+                    scale = LOG2_E / request.temperature
+                    is_typical = typical.passes(logit, tiles, row, scale, constants_ptr, PADDED_TILES)
             if tile_list_ptr is not None:
                 list_ptr = tile_list_ptr + row * (tiles.count + CAPACITY)
                 values_ptr = candidates_ptr + row * CAPACITY
@@ -223,6 +282,8 @@ def find_outcome(
                         PADDED_TILES,
                     )
                 candidates = Candidates(values_ptr, list_ptr + tiles.count, count)
+            if RULE == TYPICAL:
+                is_typical = is_typical & (load_logits(logits_ptr, token, token >= 0) >= threshold)
             outcome = _sampled_outcome(
                 rows,
                 tiles,
@@ -234,11 +295,14 @@ def find_outcome(
                 token,
                 threshold,
                 candidates,
-                sigmoid_ptr,
-                by_scores,
+                constants_ptr,
+                by_rule,
+                is_typical,
+                delta,
                 row_ptr,
                 TILE,
                 PADDED_TILES,
+                RULE,
             )
     return outcome
 
@@ -264,10 +328,11 @@ def decide_kernel(
     top_p_ptr,  # [max_reqs] or None
     min_p_ptr,  # [max_reqs] or None
     bonus_token_ids_ptr,  # [num_reqs] or None
-    sigmoid_ptr,  # [10] or None
-    sigmoid_requests_ptr,  # [max_reqs] or None
+    constants_ptr,  # the rule's constants, or None
+    rule_requests_ptr,  # [max_reqs] or None
     tile_max_ptr,  # [num_rows, num_tiles], see statistics.py
     tile_sum_ptr,  # [num_rows, num_tiles]; of rows with a filter it becomes that of what is kept
+    tile_entropy_ptr,  # [num_rows, num_tiles] or None
     draft_tile_max_ptr,  # [num_rows, num_tiles] or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
     tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch: tiles, then ids of candidates; None where none filters
@@ -289,6 +354,7 @@ def decide_kernel(
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     """One program per (row, request)."""
     pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -297,8 +363,8 @@ def decide_kernel(
     if pos > num_drafts:
         return
     rows = Rows(logits_ptr, logits_stride, vocab_size)
-    tiles = Tiles(tile_max_ptr, tile_sum_ptr, num_tiles)
-    draft_tiles = Tiles(draft_tile_max_ptr, draft_tile_sum_ptr, num_tiles)
+    tiles = Tiles(tile_max_ptr, tile_sum_ptr, tile_entropy_ptr, num_tiles)
+    draft_tiles = Tiles(draft_tile_max_ptr, draft_tile_sum_ptr, None, num_tiles)
     drafts = Drafts(
         draft_token_ids_ptr,
         draft_probs_ptr,
@@ -310,18 +376,20 @@ def decide_kernel(
     noise = Noise(seeds_ptr, positions_ptr)
     row = request.start_row + pos
     token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
-    greedy = request.temperature < GREEDY_BELOW
-    by_scores = sigmoid.uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
+    by_rule = follows_rule(request, rule_requests_ptr, RULE)
+    delta = tl.full((), 0.0, tl.float32)
+    if RULE == BUDGET:
+        delta = budget.delta_of(request, constants_ptr, rule_requests_ptr)
     filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
     swept = tl.full((), 0, tl.int32)
     is_needed = tl.full((), True, tl.int1)
     if bonus_token_ids_ptr is not None:
         is_needed = pos < num_drafts
-    if sigmoid_ptr is not None:
-        if by_scores & (is_filtered(filters, vocab_size) == 0):
+    if RULE == SIGMOID:
+        if by_rule & (is_filtered(filters, vocab_size) == 0):
             # One row was swept; those behind it are not needed.
             swept = tl.full((), 1, tl.int32)
-            emitting = sigmoid.first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K)
+            emitting = sigmoid.first_rejection(rows, drafts, noise, constants_ptr, request, COMPACT_DRAFTS, BLOCK_K)
             is_needed = is_needed & (pos <= emitting)
     outcome = find_outcome(
         rows,
@@ -334,34 +402,42 @@ def decide_kernel(
         pos,
         token,
         is_needed,
-        by_scores,
-        sigmoid_ptr,
+        by_rule,
+        constants_ptr,
+        delta,
         tile_list_ptr,
         candidates_ptr,
         row_ptr,
         KEY_BITS,
         TILE,
         PADDED_TILES,
+        RULE,
     )
     tl.store(outcome_ptr + row, outcome)
 
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + 2 * index, 1, sem="acq_rel") == num_drafts:
         tl.debug_barrier()
-        write_request(
+        end_request(
             request,
+            noise,
+            Output(
+                token_ids_ptr,
+                token_ids_stride,
+                num_sampled_ptr,
+                bonus_token_ids_ptr,
+                bad_row_counter_ptr,
+                counters_ptr,
+            ),
             draft_token_ids_ptr,
             outcome_ptr,
-            bonus_token_ids_ptr,
+            row_ptr,
             pending_ptr,
-            token_ids_ptr,
-            token_ids_stride,
-            num_sampled_ptr,
-            bad_row_counter_ptr,
-            counters_ptr,
-            by_scores.to(tl.int32),
+            by_rule,
             swept,
             rows_per_req,
+            vocab_size,
             COMPACT_DRAFTS,
             BLOCK_K,
+            RULE,
         )

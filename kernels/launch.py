@@ -10,7 +10,7 @@ import torch
 import triton
 
 from .bounds import CAPACITY
-from .constants import ROW_COLUMNS
+from .constants import BLOCK, BUDGET, EXACT, ROW_COLUMNS, TYPICAL
 from .decide import decide_kernel
 from .residual import residual_kernel
 from .shapes import DEFAULTS, Shapes, shapes_of
@@ -74,16 +74,18 @@ def verify_batch(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
-    sigmoid: torch.Tensor | None = None,  # [10]
-    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
-    counters: torch.Tensor | None = None,  # [>= 2, 8]
+    rule: int = 0,
+    constants: torch.Tensor | None = None,
+    rule_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [num_rules, 8]
 ) -> None:
     """Verify on the device of ``logits``; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
-    ``sigmoid`` holds the constants as that function packs them. Writes every element of ``token_ids`` (int32 or int64)
-    and ``num_sampled`` (int32); no synchronisation, nothing of the size of a row is allocated.
+    ``rule`` is a place in the registry, ``constants`` are packed as that function does. Writes every element of
+    ``token_ids`` (int32 or int64) and ``num_sampled`` (int32); no synchronisation, nothing of the size of a row is
+    allocated.
     """
-    given = [*locals().values()]
+    given = [each for each in locals().values() if not isinstance(each, int)]
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
     if num_reqs > MOST_REQUESTS:
@@ -93,6 +95,7 @@ def verify_batch(
         vocab_size = min(vocab_size, draft.shape[-1])
     if temperature is None:
         draft = draft_probs = draft_logits = top_k = top_p = min_p = None
+        rule = EXACT.value
     shapes = shapes_of(logits.device)
     is_filtered = top_k is not None or top_p is not None or min_p is not None
     tile, steps, num_tiles, num_groups, padded_tiles = row_tiling(vocab_size, shapes, is_filtered)
@@ -106,11 +109,14 @@ def verify_batch(
         return torch.empty(*size, dtype=torch.int32, device=logits.device)
 
     tile_max, tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
+    tile_entropy = floats(num_rows, num_tiles) if rule == TYPICAL.value else None
     draft_tile_max = draft_tile_sum = row_data = pending = tile_list = candidates = None
     if draft_logits is not None:
         draft_tile_max, draft_tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
     if draft is not None:
         row_data, pending = floats(num_rows, ROW_COLUMNS.value), ints(num_reqs)
+    if rule == BUDGET.value:
+        row_data = floats(num_rows, ROW_COLUMNS.value)
     if is_filtered:
         tile_list, candidates = ints(num_rows, num_tiles + CAPACITY.value), floats(num_rows, CAPACITY.value)
     outcome, arrived = ints(num_rows), ints(num_reqs, 2)
@@ -120,7 +126,7 @@ def verify_batch(
     variant = variant_of(
         given,
         [logits, draft_probs, draft_logits],
-        (logits.device, shapes, vocab_size, block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
+        (logits.device, rule, shapes, vocab_size, block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
     )
     rows_per_pos = 1 if draft_logits is None else 2
     _statistics(
@@ -139,10 +145,11 @@ def verify_batch(
         top_k,
         top_p,
         min_p,
-        sigmoid,
-        sigmoid_requests,
+        constants,
+        rule_requests,
         tile_max,
         tile_sum,
+        tile_entropy,
         draft_tile_max,
         draft_tile_sum,
         arrived,
@@ -152,6 +159,7 @@ def verify_batch(
         TILE=tile,
         STEPS=steps,
         BLOCK_K=block_k,
+        RULE=rule,
     )
     _decide(
         variant,
@@ -170,10 +178,11 @@ def verify_batch(
         top_p,
         min_p,
         bonus_token_ids,
-        sigmoid,
-        sigmoid_requests,
+        constants,
+        rule_requests,
         tile_max,
         tile_sum,
+        tile_entropy,
         draft_tile_max,
         draft_tile_sum,
         tile_list,
@@ -195,42 +204,52 @@ def verify_batch(
         TILE=tile,
         PADDED_TILES=padded_tiles,
         BLOCK_K=block_k,
+        RULE=rule,
     )
     if draft is None:
         return
+    is_block = rule == BLOCK.value
     num_row_tiles, padded_row_tiles, row_tile = num_tiles, padded_tiles, tile
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.residual_steps)
     _residual(
         variant,
-        (num_groups, num_reqs),
+        (num_groups, max(1, width - 1) if is_block else 1, num_reqs),
         {"num_warps": shapes.residual_warps},
         logits,
         logits.stride(0),
         cu_num_logits,
+        draft_token_ids,
         state_indices,
         temperature,
         seeds,
         positions,
         *draft_forms,
-        sigmoid,
-        sigmoid_requests,
+        bonus_token_ids,
+        constants,
+        rule_requests,
         tile_max,
         tile_sum,
         tile_list,
         candidates,
-        floats(num_reqs, num_tiles),
+        floats(num_rows if is_block else num_reqs, num_tiles),
         row_data,
         arrived,
         pending,
         token_ids,
         token_ids.stride(0),
+        num_sampled,
         bad_row_counter,
+        counters,
         vocab_size,
         num_tiles,
         num_row_tiles,
+        width,
+        COMPACT_DRAFTS=compact,
         TILE=tile,
         STEPS=steps,
         PADDED_TILES=padded_tiles,
         ROW_TILE=row_tile,
         PADDED_ROW_TILES=padded_row_tiles,
+        BLOCK_K=block_k,
+        RULE=rule,
     )

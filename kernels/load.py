@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .constants import GREEDY_BELOW, HAS_PTX, WARMEST
+from .constants import EXACT, GREEDY_BELOW, HAS_PTX, WARMEST
 
 
 class Tiles(NamedTuple):
@@ -13,6 +13,7 @@ class Tiles(NamedTuple):
 
     max_ptr: tl.tensor
     sum_ptr: tl.tensor
+    entropy_ptr: tl.tensor
     count: tl.tensor
 
 
@@ -145,6 +146,18 @@ def load_filters(top_k_ptr, top_p_ptr, min_p_ptr, state):
     top_p = tl.full((), 1.0, tl.float32) if top_p_ptr is None else tl.load(top_p_ptr + state)
     min_p = tl.full((), 0.0, tl.float32) if min_p_ptr is None else tl.load(min_p_ptr + state)
     return Filters(top_k, top_p, min_p)
+
+
+@triton.jit
+def follows_rule(request, rule_requests_ptr, RULE: tl.constexpr):
+    """Whether a request that samples follows the batch's other rule; without a pointer to flags all do."""
+    if RULE == EXACT:
+        flag = tl.full((), False, tl.int1)
+    elif rule_requests_ptr is None:
+        flag = tl.full((), True, tl.int1)
+    else:
+        flag = tl.load(rule_requests_ptr + request.state).to(tl.float32) > 0.0
+    return flag & (request.temperature >= GREEDY_BELOW)
 
 
 @triton.jit

@@ -21,9 +21,9 @@ def row_words(seed, position, purpose):
 
 
 @triton.jit
-def acceptance_uniform(seed, position):
+def acceptance_uniform(seed, position, purpose=ACCEPTANCE):
     """u in (0, 1) of the acceptance test: 23 bits centred in their cells, exact in single precision."""
-    word, _, _, _ = row_words(seed, position, ACCEPTANCE)
+    word, _, _, _ = row_words(seed, position, purpose)
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 

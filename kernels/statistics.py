@@ -8,9 +8,20 @@ reduction crosses a warp.
 import triton
 import triton.language as tl
 
-from .constants import GREEDY_BELOW, LOG2_E, UNALIGNED
-from .load import Drafts, Noise, Rows, is_filtered, load_filters, load_logits, load_request, tile_statistics
-from .rules.sigmoid import first_rejection, uses_sigmoid
+from .constants import GREEDY_BELOW, LOG2_E, SIGMOID, TYPICAL, UNALIGNED
+from .load import (
+    Drafts,
+    Noise,
+    Rows,
+    follows_rule,
+    is_filtered,
+    load_filters,
+    load_logits,
+    load_request,
+    tile_statistics,
+)
+from .rules.sigmoid import first_rejection
+from .rules.typical import tile_entropy
 
 BLOCK = tl.constexpr(1024)
 """Tokens that a program reads at once: a large tile, or several small ones."""
@@ -18,9 +29,19 @@ BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def sweep(
-    row_ptr, scale, max_ptr, sum_ptr, first_tile, num_tiles, vocab_size, greedy, TILE: tl.constexpr, STEPS: tl.constexpr
+    row_ptr,
+    scale,
+    max_ptr,
+    sum_ptr,
+    entropy_ptr,
+    first_tile,
+    num_tiles,
+    vocab_size,
+    greedy,
+    TILE: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Statistics of STEPS tiles of a row; a greedy request needs maxima only."""
+    """Statistics of STEPS tiles of a row; a greedy request needs maxima only. entropy_ptr: None where not needed."""
     FITTING: tl.constexpr = BLOCK // TILE if TILE < BLOCK else 1
     TOGETHER: tl.constexpr = FITTING if FITTING < STEPS else STEPS
     for step in range(0, STEPS, TOGETHER):
@@ -35,6 +56,8 @@ def sweep(
             largest, total = tile_statistics(x, scale)
         tl.store(max_ptr + tile_ids, largest, mask=tile_ids < num_tiles)
         tl.store(sum_ptr + tile_ids, total, mask=tile_ids < num_tiles)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + tile_ids, tile_entropy(x, largest, scale), mask=tile_ids < num_tiles)
 
 
 @triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
@@ -55,10 +78,11 @@ def statistics_kernel(
     top_k_ptr,  # [max_reqs] or None
     top_p_ptr,  # [max_reqs] or None
     min_p_ptr,  # [max_reqs] or None
-    sigmoid_ptr,  # [10] or None
-    sigmoid_requests_ptr,  # [max_reqs] or None
+    constants_ptr,  # the rule's constants, or None
+    rule_requests_ptr,  # [max_reqs] or None
     tile_max_ptr,  # [num_rows, num_tiles] out
     tile_sum_ptr,  # [num_rows, num_tiles] out
+    tile_entropy_ptr,  # [num_rows, num_tiles] out, or None
     draft_tile_max_ptr,  # [num_rows, num_tiles] out, or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] out, or None
     arrived_ptr,  # [num_reqs, 2] out: zeros
@@ -68,6 +92,7 @@ def statistics_kernel(
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     """One program per (group of STEPS tiles, row, request), and with ``draft_logits_ptr`` one more for the draft's row.
 
@@ -85,10 +110,10 @@ def statistics_kernel(
         tl.store(arrived_ptr + 2 * index + tl.arange(0, 2), tl.zeros([2], tl.int32))
     temp = request.temperature
     greedy = temp < GREEDY_BELOW
-    by_scores = uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, request.state) & (greedy == 0)
-    if sigmoid_ptr is not None:
+    by_rule = follows_rule(request, rule_requests_ptr, RULE)
+    if RULE == SIGMOID:
         filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
-        if by_scores & (is_filtered(filters, vocab_size) == 0):
+        if by_rule & (is_filtered(filters, vocab_size) == 0):
             rows = Rows(logits_ptr, logits_stride, vocab_size)
             drafts = Drafts(
                 draft_token_ids_ptr,
@@ -99,20 +124,26 @@ def statistics_kernel(
                 draft_logits_stride_1,
             )
             noise = Noise(seeds_ptr, positions_ptr)
-            if pos != first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS, BLOCK_K):
+            if pos != first_rejection(rows, drafts, noise, constants_ptr, request, COMPACT_DRAFTS, BLOCK_K):
                 return
     row = request.start_row + pos
     scale = LOG2_E / temp
     out = row * num_tiles
     if is_draft_row:
         if draft_logits_ptr is not None:
-            if (pos < request.num_drafts) & ((greedy | by_scores) == 0):
+            is_needed = (pos < request.num_drafts) & (greedy == 0)
+            if RULE == SIGMOID:
+                is_needed = is_needed & (by_rule == 0)
+            if RULE == TYPICAL:
+                is_needed = is_needed & (by_rule == 0)
+            if is_needed:
                 offset = request.state * draft_logits_stride_0 + pos.to(tl.int64) * draft_logits_stride_1
                 sweep(
                     draft_logits_ptr + offset,
                     scale,
                     draft_tile_max_ptr + out,
                     draft_tile_sum_ptr + out,
+                    None,
                     group * STEPS,
                     num_tiles,
                     vocab_size,
@@ -126,6 +157,7 @@ def statistics_kernel(
             scale,
             tile_max_ptr + out,
             tile_sum_ptr + out,
+            None if tile_entropy_ptr is None else tile_entropy_ptr + out,
             group * STEPS,
             num_tiles,
             vocab_size,

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from vllm_specopt.integration.config import SpecoptConfig, parse, requested_method
-from vllm_specopt.rules import PAPER, SigmoidConstants
+from vllm_specopt.integration.config import Requested, SpecoptConfig, flag_of, parse, refusal, requested
+from vllm_specopt.rules import PAPER, BlockConstants, BudgetConstants, SigmoidConstants, TypicalConstants
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,25 @@ def test_absent_option_is_none(additional_config):
         ({"method": "exact"}, SpecoptConfig("exact", "error")),
         ({"method": "exact", "on_unknown_vllm": "stock"}, SpecoptConfig("exact", "stock")),
         ({"method": "exact", "allow_per_request": False, "sigmoid": None}, SpecoptConfig("exact")),
-        ({"method": "sigmoid", "sigmoid": "paper"}, SpecoptConfig("sigmoid", sigmoid=PAPER)),
+        ({"method": "sigmoid", "sigmoid": "paper"}, SpecoptConfig("sigmoid", rule=PAPER)),
         (
             {"method": "sigmoid", "sigmoid": {"alpha": -10, "beta": 10.5}},
-            SpecoptConfig("sigmoid", sigmoid=SigmoidConstants(-10.0, 10.5, -10.0, 10.5)),
+            SpecoptConfig("sigmoid", rule=SigmoidConstants(-10.0, 10.5, -10.0, 10.5)),
         ),
         (
             {"method": "exact", "sigmoid": "paper", "allow_per_request": True},
-            SpecoptConfig("exact", sigmoid=PAPER, allow_per_request=True),
+            SpecoptConfig("exact", rule=PAPER, allow_per_request=True),
         ),
+        ("block", SpecoptConfig("block", rule=BlockConstants())),
+        (
+            {"method": "block", "allow_per_request": True},
+            SpecoptConfig("block", rule=BlockConstants(), allow_per_request=True),
+        ),
+        (
+            {"method": "typical", "typical": {"epsilon": 0.3, "delta": 1}},
+            SpecoptConfig("typical", rule=TypicalConstants(0.3, 1.0)),
+        ),
+        ({"method": "budget", "budget": {"delta": 0.1}}, SpecoptConfig("budget", rule=BudgetConstants(0.1))),
     ],
 )
 def test_accepted_forms(option, expected):
@@ -54,7 +64,7 @@ def test_accepted_forms(option, expected):
             {"method": "exact", "on_unknown_vllm": "ignore"},
             r"specopt\.on_unknown_vllm is 'ignore', expected 'error' or 'stock'",
         ),
-        (True, r"specopt is True, expected a method \('exact' or 'sigmoid'\) or a mapping"),
+        (True, r"specopt is True, expected a method \('exact' or 'sigmoid' or 'block' or .*\) or a mapping"),
         (["exact"], r"specopt is \['exact'\], expected a method"),
         (
             "sigmoid",
@@ -62,7 +72,38 @@ def test_accepted_forms(option, expected):
         ),
         (
             {"method": "exact", "allow_per_request": True},
-            r"specopt\.sigmoid is missing \(allow_per_request is true\), expected \"paper\"",
+            r"specopt\.allow_per_request is true, but there is no method to choose beside 'exact': give the constants",
+        ),
+        (
+            {"method": "exact", "allow_per_request": True, "sigmoid": "paper", "budget": {"delta": 1}},
+            r"specopt has constants of 'sigmoid' and 'budget', expected those of one method",
+        ),
+        (
+            {"method": "sigmoid", "sigmoid": "paper", "budget": {"delta": 1}},
+            r"specopt\.budget is given, but nothing can use it: method is 'sigmoid'$",
+        ),
+        ("budget", r"specopt\.budget is missing \(method is 'budget'\), expected \{\"delta\": \.\.\.\}"),
+        ("typical", r"specopt\.typical is missing \(method is 'typical'\), expected \{\"epsilon\": \.\.\., "),
+        ({"method": "block", "block": {}}, r"specopt has the unknown key 'block', expected 'method' or"),
+        ({"method": "budget", "budget": {}}, r"specopt\.budget lacks the key delta, expected a number"),
+        ({"method": "budget", "budget": 0.1}, r"specopt\.budget is 0\.1, expected \{\"delta\": \.\.\.\}"),
+        *(
+            (
+                {"method": "budget", "budget": {"delta": value}},
+                r"specopt\.budget\.delta is .*, expected a number from 0 to 1e30",
+            )
+            for value in (-0.1, float("nan"), None, "1", True)
+        ),
+        *(
+            (
+                {"method": "typical", "typical": {"epsilon": value, "delta": 1}},
+                r"specopt\.typical\.epsilon is .*, expected a number from 0 to 1",
+            )
+            for value in (-0.1, 1.1, float("nan"))
+        ),
+        (
+            {"method": "typical", "typical": {"epsilon": 0.1}},
+            r"specopt\.typical lacks the key delta, expected a number",
         ),
         (
             {"method": "exact", "sigmoid": "paper"},
@@ -117,23 +158,58 @@ def test_a_misspelt_key_is_not_silence(key):
 
 
 def test_null_is_not_silence():
-    with pytest.raises(ValueError, match=r"^specopt is null, expected a method \('exact' or 'sigmoid'\); leave the"):
+    with pytest.raises(
+        ValueError, match=r"^specopt is null, expected a method \('exact' or 'sigmoid' or .*\); leave the"
+    ):
         parse({"specopt": None})
 
 
 @pytest.mark.parametrize(
     ("extra_args", "expected"),
     [
-        (None, None),
-        ({}, None),
-        ({"other": 1}, None),
-        ({"specopt": None}, None),
-        ({"specopt": "sigmoid"}, "sigmoid"),
-        ({"specopt": {"method": "exact"}, "other": 1}, "exact"),
+        (None, Requested()),
+        ({}, Requested()),
+        ({"other": 1}, Requested()),
+        ({"specopt": None}, Requested()),
+        ({"specopt": "sigmoid"}, Requested("sigmoid")),
+        ({"specopt": {"method": "exact"}, "other": 1}, Requested("exact")),
+        ({"specopt": {"method": "budget", "delta": 2}}, Requested("budget", 2.0)),
+        ({"specopt": {"delta": 0.5}}, Requested(None, 0.5)),
     ],
 )
 def test_what_a_request_asks_for(extra_args, expected):
-    assert requested_method(extra_args) == expected
+    assert requested(extra_args) == expected
+
+
+def test_what_verify_is_told_of_a_request():
+    paper = SpecoptConfig("exact", rule=PAPER, allow_per_request=True)
+    assert [flag_of(paper, {"specopt": choice}) for choice in (None, "exact", "sigmoid")] == [0.0, 0.0, 1.0]
+    budget = SpecoptConfig("budget", rule=BudgetConstants(0.3), allow_per_request=True)
+    choices = (None, "exact", "budget", {"delta": 0.1}, {"method": "budget", "delta": 0.2})
+    assert [flag_of(budget, {"specopt": choice}) for choice in choices] == [0.3, 0.0, 0.3, 0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        (Requested("typical"), "the server offers 'exact' or 'budget'"),
+        (Requested("exact", 0.1), "delta belongs to the method 'budget', and the request's is 'exact'"),
+        (Requested("budget", 0.1), None),
+        (Requested("exact"), None),
+    ],
+)
+def test_what_a_request_cannot_have(choice, reason):
+    assert refusal(SpecoptConfig("budget", rule=BudgetConstants(0.3), allow_per_request=True), choice) == reason
+    assert refusal(SpecoptConfig("budget", rule=BudgetConstants(0.3)), choice) is not None
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"delta": -1}, "delta'\\] is -1, expected a number from 0"), ({"delta": "x"}, "is 'x', expected a number")],
+)
+def test_a_budget_of_a_request_is_checked(choice, message):
+    with pytest.raises(ValueError, match=message):
+        requested({"specopt": choice})
 
 
 @pytest.mark.parametrize(
@@ -148,7 +224,7 @@ def test_what_a_request_asks_for(extra_args, expected):
 )
 def test_mistakes_of_a_request_are_named(choice, message):
     with pytest.raises(ValueError, match=message):
-        requested_method({"specopt": choice})
+        requested({"specopt": choice})
 
 
 def test_option_cannot_be_changed_later():

@@ -56,7 +56,7 @@ def test_requests_count_for_the_method_that_verified_them(backend):
     states = batch.kwargs["state_indices"].long()
     flags = torch.zeros(len(batch.kwargs["temperature"]), dtype=torch.bool)
     flags[states[::2]] = True
-    batch.kwargs |= {"sigmoid": SigmoidConstants(-8.0, 8.0, -8.0, 8.0), "sigmoid_requests": flags}
+    batch.kwargs |= {"rule": SigmoidConstants(-8.0, 8.0, -8.0, 8.0), "rule_requests": flags}
     counters, _ = new_counters(device)
     on_device = batch.to(device)
     verified = verify(*on_device.args(), **on_device.kwargs, counters=counters, backend=backend)

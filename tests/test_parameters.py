@@ -50,7 +50,7 @@ def test_equals_the_reference(backend, draft, change):
         pytest.importorskip("triton")
     for dtype, sigmoid in itertools.product((torch.float32, torch.bfloat16), (None, PAPER)):
         batch = batch_of(change, draft, dtype)
-        batch.kwargs["sigmoid"] = sigmoid
+        batch.kwargs["rule"] = sigmoid
         assert_matches_reference(batch, backend)
 
 

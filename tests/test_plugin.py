@@ -17,6 +17,8 @@ PREAMBLE = f"""
 import sys
 TARGET = {TARGET!r}
 SPECULATIVE = {{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
+DRAFT = {{"model": {str(ROOT / "models" / "specopt-draft")!r}, "num_speculative_tokens": 3}}
+SYNTHETIC = {{"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}}
 
 def configure(option, speculative=SPECULATIVE, **kwargs):
     from vllm.engine.arg_utils import EngineArgs
@@ -76,6 +78,12 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
         "null": error(None, additional_config={"specopt": None}),
         "drafts": error("exact", speculative=SPECULATIVE | {"num_speculative_tokens": 129}),
         "drafts, absent": error(None, speculative=SPECULATIVE | {"num_speculative_tokens": 129}),
+        "block, synthetic": error("block", speculative=SPECULATIVE | SYNTHETIC),
+        "sigmoid, block": error({"method": "sigmoid", "sigmoid": "paper"},
+                                speculative=SPECULATIVE | {"rejection_sample_method": "block"}),
+        "budget, sampled": error({"method": "budget", "budget": {"delta": 0.1}},
+                                 speculative=DRAFT | {"draft_sample_method": "probabilistic"}),
+        "budget, chosen": error({"method": "budget", "budget": {"delta": 0.1}}, speculative=DRAFT),
         "processor": error("exact", logits_processors=["processors_of_test:Counting"]),
         "processors": error("exact", logits_processors=["processors:BanV1", "processors:NotTwiceV1"]),
         "processor, absent": error(None, logits_processors=["processors_of_test:Counting"]),
@@ -104,17 +112,25 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
         "are no draft tokens to verify; add one, or change the option"
     )
     assert errors == {
-        "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid'",
-        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or 'sigmoid' or "
-        "'allow_per_request'",
+        "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'",
+        "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or "
+        "'allow_per_request' or 'sigmoid' or 'typical' or 'budget'",
         "no speculation": None,
         "no speculation, sigmoid": alone,
         "no speculation, choice": alone,
         "misspelt": "additional_config has the key 'spec_opt', did you mean 'specopt'?",
-        "null": "specopt is null, expected a method ('exact' or 'sigmoid'); leave the key out to run stock",
+        "null": "specopt is null, expected a method ('exact' or 'sigmoid' or 'block' or 'typical' or 'budget'); "
+        "leave the key out to run stock",
         "drafts": "specopt: num_speculative_tokens is 129, expected at most 128 on model runner V1, whose own sampler "
         "stops at the first request with more",
         "drafts, absent": None,
+        "block, synthetic": "specopt.method is 'block' and rejection_sample_method is 'synthetic': two different "
+        "rules; remove one of them",
+        "sigmoid, block": "specopt.method is 'sigmoid' and rejection_sample_method is 'block': two different rules; "
+        "remove one of them",
+        "budget, sampled": "specopt.budget bounds its price for drafts that are chosen, not sampled, and "
+        "draft_sample_method is 'probabilistic'; remove that, or choose another method",
+        "budget, chosen": None,
         "processor": "specopt: logits processors see draft tokens here, and Counting.update_state may change its state "
         "with every token; if it does not, declare specopt_per_row = True in the class",
         "processors": None,
@@ -195,7 +211,7 @@ def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ("config.speculative_config.rejection_sample_method = 'block'", "rejection_sample_method is 'block'"),
+        ("config.speculative_config.rejection_sample_method = 'synthetic'", "rejection_sample_method is 'synthetic'"),
         ("config.speculative_config.enable_adaptive_verification = True", "adaptive verification is on"),
         ("config.speculative_config.num_speculative_tokens = 129", "num_speculative_tokens is above 128"),
         ("config.model_config.use_fp64_gumbel = True", "use_fp64_gumbel is set"),
@@ -226,6 +242,17 @@ def engine_config(monkeypatch):
         speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
         additional_config={"specopt": "exact"},
     ).create_engine_config()
+
+
+def test_vllms_own_block_verification_is_ours(engine_config):
+    from vllm_specopt.integration import plugin
+    from vllm_specopt.rules import BlockConstants
+
+    engine_config.speculative_config.rejection_sample_method = "block"
+    option = plugin.parse(engine_config.additional_config)
+    assert plugin.stock_reason(engine_config, option) is None
+    active = plugin._active_config(engine_config)
+    assert active.method == "block" and active.rule == BlockConstants()
 
 
 def test_nothing_stands_against_the_plain_configuration(engine_config):
@@ -276,10 +303,10 @@ def test_min_p_and_logit_bias_are_let_through_where_they_are_applied():
     from vllm.v1.engine.input_processor import InputProcessor
 
     EVERY = [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"min_p": 0.2, "logit_bias": {5: 1.0}}, {"top_k": 3}]
-    BLOCK = SPECULATIVE | {"rejection_sample_method": "block"}
+    OTHER = SPECULATIVE | SYNTHETIC
     CASES = {"V2": ("1", "exact"), "V2 without the option": ("1", None), "V1": ("0", "exact"),
-             "V1 without the option": ("0", None), "V1 not active": ("0", "exact", BLOCK),
-             "V2 not active": ("1", "exact", BLOCK), "V2, plain": ("1", None, None)}
+             "V1 without the option": ("0", None), "V1 not active": ("0", "exact", OTHER),
+             "V2 not active": ("1", "exact", OTHER), "V2, plain": ("1", None, None)}
 
     def error(processor, params):
         try:

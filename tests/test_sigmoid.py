@@ -28,10 +28,10 @@ MAX_EXCLUDED = 0.02
 
 def sigmoid_batch(constants, *, mixed=False, **case):
     batch = random_batch(**case)
-    batch.kwargs["sigmoid"] = constants
+    batch.kwargs["rule"] = constants
     if mixed:
         generator = torch.Generator().manual_seed(case["seed"])
-        batch.kwargs["sigmoid_requests"] = torch.rand(len(batch.kwargs["temperature"]), generator=generator) < 0.6
+        batch.kwargs["rule_requests"] = torch.rand(len(batch.kwargs["temperature"]), generator=generator) < 0.6
     return batch
 
 
@@ -90,9 +90,9 @@ def test_exact_requests_do_not_notice_sigmoid_ones(backend, draft):
         PAPER, mixed=True, seed=12, num_drafts=[3, 2, 4, 1, 2, 3], vocab_size=700, draft=draft, temperatures=(1.4,)
     ).to(DEVICES[backend])
     mixed = verify(*batch.args(), **batch.kwargs, backend=backend).token_ids
-    flags = batch.kwargs.pop("sigmoid_requests")[batch.kwargs["state_indices"].long()]
+    flags = batch.kwargs.pop("rule_requests")[batch.kwargs["state_indices"].long()]
     every = verify(*batch.args(), **batch.kwargs, backend=backend).token_ids
-    del batch.kwargs["sigmoid"]
+    del batch.kwargs["rule"]
     exact = verify(*batch.args(), **batch.kwargs, backend=backend).token_ids
     assert flags.any() and not flags.all()
     assert torch.equal(mixed[~flags], exact[~flags])
@@ -186,7 +186,7 @@ def test_the_only_possible_token_is_emitted_though_rejected(backend):
     kwargs = {"temperature": torch.ones(16), "seeds": torch.arange(16), "top_k": torch.ones(16, dtype=torch.int32)}
     args = (logits, torch.arange(0, 34, 2), torch.full((16,), 4))
     args, kwargs = [a.to(DEVICES[backend]) for a in args], {k: v.to(DEVICES[backend]) for k, v in kwargs.items()}
-    verified = verify(*args, 1, **kwargs, sigmoid=PAPER, backend=backend)
+    verified = verify(*args, 1, **kwargs, rule=PAPER, backend=backend)
     rejected = verified.num_sampled == 1
     assert 2 < int(rejected.sum()) < 12
     assert (verified.token_ids[:, 0] == 4).all()
@@ -206,7 +206,7 @@ def draws(draft, constants, target, draft_row, token):
     logits = target.repeat(2 * NUM_DRAWS, 1)
     cu = torch.arange(0, 2 * NUM_DRAWS + 1, 2)
     drafts = torch.full((NUM_DRAWS,), token)
-    verified = verify(logits, cu, drafts, 1, **kwargs, sigmoid=constants, backend="cpu")
+    verified = verify(logits, cu, drafts, 1, **kwargs, rule=constants, backend="cpu")
     accepted = verified.num_sampled == 2
     recovered = torch.bincount(verified.token_ids[~accepted, 0], minlength=vocab_size)
     bonus = torch.bincount(verified.token_ids[accepted, 1], minlength=vocab_size)
@@ -268,7 +268,7 @@ def test_what_the_papers_constants_accept():
     )
     # Drafts of a model that has nothing to do with the target.
     batch.draft_token_ids = torch.randint(64, (2000,), generator=torch.Generator().manual_seed(1))
-    exact = {k: v for k, v in batch.kwargs.items() if k != "sigmoid"}
+    exact = {k: v for k, v in batch.kwargs.items() if k != "rule"}
     rate = {
         name: float((verify(*batch.args(), **kwargs, backend="cpu").num_sampled - 1).sum()) / 2000
         for name, kwargs in (("sigmoid", batch.kwargs), ("exact", exact))
@@ -279,17 +279,17 @@ def test_what_the_papers_constants_accept():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sigmoid_requests": torch.ones(2, dtype=torch.bool)}, "sigmoid is None, expected SigmoidConstants"),
+        ({"rule_requests": torch.ones(2, dtype=torch.bool)}, "rule is None, expected a rule's constants"),
         (
-            {"sigmoid": PAPER, "sigmoid_requests": torch.ones(2)},
-            "sigmoid_requests has dtype float32, expected one of bool",
+            {"rule": PAPER, "rule_requests": torch.ones(2)},
+            "rule_requests has dtype float32, expected one of bool",
         ),
         (
-            {"sigmoid": PAPER, "sigmoid_requests": torch.ones(3, dtype=torch.bool)},
-            "sigmoid_requests has length 3, expected 2",
+            {"rule": PAPER, "rule_requests": torch.ones(3, dtype=torch.bool)},
+            "rule_requests has length 3, expected 2",
         ),
-        ({"sigmoid": SigmoidConstants(1.0, 1.0, 0.0, 1.0)}, "target_alpha 1.0 and target_beta 1.0"),
-        ({"sigmoid": SigmoidConstants(0.0, 1.0, 0.0, math.inf)}, "draft_alpha 0.0 and draft_beta inf"),
+        ({"rule": SigmoidConstants(1.0, 1.0, 0.0, 1.0)}, "target_alpha 1.0 and target_beta 1.0"),
+        ({"rule": SigmoidConstants(0.0, 1.0, 0.0, math.inf)}, "draft_alpha 0.0 and draft_beta inf"),
     ],
 )
 def test_wrong_argument(arguments, message):

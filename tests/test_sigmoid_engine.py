@@ -152,9 +152,12 @@ def test_a_served_request_chooses_by_vllm_xargs(server, xargs, low, high):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("fast", "extra_args['specopt'] is 'fast', expected 'exact' or 'sigmoid'"),
-        (1, "extra_args['specopt'] is 1, expected 'exact' or 'sigmoid'"),
-        (["sigmoid"], "extra_args['specopt'] is ['sigmoid'], expected 'exact' or 'sigmoid'"),
+        ("fast", "extra_args['specopt'] is 'fast', expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'"),
+        (1, "extra_args['specopt'] is 1, expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'"),
+        (
+            ["sigmoid"],
+            "extra_args['specopt'] is ['sigmoid'], expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'",
+        ),
     ],
 )
 def test_a_malformed_choice_is_refused_with_400(server, value, message):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from launch_keys import recorded
 
 from vllm_specopt.kernels import launch, variants
-from vllm_specopt.rules import PAPER
+from vllm_specopt.rules import PAPER, RULES
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, random_batch
 from vllm_specopt.verify import verify
 
@@ -44,9 +44,9 @@ def changed(batch):
     yield {"bonus_token_ids": torch.zeros(reqs, dtype=torch.int32)}
     yield {"bonus_token_ids": torch.zeros(reqs, dtype=torch.int64)}
     yield {"bad_row_counter": torch.zeros(1, dtype=torch.int64)}
-    yield {"counters": torch.zeros(2, 8, dtype=torch.int64)}
-    yield {"sigmoid": PAPER}
-    yield {"sigmoid": PAPER, "sigmoid_requests": torch.zeros(reqs, dtype=torch.bool)}
+    yield {"counters": torch.zeros(len(RULES), 8, dtype=torch.int64)}
+    yield {"rule": PAPER}
+    yield {"rule": PAPER, "rule_requests": torch.zeros(reqs, dtype=torch.bool)}
     yield {"token_dtype": torch.int32}
     for name in FILTERS:
         if name in batch.kwargs:

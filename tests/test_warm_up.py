@@ -28,7 +28,7 @@ from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, min
 
 from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.integration.config import SpecoptConfig
-from vllm_specopt.rules import PAPER
+from vllm_specopt.rules import PAPER, RULES, BlockConstants, BudgetConstants
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"statistics_kernel", "decide_kernel"}
@@ -65,15 +65,17 @@ def v1_steps(probabilistic, most_drafts):
         ("sigmoid", True, 7),
         ("per-request", True, 15),
         ("custom", False, 4),
+        ("block", True, 4),
+        ("budget", False, 4),
     ],
 )
 def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, most_drafts):
     """vLLM's V1 runner has no Triton on a CPU; of the kernels only their launches count here."""
     monkeypatch.setattr(v1, "verify", functools.partial(v1.verify, backend="triton"))
     per_request = choice == "per-request"
-    method = "sigmoid" if choice == "sigmoid" else "exact"
-    config = SpecoptConfig(method, sigmoid=PAPER if per_request or method == "sigmoid" else None,
-                           allow_per_request=per_request)  # fmt: skip
+    method = choice if choice in RULES else "exact"
+    rule = {"block": BlockConstants(), "budget": BudgetConstants(0.1), "exact": None, "custom": None}.get(choice, PAPER)
+    config = SpecoptConfig(method, rule=rule, allow_per_request=per_request)
     runner = Runner(torch.arange(999))
     sampler = type("Own", (Sampler,), {})() if choice == "custom" else Sampler()
     ours = RejectionSampler(sampler, None, CPU, runner=runner, config=config)

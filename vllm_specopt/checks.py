@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_specopt.rules import RULES, BudgetConstants
+
 MAX_DRAFT_TOKENS = 128
 BACKENDS = ("triton", "cpu")
 LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,15 +31,15 @@ def check_arguments(
     min_p,
     bonus_token_ids,
     bad_row_counter,
-    sigmoid,
-    sigmoid_requests,
+    rule,
+    rule_requests,
     counters,
     token_dtype,
     backend,
 ) -> int:
     """Raise ValueError on the first argument that breaks the contract; return the number of requests.
 
-    Takes what ``verify`` takes; neither ``backend`` nor what ``sigmoid`` holds is checked here.
+    Takes what ``verify`` takes; neither ``backend`` nor what ``rule`` holds is checked here.
     """
     device = logits.device
 
@@ -84,15 +86,16 @@ def check_arguments(
     check("counters", counters, 2, (torch.int64,))
     if counters is not None and counters.shape[1] != 8:
         raise ValueError(f"counters has {counters.shape[1]} columns, expected 8")
-    if counters is not None and counters.shape[0] < 2:
-        raise ValueError(f"counters has {counters.shape[0]} rows, expected at least 2")
+    if counters is not None and counters.shape[0] < len(RULES):
+        raise ValueError(f"counters has {counters.shape[0]} rows, expected at least {len(RULES)}")
     per_request = None if state_indices is not None else num_reqs
     check("temperature", temperature, 1, (torch.float32,), per_request)
     check("seeds", seeds, 1, (torch.int64,), per_request)
     check("top_k", top_k, 1, INDEX_DTYPES, per_request)
     check("top_p", top_p, 1, (torch.float32,), per_request)
     check("min_p", min_p, 1, (torch.float32,), per_request)
-    check("sigmoid_requests", sigmoid_requests, 1, (torch.bool,), per_request)
+    is_budget = isinstance(rule, BudgetConstants)
+    check("rule_requests", rule_requests, 1, (torch.bool, torch.float32) if is_budget else (torch.bool,), per_request)
     if temperature is not None and seeds is None:
         raise ValueError("seeds is None, expected a tensor (temperature is given)")
     if draft_probs is not None and draft_logits is not None:
@@ -103,8 +106,11 @@ def check_arguments(
         raise ValueError(
             f"draft_logits has {draft_logits.shape[1]} positions, expected at least {max_num_draft_tokens}"
         )
-    if sigmoid is None and sigmoid_requests is not None:
-        raise ValueError("sigmoid is None, expected SigmoidConstants (sigmoid_requests is given)")
+    if rule is None and rule_requests is not None:
+        raise ValueError("rule is None, expected a rule's constants (rule_requests is given)")
+    if is_budget and temperature is not None and not (draft_probs is None and draft_logits is None):
+        given = "draft_logits" if draft_probs is None else "draft_probs"
+        raise ValueError(f"{given} is given, expected None (the budget rule bounds its price for one-hot drafts only)")
     if token_dtype not in INDEX_DTYPES:
         raise ValueError(f"token_dtype is {token_dtype}, expected one of {names(INDEX_DTYPES)}")
     return num_reqs

@@ -4,8 +4,8 @@ One function, :func:`verify`, stands between vLLM's model runners and the backen
 the outputs and picks the backend by device: Triton kernels on a GPU (and under Triton's interpreter), compiled loops on
 a CPU. Nothing of size ``[rows, vocab]`` is allocated here or below.
 
-Two methods (``vllm_specopt.rules``): exact, which keeps the target's distribution, and sigmoid (arXiv 2406.11016),
-which does not.
+Rules (``vllm_specopt.rules``): exact and block keep the target's distribution; sigmoid (arXiv 2406.11016), typical and
+budget do not.
 
 A request with ``K_r`` draft tokens owns ``K_r + 1`` consecutive rows of target logits (``K_r = 0`` is allowed: one
 token is drawn): row ``i`` verifies draft token ``i``, the last row gives the bonus token.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_specopt.checks import BACKENDS, check_arguments
-from vllm_specopt.rules import SigmoidConstants
+from vllm_specopt.rules import BlockConstants, BudgetConstants, Constants, SigmoidConstants, TypicalConstants, place_of
 
 
 class Verified(NamedTuple):
@@ -49,13 +49,13 @@ def verify(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
-    sigmoid: SigmoidConstants | None = None,
-    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
-    counters: torch.Tensor | None = None,  # [>= 2, 8]
+    rule: Constants | None = None,
+    rule_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [num_rules, 8]
     token_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Verified:
-    """Verify draft tokens, exactly unless ``sigmoid`` is given.
+    """Verify draft tokens, exactly unless another ``rule`` is given.
 
     Exact: each row has a token, drawn by inversion from its distribution after temperature, min-p, top-k and top-p (in
     this order; every token equal to a threshold value is kept), with a random number that is a function of (seed,
@@ -70,6 +70,17 @@ def verify(
     the place of both probabilities, so that testing a draft token reads two numbers and no row. The token that follows
     a rejection is drawn from the normalised ``max(target_score_i - draft_score_i, 0)``, or from the target's
     distribution where that is empty. The emitted tokens do NOT follow the target's distribution.
+
+    Block (Sun et al. 2403.10444): sampled drafts are judged as a whole, which keeps longer prefixes on average and the
+    target's distribution. One-hot drafts are verified exactly: nothing can be gained there.
+
+    Typical (Cai et al. 2401.10774): a draft token also survives where its probability exceeds
+    ``min(epsilon, delta exp(-H))``, H the entropy of its row, both after temperature and before filters; else its row's
+    own token decides, as for one-hot drafts. What a token was drafted from is not read. NOT the target's distribution.
+
+    Budget: a one-hot draft of probability p survives with the largest probability h for which
+    ``KL(Bernoulli(h), Bernoulli(p)) <= delta``; else the row's token that is not the draft is emitted. NOT the target's
+    distribution, but each verified token's differs from it by at most ``delta`` nats of KL divergence.
 
     Args:
         logits: Raw target logits, bf16, fp16 or fp32; unit stride along the vocabulary, any row stride. Not modified.
@@ -96,18 +107,20 @@ def verify(
         bonus_token_ids: If given, used in place of a drawn bonus token.
         bad_row_counter: int64, increased by the number of emitting rows without a usable logit (all NaN or -inf; such
             a row emits token 0). NaN counts as -inf; a +inf logit takes all probability of its row.
-        sigmoid: Constants of the sigmoid method, which requests then follow instead of the exact one. None: all
-            requests are exact. These stay as they are: temperature 0; placeholders; min-p, top-k and top-p (a draft
-            token they remove is rejected, and the token that follows is one they keep); and the bonus token, drawn
-            from the target's distribution. A token with logit -inf or NaN, or probability 0, scores 0, and a draft
-            token that scores 0 on either side is rejected. With ``draft_probs`` their logarithm stands in for z / T.
-            With one-hot drafts, a case the paper does not have, the draft token's own score is 1: it survives with
-            probability ``target_score(x)``, and the token that follows a rejection has the target's distribution
-            without x.
-        sigmoid_requests: bool, which entries follow the sigmoid method. None: all. Needs ``sigmoid``.
-        counters: int64, row 0 (requests verified exactly, the greedy ones included) and row 1 (by sigmoid) increased
-            by the number of draft tokens accepted, of recovered tokens, of bonus tokens (of requests with draft
-            tokens), of rows read in full, and of rows that were not. Contiguous.
+        rule: Constants of another rule (``vllm_specopt.rules``), which requests then follow instead of the exact one.
+            None: all requests are exact. These stay as they are: temperature 0; placeholders, of which the first ends a
+            block; min-p, top-k and top-p (a draft token they remove is rejected, and the token that follows is one they
+            keep); and the bonus token, drawn from the target's distribution. Sigmoid: a token with logit -inf or NaN,
+            or probability 0, scores 0, and a draft token that scores 0 on either side is rejected. With ``draft_probs``
+            their logarithm stands in for z / T. With one-hot drafts, a case the paper does not have, the draft token's
+            own score is 1: it survives with probability ``target_score(x)``, and the token that follows a rejection has
+            the target's distribution without x.
+        rule_requests: bool, which entries follow the rule. None: all. Needs ``rule``. For the budget also fp32: each
+            entry's own delta, 0 being exact.
+        counters: int64, a row for each rule of the registry (greedy requests are exact ones, and so are those with
+            one-hot drafts under the block rule), increased by the number of draft tokens accepted, of recovered tokens,
+            of bonus tokens (of requests with draft tokens), of rows read in full, of rows that were not, and of
+            divergence spent by the budget rule (in units of 2^-20 nats). Contiguous.
         token_dtype: int32 or int64, of the returned ids.
         backend: ``triton`` or ``cpu``. None: by device. Triton on a CPU device needs its interpreter (the V2
             runner on a CPU runs that way).
@@ -117,9 +130,9 @@ def verify(
             should be.
     """
     num_reqs = check_arguments(**locals())
-    constants = None
-    if sigmoid is not None:
-        constants = _pack_sigmoid(sigmoid, draft_probs is not None, logits.device)
+    is_one_hot = draft_probs is None and draft_logits is None
+    if temperature is None or (isinstance(rule, BlockConstants) and is_one_hot):
+        rule = rule_requests = None
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
@@ -138,8 +151,9 @@ def verify(
             min_p=min_p,
             bonus_token_ids=bonus_token_ids,
             bad_row_counter=bad_row_counter,
-            sigmoid=None if temperature is None else constants,
-            sigmoid_requests=None if temperature is None else sigmoid_requests,
+            rule=place_of(rule),
+            constants=_packed(rule, draft_probs is not None, logits.device),
+            rule_requests=rule_requests,
             counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
@@ -173,24 +187,43 @@ def _backend(name: str):
 
 
 @functools.lru_cache(maxsize=32)
-def _pack_sigmoid(constants: SigmoidConstants, draft_is_probs: bool, device: torch.device) -> torch.Tensor:
-    """What the backends compute scores with, fp32 ``[10]``; kept, so that only a first call copies to the device.
+def _packed(constants: Constants | None, draft_is_probs: bool, device: torch.device) -> torch.Tensor | None:
+    """A rule's constants as the backends take them, fp32; kept, so that only a first call copies to the device.
+
+    Typical: epsilon, delta. Budget: delta. Sigmoid: see below.
+
+    Raises:
+        ValueError: A constant is out of range.
+    """
+    if isinstance(constants, SigmoidConstants):
+        values = _sigmoid_values(constants, draft_is_probs)
+    elif isinstance(constants, TypicalConstants):
+        if not (0 <= constants.epsilon <= 1 and 0 <= constants.delta < math.inf):
+            raise ValueError(f"rule is {constants}, expected epsilon from 0 to 1 and a finite delta of at least 0")
+        values = [constants.epsilon, constants.delta]
+    elif isinstance(constants, BudgetConstants):
+        if not 0 <= constants.delta < math.inf:
+            raise ValueError(f"rule is {constants}, expected a finite delta of at least 0")
+        values = [constants.delta]
+    else:
+        return None
+    return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)
+
+
+def _sigmoid_values(constants: SigmoidConstants, draft_is_probs: bool) -> list[float]:
+    """What scores are computed with.
 
     Target scale, shift, lower and upper limit; the same for the draft; draft scale - target scale, and the same for
     the shifts. A score is sigmoid(z / T * scale + shift); limits are compared with z / T, or with draft probabilities.
-
-    Raises:
-        ValueError: A constant is not finite, or alpha is not below beta.
     """
     sides = []
     for side in ("target", "draft"):
         alpha, beta = getattr(constants, f"{side}_alpha"), getattr(constants, f"{side}_beta")
         if not (math.isfinite(alpha) and math.isfinite(beta) and alpha < beta):
-            raise ValueError(f"sigmoid has {side}_alpha {alpha} and {side}_beta {beta}, expected finite, alpha < beta")
+            raise ValueError(f"rule has {side}_alpha {alpha} and {side}_beta {beta}, expected finite, alpha < beta")
         limits = torch.tensor([alpha, beta] if constants.clip else [-math.inf, math.inf], dtype=torch.float64)
         if side == "draft" and draft_is_probs:
             limits = limits.exp()
         sides.append([1 / (beta - alpha), -alpha / (beta - alpha), *limits.tolist()])
     target, draft = sides
-    values = [*target, *draft, draft[0] - target[0], draft[1] - target[1]]
-    return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)
+    return [*target, *draft, draft[0] - target[0], draft[1] - target[1]]

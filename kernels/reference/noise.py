@@ -3,8 +3,10 @@
 Philox4x32-10 (Salmon et al., SC'11) with the seed as key and (purpose, position) as counter gives four 32-bit words.
 """
 
-DRAW, ACCEPTANCE, RESIDUAL = 0, 1, 2
-"""Purposes: the token drawn from a row, the test of a sampled draft, the token that replaces a rejected one."""
+DRAW, ACCEPTANCE, RESIDUAL, PREFIX = 0, 1, 2, 16
+"""Purposes: the token drawn from a row, the test of a sampled draft, the token that replaces a rejected one; and, plus
+its length, the test of a prefix, at the position where the block begins: a prefix that fails must not be tested by the
+same number again in the next step, which begins later."""
 
 STREAM = 0x53504543
 MASK32 = 0xFFFFFFFF
@@ -22,9 +24,9 @@ def philox_ref(seed: int, position: int, purpose: int) -> tuple[int, int, int, i
     return tuple(c)
 
 
-def acceptance_uniform_ref(seed: int, position: int) -> float:
+def acceptance_uniform_ref(seed: int, position: int, purpose: int = ACCEPTANCE) -> float:
     """The u of the acceptance test: 23 bits centred in their cells, so in (0, 1) and exact in single precision."""
-    return ((philox_ref(seed, position, ACCEPTANCE)[0] >> 9) + 0.5) * 2.0**-23
+    return ((philox_ref(seed, position, purpose)[0] >> 9) + 0.5) * 2.0**-23
 
 
 def draw_uniform_ref(seed: int, position: int, purpose: int) -> float:

@@ -57,6 +57,13 @@ def target_row_ref(
     return scaled, probs, margin
 
 
+def draft_distribution_ref(row: torch.Tensor, temperature: float | None) -> torch.Tensor:
+    """What a token was drafted from, float64 ``[vocab]``, given logits or, without a temperature, probabilities."""
+    if temperature is not None:
+        return target_row_ref(row, temperature)[1]
+    return torch.where(row > 0, row, 0.0).double()
+
+
 def draw_ref(weights: torch.Tensor, uniform: float) -> tuple[int, float]:
     """Draw by inversion: the first token at which the running sum of the weights passes ``uniform`` of their sum.
 

@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_specopt.kernels.reference.block import block_ref
+from vllm_specopt.kernels.reference.budget import budget_test_ref
 from vllm_specopt.kernels.reference.exact import match_ref, ratio_test_ref
-from vllm_specopt.kernels.reference.rows import argmax_ref, target_row_ref
+from vllm_specopt.kernels.reference.rows import argmax_ref, draft_distribution_ref, target_row_ref
 from vllm_specopt.kernels.reference.sigmoid import sigmoid_test_ref
+from vllm_specopt.kernels.reference.typical import typical_test_ref
 
 GREEDY_BELOW, WARMEST = 1e-5, 1e30
 
@@ -43,8 +46,8 @@ def verify_ref(
     top_p: torch.Tensor | None = None,  # [max_reqs]
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
-    sigmoid=None,
-    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
+    rule=None,
+    rule_requests: torch.Tensor | None = None,  # [max_reqs]
 ) -> Reference:
     """Verify a batch, request by request and row by row."""
     num_reqs, starts = cu_num_logits.shape[0] - 1, cu_num_logits.tolist()
@@ -68,8 +71,32 @@ def verify_ref(
             0.0 if min_p is None else float(min_p[state]),
         )
         is_filtered = 1 <= filters[0] < vocab_size or filters[1] < 1 or filters[2] > 0
-        by_sigmoid = sigmoid is not None and (sigmoid_requests is None or bool(sigmoid_requests[state]))
+        name = rule.NAME if rule is not None and (rule_requests is None or bool(rule_requests[state])) else "exact"
         margin = math.inf
+        if name == "block" and draft is not None and temp >= GREEDY_BELOW:
+            rows = range(starts[req], starts[req + 1])
+            tokens = [int(draft_token_ids[row - req if compact else row + 1]) for row in rows[:-1]]
+            length = next((i for i, token in enumerate(tokens) if not 0 <= token < vocab_size), num_drafts)
+            found = [target_row_ref(logits[row, :vocab_size].cpu(), temp, *filters) for row in rows[: length + 1]]
+            drafted = draft_probs[rows[0] - req :] if draft_probs is not None else draft_logits[state]
+            accepted, emitted, margin = block_ref(
+                [probs for _, probs, _ in found],
+                [
+                    draft_distribution_ref(row[:vocab_size].cpu(), None if draft_probs is not None else temp)
+                    for row in drafted[:length]
+                ],
+                tokens[:length],
+                int(seeds[state]),
+                list(range(length + 1)) if positions is None else positions[rows[0] : rows[length] + 1].tolist(),
+            )
+            token_ids[req, :accepted] = torch.tensor(tokens[:accepted])
+            if accepted == num_drafts and bonus_token_ids is not None:
+                emitted = int(bonus_token_ids[req])
+            bad_rows += int(emitted < 0)
+            token_ids[req, accepted] = max(emitted, 0)
+            num_sampled[req] = accepted + 1
+            margins.append(min(margin, *[row_margin for _, _, row_margin in found]))
+            continue
         for i in range(num_drafts + 1):
             row = starts[req] + i
             token = -1
@@ -95,19 +122,24 @@ def verify_ref(
                 draft_row = draft_probs[row - req, :vocab_size].cpu()
             elif draft_logits is not None and token >= 0:
                 draft_row = draft_logits[state, i, :vocab_size].cpu()
-            if by_sigmoid and token >= 0:
+            if name == "sigmoid" and token >= 0:
                 is_probs = draft_probs is not None
                 emitted, token_margin = sigmoid_test_ref(
-                    target_row, target_probs, temp, is_filtered, draft_row, is_probs, token, seed, position, sigmoid
+                    target_row, target_probs, temp, is_filtered, draft_row, is_probs, token, seed, position, rule
                 )
                 row_margin = row_margin if is_filtered else math.inf
+            elif name == "typical" and token >= 0:
+                plain_probs = target_row_ref(target_row, temp)[1]
+                emitted, token_margin = typical_test_ref(plain_probs, target_probs, token, seed, position, rule)
+            elif name == "budget" and token >= 0:
+                delta = rule.delta if rule_requests is None or rule_requests.dtype == torch.bool else (
+                    float(rule_requests[state])
+                )  # fmt: skip
+                emitted, token_margin = budget_test_ref(target_probs, token, seed, position, delta)
             elif draft_row is None:
                 emitted, token_margin = match_ref(target_probs, token, seed, position)
             else:
-                draft_row = draft_row.double()
-                draft_row = torch.where(draft_row > 0, draft_row, 0.0) if draft_probs is not None else (
-                    target_row_ref(draft_row, temp)[1]
-                )  # fmt: skip
+                draft_row = draft_distribution_ref(draft_row, None if draft_probs is not None else temp)
                 emitted, token_margin = ratio_test_ref(target_probs, draft_row, token, seed, position)
             margin = min(margin, row_margin, token_margin)
             if emitted is not None:

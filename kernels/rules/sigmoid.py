@@ -20,18 +20,6 @@ DIFFERENCE = tl.constexpr(8)
 
 
 @triton.jit
-def uses_sigmoid(sigmoid_ptr, sigmoid_requests_ptr, state):
-    """Whether a request is verified by scores; without a pointer to constants none is, without one to flags all are."""
-    if sigmoid_ptr is None:
-        flag = tl.full((), 0, tl.int32)
-    elif sigmoid_requests_ptr is None:
-        flag = tl.full((), 1, tl.int32)
-    else:
-        flag = tl.load(sigmoid_requests_ptr + state).to(tl.int32)
-    return flag != 0
-
-
-@triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
@@ -64,20 +52,20 @@ def _score(values, scaled, unit, constants_ptr):
 
 
 @triton.jit
-def _passes(logits, draft_values, temp, uniform, sigmoid_ptr, HAS_PROBS: tl.constexpr, HAS_LOGITS: tl.constexpr):
+def _passes(logits, draft_values, temp, uniform, constants_ptr, HAS_PROBS: tl.constexpr, HAS_LOGITS: tl.constexpr):
     """u <= target_score / draft_score, given target logits and draft probabilities or logits (one-hot: score 1)."""
-    target_score = _score(logits, logits / temp, temp, sigmoid_ptr)
+    target_score = _score(logits, logits / temp, temp, constants_ptr)
     if HAS_PROBS:
-        draft_score = _score(draft_values, _log_prob(draft_values), 1.0, sigmoid_ptr + DRAFT)
+        draft_score = _score(draft_values, _log_prob(draft_values), 1.0, constants_ptr + DRAFT)
     elif HAS_LOGITS:
-        draft_score = _score(draft_values, draft_values / temp, temp, sigmoid_ptr + DRAFT)
+        draft_score = _score(draft_values, draft_values / temp, temp, constants_ptr + DRAFT)
     else:
         draft_score = tl.zeros_like(target_score) + 1.0
     return (draft_score > 0.0) & (target_score > 0.0) & (uniform * draft_score <= target_score)
 
 
 @triton.jit
-def passes(rows, drafts, noise, sigmoid_ptr, request, pos, tokens):
+def passes(rows, drafts, noise, constants_ptr, request, pos, tokens):
     """Which draft tokens (a scalar or a block, at positions ``pos`` of a request) survive; those below 0 do not."""
     valid = tokens >= 0
     row = request.start_row + pos
@@ -98,7 +86,7 @@ def passes(rows, drafts, noise, sigmoid_ptr, request, pos, tokens):
         draft_values,
         request.temperature,
         uniform,
-        sigmoid_ptr,
+        constants_ptr,
         drafts.probs_ptr is not None,
         drafts.logits_ptr is not None,
     )
@@ -106,19 +94,19 @@ def passes(rows, drafts, noise, sigmoid_ptr, request, pos, tokens):
 
 
 @triton.jit
-def first_rejection(rows, drafts, noise, sigmoid_ptr, request, COMPACT_DRAFTS: tl.constexpr, BLOCK_K: tl.constexpr):
+def first_rejection(rows, drafts, noise, constants_ptr, request, COMPACT_DRAFTS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Index of the first draft token of a request that does not survive; num_drafts if all do."""
     pos = tl.arange(0, BLOCK_K)
     is_draft = pos < request.num_drafts
     start = request.start_row - request.index if COMPACT_DRAFTS else request.start_row + 1
     tokens = tl.load(drafts.token_ids_ptr + start + pos, mask=is_draft, other=-1).to(tl.int64)
     tokens = tl.where((tokens >= 0) & (tokens < rows.vocab_size), tokens, -1)
-    survives = passes(rows, drafts, noise, sigmoid_ptr, request, pos, tokens)
+    survives = passes(rows, drafts, noise, constants_ptr, request, pos, tokens)
     return tl.min(tl.where(is_draft & (survives == 0), pos, request.num_drafts), axis=0)
 
 
 @triton.jit
-def residual(logits, draft_values, temp, top, sigmoid_ptr, DRAFT_IS_PROBS: tl.constexpr):
+def residual(logits, draft_values, temp, top, constants_ptr, DRAFT_IS_PROBS: tl.constexpr):
     """max(target_score - draft_score, 0) of a block of tokens; in a row with +inf (its ``top``) that takes all."""
     logits = tl.where(logits < tl.where(top == float("inf"), top, float("-inf")), float("-inf"), logits)
     if DRAFT_IS_PROBS:
@@ -129,22 +117,22 @@ def residual(logits, draft_values, temp, top, sigmoid_ptr, DRAFT_IS_PROBS: tl.co
         draft_scaled = tl.where(draft_values == draft_values, draft_values, float("-inf")) / temp
         draft_unit = temp
         distance = (draft_values - logits) / temp
-    draft_ptr = sigmoid_ptr + DRAFT
-    low, high = tl.load(sigmoid_ptr + 2) * temp, tl.load(sigmoid_ptr + 3) * temp
+    draft_ptr = constants_ptr + DRAFT
+    low, high = tl.load(constants_ptr + 2) * temp, tl.load(constants_ptr + 3) * temp
     draft_low, draft_high = tl.load(draft_ptr + 2) * draft_unit, tl.load(draft_ptr + 3) * draft_unit
     is_zero = (draft_scaled > float("-inf")) == 0
     is_zero = is_zero | (draft_values < draft_low)
     is_one = (logits > high) | (logits == float("inf"))
 
     # b - a; the second part is 0 where both sides share their constants. A score of 1 or 0 leaves 1 of the factor.
-    gap = draft_scaled * tl.load(sigmoid_ptr + DIFFERENCE) + tl.load(sigmoid_ptr + DIFFERENCE + 1)
-    gap = distance * tl.load(sigmoid_ptr) + gap
+    gap = draft_scaled * tl.load(constants_ptr + DIFFERENCE) + tl.load(constants_ptr + DIFFERENCE + 1)
+    gap = distance * tl.load(constants_ptr) + gap
     factor = tl.where(gap < 0.0, _one_minus_exp(gap), 0.0)
     factor = tl.where(is_zero | is_one, 1.0, factor)
     rest = _sigmoid(-(draft_scaled * tl.load(draft_ptr) + tl.load(draft_ptr + 1)))
     rest = tl.where(is_zero, 1.0, rest)
     rest = tl.where((is_zero == 0) & ((draft_values > draft_high) | (draft_values == float("inf"))), 0.0, rest)
-    score = _sigmoid(logits / temp * tl.load(sigmoid_ptr) + tl.load(sigmoid_ptr + 1))
+    score = _sigmoid(logits / temp * tl.load(constants_ptr) + tl.load(constants_ptr + 1))
     score = tl.where(is_one, 1.0, score)
     score = tl.where((logits >= low) & (logits > float("-inf")), score, 0.0)
     return score * rest * factor

@@ -38,7 +38,7 @@ def leave(address, kind, vocab, scale, draft, sums, weights, rest):
     row, frame, mass = sweep(row, scale, scratch.left, scratch.tile)
     target = Target(row, frame, mass, -INF, row, -INF, np.int64(-1))
     draft_row = Row(draft, np.int64(FP32), vocab, np.float32(0.0), np.int64(0))
-    other = Rest(np.int64(PROBS), draft_row, frame, np.float32(1.0))
+    other = Rest(np.int64(PROBS), draft_row, frame, np.float32(1.0), 1.0)
     for tile in range(len(sums)):
         sums[tile] = floats(scratch.left.sums, len(sums))[tile]
         weigh_tile(row, frame, tile * TILE, -INF, scratch.tile, scratch.weights)

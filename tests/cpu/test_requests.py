@@ -44,8 +44,8 @@ def test_matches_reference(tally, dtype, draft, filters):
     batch = random_batch(seed=11, num_drafts=RAGGED, vocab_size=1337, dtype=dtype, draft=draft, filters=filters)
     num_sampled = tally.check(batch).num_sampled
     assert (num_sampled == 1).any() and (num_sampled > 2).any()
-    batch.kwargs["sigmoid"] = PAPER
-    batch.kwargs["sigmoid_requests"] = torch.arange(len(batch.kwargs["seeds"])) % 3 > 0
+    batch.kwargs["rule"] = PAPER
+    batch.kwargs["rule_requests"] = torch.arange(len(batch.kwargs["seeds"])) % 3 > 0
     tally.check(batch)
 
 
@@ -125,7 +125,7 @@ def test_rows_that_went_bad(tally, dtype, draft, method):
     filters = ("top_p", "top_k", "min_p")
     batch = random_batch(seed=6, num_drafts=[2] * 60, vocab_size=700, dtype=dtype, draft=draft, filters=filters)
     spoil_rows(batch.logits, torch.Generator().manual_seed(1))
-    batch.kwargs["sigmoid"] = method
+    batch.kwargs["rule"] = method
     if draft == LOGITS:
         batch.kwargs["draft_logits"][::3, 0, :350] = math.nan
         batch.kwargs["draft_logits"][1::6, 0] = -math.inf
@@ -246,7 +246,7 @@ def test_any_batch(tally, seed, num_drafts, vocab, dtype, draft, spread, filters
         seed=seed, num_drafts=[*num_drafts, 1], vocab_size=vocab, dtype=dtype, draft=draft, spread=spread,
         filters=tuple(filters), shuffled_state=states, rows_layout=rows_layout,
     )  # fmt: skip
-    batch.kwargs["sigmoid"] = method
+    batch.kwargs["rule"] = method
     tally.check(batch)
 
 

@@ -25,7 +25,7 @@ from vllm_specopt.integration.metrics import Account
 from vllm_specopt.integration.v2 import RejectionSampler
 from vllm_specopt.integration.v2_sampler import Sampler as PlainSampler
 from vllm_specopt.kernels.reference import verify_ref
-from vllm_specopt.rules import PAPER
+from vllm_specopt.rules import PAPER, BlockConstants, BudgetConstants, TypicalConstants
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from launch_keys import recorded, unexpected
@@ -415,15 +415,26 @@ def case_seeded_request_does_not_depend_on_its_batch():
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("draft", [False, True], ids=["one-hot", "draft-logits"])
+@pytest.mark.parametrize(
+    ("rule", "draft"),
+    [
+        (PAPER, False),
+        (PAPER, True),
+        (BlockConstants(), True),
+        (TypicalConstants(0.3, 0.6), True),
+        (BudgetConstants(0.3), False),
+    ],
+    ids=["sigmoid one-hot", "sigmoid", "block", "typical", "budget"],
+)
 @pytest.mark.parametrize("by_request", [False, True], ids=["all", "by-request"])
 @pytest.mark.parametrize("dicts", [PLAIN, MIXED], ids=["plain", "filters"])
-def case_sigmoid_equals_reference_token_for_token(draft, by_request, dicts):
-    """Requests in slots of odd index ask for sigmoid, or all requests get it."""
-    chosen = [d | ({"extra_args": {"specopt": "sigmoid"}} if by_request and i % 2 else {}) for i, d in enumerate(dicts)]
+def case_rules_equal_reference_token_for_token(rule, draft, by_request, dicts):
+    """Requests in slots of odd index ask for the rule, or all requests get it."""
+    asking = {"extra_args": {"specopt": rule.NAME}} if by_request else {}
+    chosen = [d | (asking if i % 2 else {}) for i, d in enumerate(dicts)]
     params = sampling(chosen, seed=2)
     step = Step(params, COUNTS, seed=2)
-    config = SpecoptConfig("exact" if by_request else "sigmoid", sigmoid=PAPER, allow_per_request=by_request)
+    config = SpecoptConfig("exact" if by_request else rule.NAME, rule=rule, allow_per_request=by_request)
 
     def with_option(sampler, spec_config, device):
         built = RejectionSampler(sampler, spec_config, device, config)
@@ -436,21 +447,22 @@ def case_sigmoid_equals_reference_token_for_token(draft, by_request, dicts):
     lists, _ = step.run(with_option, draft)
     flags = torch.zeros(SLOTS, dtype=torch.bool)
     flags[step.slots.long()] = torch.tensor(["extra_args" in d for d in chosen])
-    reference = step.reference(draft=draft, sigmoid=PAPER, sigmoid_requests=flags if by_request else None)
+    reference = step.reference(draft=draft, rule=rule, rule_requests=flags if by_request else None)
     assert_follows(lists, reference)
 
 
 @pytest.mark.parametrize(
     ("choice", "draft", "pad"),
     [("exact", False, 0), ("exact", True, 0), ("exact", True, 5), ("sigmoid", True, 5), ("per-request", False, 5),
-     ("per-request", True, 0)],
+     ("per-request", True, 0), ("block", True, 5), ("typical", True, 0), ("budget", False, 5)],
 )  # fmt: skip
 def case_warm_up_launches_what_serving_does(monkeypatch, choice, draft, pad):
     """By what Triton would compile for each launch; among them chunks whose small tensors start at any element."""
-    method = "sigmoid" if choice == "sigmoid" else "exact"
-    constants = None if choice == "exact" else PAPER
-    config = SpecoptConfig(method, sigmoid=constants, allow_per_request=choice == "per-request")
-    asking = {"extra_args": {"specopt": "sigmoid"}} if choice == "per-request" else {}
+    by_choice = choice == "per-request"
+    constants = {"exact": None, "block": BlockConstants(), "typical": TypicalConstants(0.3, 0.6)}.get(choice, PAPER)
+    constants = BudgetConstants(0.3) if choice == "budget" else constants
+    config = SpecoptConfig("exact" if by_choice else choice, rule=constants, allow_per_request=by_choice)
+    asking = {"extra_args": {"specopt": "sigmoid"}} if by_choice else {}
 
     def with_option(sampler, spec_config, device):
         built = RejectionSampler(sampler, spec_config, device, config)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from vllm_specopt.kernels.reference import exact
-from vllm_specopt.kernels.reference.noise import DRAW, RESIDUAL
+from vllm_specopt.kernels.reference import block, exact
+from vllm_specopt.kernels.reference.noise import DRAW, PREFIX, RESIDUAL
 
 KINDS = ("flat", "peaked", "sparse", "identical", "chosen drafts")
 """Shapes of the distributions; with ``chosen drafts`` these are one-hot, any token or a placeholder at any position."""
@@ -118,14 +118,86 @@ def emitted_distribution(
     return emitted
 
 
-def total_variation(kind: str, vocab_size: int, num_drafts: int, step: Step = exact_step) -> float:
-    """Distance between the emitted distribution and the target's joint one of ``num_drafts + 1`` tokens.
+def block_lengths(target: list[torch.Tensor], draft: list[torch.Tensor], drafts: tuple) -> list[float]:
+    """Probability that a block keeps each number of its tokens, by the reference's rule with given uniforms."""
+    passes = []
+    for length in range(1, len(drafts) + 1):
 
-    With chosen drafts it is the largest over all choices: no average over drafts may be needed.
+        def keeps(uniform: float, length: int = length) -> bool:
+            uniforms = {PREFIX + length: uniform, RESIDUAL: 0.5, DRAW: 0.5}
+            return _block(target, draft, drafts, uniforms)[0] >= length
+
+        passes.append(measures(keeps).get(True, 0.0))
+    found, rest = [], 1.0
+    for share in reversed(passes):
+        found.append(rest * share)
+        rest *= 1 - share
+    return [rest, *reversed(found)]
+
+
+def _block(target, draft, drafts, uniforms: dict[int, float]) -> tuple[int, int, float]:
+    """The reference's rule with given uniforms by purpose; prefixes without one fail unless they cannot."""
+    originals = block.draw_uniform_ref, block.acceptance_uniform_ref
+    block.draw_uniform_ref = lambda _seed, _position, purpose: uniforms[purpose]
+    block.acceptance_uniform_ref = lambda _seed, _position, purpose: uniforms.get(purpose, 1 - 2.0**-53)
+    try:
+        return block.block_ref(target, draft, list(drafts), 0, list(range(len(drafts) + 1)))
+    finally:
+        block.draw_uniform_ref, block.acceptance_uniform_ref = originals
+
+
+def block_distribution(target: dict, draft: dict, drafts: tuple, probability: float) -> dict:
+    """As :func:`emitted_distribution`, where sampled drafts are judged as a whole."""
+    emitted: dict = {}
+    targets = [target[drafts[:i]] for i in range(len(drafts) + 1)]
+    sampled = [draft[drafts[:i]] for i in range(len(drafts))]
+    for length, share in enumerate(block_lengths(targets, sampled, drafts)):
+        if share == 0:
+            continue
+        # Longer prefixes fail, this one passes.
+        fixed = {PREFIX + length: 2.0**-60}
+        following = measures(lambda u, fixed=fixed: _block(targets, sampled, drafts, fixed | {RESIDUAL: u, DRAW: u})[1])
+        for token, part in following.items():
+            for sequence, mass in continued(
+                target, (*drafts[:length], token), probability * share * part, len(drafts) + 1
+            ).items():
+                emitted[sequence] = emitted.get(sequence, 0.0) + mass
+    return emitted
+
+
+def accepted_lengths(kind: str, vocab_size: int, num_drafts: int) -> tuple[float, float, float]:
+    """Mean number of sampled drafts kept by the exact rule, by the block rule, and the sum of E[c_i].
+
+    That sum is what an optimal verifier of one chain keeps (Sun et al. 2403.10444).
     """
+    target, draft = _pair(kind, vocab_size, num_drafts)
+    exact_kept = block_kept = optimum = 0.0
+    for drafts, mass in continued(draft, (), 1.0, num_drafts).items():
+        targets = [target[drafts[:i]] for i in range(num_drafts + 1)]
+        sampled = [draft[drafts[:i]] for i in range(num_drafts)]
+        reached = carry = 1.0
+        for i, token in enumerate(drafts):
+            reached *= exact.acceptance_probability_ref(targets[i][token], sampled[i][token])
+            carry = block.carry_ref(carry, targets[i][token], sampled[i][token])
+            exact_kept, optimum = exact_kept + mass * reached, optimum + mass * carry
+        block_kept += mass * sum(i * share for i, share in enumerate(block_lengths(targets, sampled, drafts)))
+    return exact_kept, block_kept, optimum
+
+
+def _pair(kind: str, vocab_size: int, num_drafts: int) -> tuple[dict, dict]:
+    """The target and what drafts are drawn from."""
     gen = torch.Generator().manual_seed(vocab_size)
     target = conditional_distributions(vocab_size, num_drafts, gen, "flat" if kind == "identical" else kind)
-    draft = target if kind == "identical" else conditional_distributions(vocab_size, num_drafts, gen, kind)
+    return target, target if kind == "identical" else conditional_distributions(vocab_size, num_drafts, gen, kind)
+
+
+def total_variation(kind: str, vocab_size: int, num_drafts: int, step: Step = exact_step, by_block=False) -> float:
+    """Distance between the emitted distribution and the target's joint one of ``num_drafts + 1`` tokens.
+
+    With chosen drafts it is the largest over all choices: no average over drafts may be needed. by_block: whether the
+    block rule judges sampled drafts instead of ``step``.
+    """
+    target, draft = _pair(kind, vocab_size, num_drafts)
     expected = continued(target, (), 1.0, num_drafts + 1)
 
     def distance(emitted):
@@ -137,7 +209,11 @@ def total_variation(kind: str, vocab_size: int, num_drafts: int, step: Step = ex
         return max(distance(emitted_distribution(target, None, drafts, 1.0, step, cache)) for drafts in choices)
     total: dict = {}
     for drafts, mass in continued(draft, (), 1.0, num_drafts).items():
-        for sequence, share in emitted_distribution(target, draft, drafts, mass, step, cache).items():
+        if by_block:
+            found = block_distribution(target, draft, drafts, mass)
+        else:
+            found = emitted_distribution(target, draft, drafts, mass, step, cache)
+        for sequence, share in found.items():
             total[sequence] = total.get(sequence, 0.0) + share
     return distance(total)
 

@@ -16,13 +16,16 @@ from proof import biased, determinism, engine, enumeration, equality, fuzz, roun
 from proof.cases import make_cases
 from proof.draws import STATISTICS, WrongGreedy, backend_verifier, draw_case, judge_case
 from proof.judgement import FAMILY_ALPHA
+from vllm_specopt.rules import BlockConstants
+from vllm_specopt.testing import LOGITS, PROBS
 
-LOSSLESS = {"exact": enumeration.exact_step}
-"""The methods that claim to be lossless, each with its rule in the reference."""
+LOSSLESS = {"exact": None, "block": BlockConstants()}
+"""The methods that claim to be lossless, each as ``verify`` takes it."""
 TOKENS = STATISTICS[:2]
 """What tokens come out, whatever the number of drafts that survive."""
 RANKS = Path(__file__).resolve().parents[1] / "stress" / "ranks.py"
 ACCEPTANCE = "acceptance of chosen drafts is p(x)"
+KEPT = "drafts kept are the most that one chain allows"
 CLOSE_SHARE = {"equality": 0.02, "fuzz": 0.1}
 """Largest share of requests that may be left out as too close to call: fuzzing makes ties and empty residuals."""
 SECTIONS = ("enumeration", "distribution", "bias", "rounding", "engine", "equality", "fuzz", "determinism", "ranks")
@@ -108,6 +111,14 @@ def plan_jobs(size: Size, sections: tuple[str, ...]) -> list[Job]:
     """All jobs of a run, the longest first."""
     jobs, cases = [], make_cases()
     for method in LOSSLESS:
+        if method == "block":
+            # Where drafts are chosen it is the exact rule.
+            sampled = [case for case in cases if case.draft_form in (PROBS, LOGITS)]
+            jobs += [Job("equality", b, case.name, method) for b in ("triton", "cpu") for case in sampled]
+            jobs += [Job("distribution", b, case.name, method) for b in drawn_backends() for case in reversed(sampled)]
+            kinds = [kind for kind in enumeration.KINDS if kind != "chosen drafts"]
+            jobs += [Job("enumeration", "reference", kind, method) for kind in (*kinds, KEPT)]
+            continue
         jobs += [Job("engine", "cpu", "V1 with a probabilistic drafter", method)]
         jobs += [Job("fuzz", b, "random batches", method, i) for b in ("triton", "cpu") for i in range(size.chunks)]
         jobs += [Job("equality", "triton", case.name, method) for case in cases]
@@ -131,9 +142,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def alpha_per_test(num_cases: int) -> float:
-    """Bonferroni: the run's error chance over every case, statistic, method, backend and engine, two tests each."""
+    """Bonferroni: a method's error chance over every case, statistic, backend and engine, two tests each."""
     engines = len(engine.SETTINGS) * len(engine.SEEDS) * len(engine.STATISTICS)
-    return FAMILY_ALPHA / (2 * len(LOSSLESS) * (len(STATISTICS) * num_cases * len(drawn_backends()) + engines))
+    return FAMILY_ALPHA / (2 * (len(STATISTICS) * num_cases * len(drawn_backends()) + engines))
 
 
 def run_job(job: Job, size: Size, seed: int) -> list[Row]:
@@ -153,11 +164,20 @@ def run_job(job: Job, size: Size, seed: int) -> list[Row]:
 
 def _enumerate(job: Job, size: Size, seed: int) -> list[Row]:
     if job.item == ACCEPTANCE:
-        error = max(enumeration.acceptance_error(vocab, LOSSLESS[job.method]) for vocab, _ in enumeration.SHAPES)
+        error = max(enumeration.acceptance_error(vocab) for vocab, _ in enumeration.SHAPES)
         drafts = 3 * sum(vocab for vocab, _ in enumeration.SHAPES)
         return [Row(job.section, job.item, "reference", drafts, "drafts", None, error, enumeration.BOUND,
                     error <= enumeration.BOUND)]  # fmt: skip
-    distances = [enumeration.total_variation(job.item, *shape, LOSSLESS[job.method]) for shape in enumeration.SHAPES]
+    if job.item == KEPT:
+        kinds = [kind for kind in enumeration.KINDS if kind != "chosen drafts"]
+        found = [enumeration.accepted_lengths(kind, *shape) for kind in kinds for shape in enumeration.SHAPES]
+        error = max(abs(kept - optimum) for _, kept, optimum in found)
+        row = Row(job.section, job.item, "reference", len(found), "cases", None, error, enumeration.BOUND)
+        row.passed = error <= enumeration.BOUND and all(kept >= by_token - 1e-12 for by_token, kept, _ in found)
+        row.note = f"up to {max(kept / by_token for by_token, kept, _ in found) - 1:.1%} more than token by token"
+        return [row]
+    by_block = job.method == "block"
+    distances = [enumeration.total_variation(job.item, *shape, by_block=by_block) for shape in enumeration.SHAPES]
     sequences = sum(vocab ** (drafts + 1) for vocab, drafts in enumeration.SHAPES)
     row = Row(job.section, job.item, "reference", sequences, "sequences", total_variation=max(distances))
     row.bound, row.passed = enumeration.BOUND, max(distances) <= enumeration.BOUND
@@ -189,9 +209,12 @@ def _rows_of(job: Job, judgements: dict, item: str | None = None) -> list[Row]:
 
 def _distribution(job: Job, size: Size, seed: int) -> list[Row]:
     index, case = _case(job.item)
-    verifier = backend_verifier(job.backend, device_of(job.backend))
+    verifier = backend_verifier(job.backend, device_of(job.backend), rule=LOSSLESS[job.method])
     counts = draw_case(case, verifier, size.draws, seed * 1000 + index)
-    return _rows_of(job, judge_case(case, counts, alpha_per_test(len(make_cases()))))
+    judgements = judge_case(case, counts, alpha_per_test(len(make_cases())))
+    if job.method == "block":
+        judgements = {statistic: judgements[statistic] for statistic in TOKENS}
+    return _rows_of(job, judgements)
 
 
 def _bias(job: Job, size: Size, seed: int) -> list[Row]:
@@ -264,7 +287,9 @@ def _engine(job: Job, size: Size, seed: int) -> list[Row]:
 def _equality(job: Job, size: Size, seed: int) -> list[Row]:
     index, case = _case(job.item)
     count = size.equality[job.backend]
-    result = equality.compare_case(case, job.backend, device_of(job.backend), count, seed * 1000 + index)
+    result = equality.compare_case(
+        case, job.backend, device_of(job.backend), count, seed * 1000 + index, LOSSLESS[job.method]
+    )
     return [_counted(job, result.requests, "requests", result.requests, result.close, tokens=result.tokens)]
 
 

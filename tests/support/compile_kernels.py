@@ -12,11 +12,14 @@ import sys
 import torch
 
 from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
+from vllm_specopt.integration.config import WITH_CONSTANTS
 from vllm_specopt.kernels import constants, decide, launch, residual, statistics
 from vllm_specopt.kernels.shapes import DEFAULTS
+from vllm_specopt.rules import RULES
 
 VOCAB_SIZE = 151936
 BLOCK_K = 8
+METHODS = ("sigmoid", "sigmoid-mixed", "block-mixed", "typical-mixed", "budget-mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
@@ -34,14 +37,16 @@ COMMON = {
 def variants(with_all: bool):
     """Yield (variant name, argument types, constants, launches) for the combinations that serving can produce."""
     for dtype, runner, draft, filtered, method in itertools.product(
-        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", "sigmoid", "mixed")
+        DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", *METHODS)
     ):
-        greedy = method == "greedy"
+        greedy, (name, *mixed) = method == "greedy", method.split("-")
+        if (name == "block" and draft == "one-hot") or (name == "budget" and draft != "one-hot"):
+            continue
         if (greedy and (filtered or draft != "one-hot")) or draft == ("logits" if runner == "v1" else "probs"):
             continue
-        if (filtered or method in ("sigmoid", "mixed")) and (dtype, runner) != ("bf16", "v2") and not with_all:
+        if (filtered or method in METHODS) and (dtype, runner) != ("bf16", "v2") and not with_all:
             continue
-        if filtered and method in ("sigmoid", "mixed") and not with_all:
+        if filtered and method in METHODS and not with_all:
             continue
         if dtype != "bf16" and runner == "v1" and not with_all:
             continue
@@ -57,10 +62,14 @@ def variants(with_all: bool):
             types |= {"draft_logits_ptr": "*" + dtype, "draft_tile_max_ptr": "*fp32", "draft_tile_sum_ptr": "*fp32"}
         if draft != "one-hot":
             types |= {"residual_ptr": "*fp32", "row_ptr": "*fp32", "pending_ptr": "*i32"}
-        if method in ("sigmoid", "mixed"):
-            types["sigmoid_ptr"] = "*fp32"
-        if method == "mixed":
-            types["sigmoid_requests_ptr"] = "*i1"
+        if name in WITH_CONSTANTS:
+            types["constants_ptr"] = "*fp32"
+        if mixed:
+            types["rule_requests_ptr"] = "*fp32" if name == "budget" else "*i1"
+        if name == "typical":
+            types["tile_entropy_ptr"] = "*fp32"
+        if name == "budget":
+            types["row_ptr"] = "*fp32"
         if filtered:
             types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
             types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32"}
@@ -80,6 +89,7 @@ def variants(with_all: bool):
             "ROW_TILE": tile,
             "PADDED_ROW_TILES": padded_tiles,
             "BLOCK_K": BLOCK_K,
+            "RULE": 0 if greedy else list(RULES).index(name),
         }
         yield (
             "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method])),

@@ -42,13 +42,14 @@ def verify_batch(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
-    sigmoid: torch.Tensor | None = None,  # [10]
-    sigmoid_requests: torch.Tensor | None = None,  # [max_reqs]
-    counters: torch.Tensor | None = None,  # [>= 2, 8]
+    rule: int = 0,
+    constants: torch.Tensor | None = None,
+    rule_requests: torch.Tensor | None = None,  # [max_reqs]
+    counters: torch.Tensor | None = None,  # [num_rules, 8]
 ) -> None:
     """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
-    ``sigmoid`` holds the constants as that function packs them.
+    ``rule`` is a place in the registry, ``constants`` are packed as that function does.
 
     Writes every element of ``token_ids`` (int32 or int64) and ``num_sampled`` (int32). Uses up to
     ``torch.get_num_threads()`` threads; the result does not depend on their number.
@@ -58,7 +59,7 @@ def verify_batch(
     """
     num_reqs = cu_num_logits.shape[0] - 1
     num_rows, vocab_size = logits.shape
-    per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p, sigmoid_requests)
+    per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p, rule_requests)
     num_states = min([len(t) for t in per_state if t is not None], default=_ANY_STATE)
     mode, draft = ONE_HOT, None
     draft_stride = draft_position_stride = draft_kind = 0
@@ -103,8 +104,10 @@ def verify_batch(
         _address(top_p),
         _address(min_p),
         *_ints(bonus_token_ids),
-        _address(sigmoid),
-        _address(sigmoid_requests),
+        rule,
+        _address(constants),
+        _address(rule_requests),
+        rule_requests is not None and rule_requests.dtype is torch.float32,
         _address(counters),
         token_ids.data_ptr(),
         token_ids.stride(0),

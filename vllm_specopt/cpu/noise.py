@@ -7,7 +7,7 @@ import numpy as np
 
 from vllm_specopt.cpu.memory import jit
 
-DRAW, ACCEPTANCE, RESIDUAL = 0, 1, 2
+DRAW, ACCEPTANCE, RESIDUAL, PREFIX = 0, 1, 2, 16
 STREAM = np.uint64(0x53504543)
 MASK32 = np.uint64(0xFFFFFFFF)
 
@@ -32,10 +32,22 @@ def _philox(seed, position, purpose):
 
 
 @jit
-def acceptance_uniform(seed, position):
-    """The u of the test of a sampled draft: 23 bits centred in their cells, in (0, 1)."""
-    high, _ = _philox(seed, position, ACCEPTANCE)
+def _coarse_uniform(seed, position, purpose):
+    """23 bits centred in their cells, in (0, 1)."""
+    high, _ = _philox(seed, position, purpose)
     return (np.float64(high >> np.uint64(9)) + 0.5) * 2.0**-23
+
+
+@jit
+def acceptance_uniform(seed, position):
+    """The u of the test of a sampled draft."""
+    return _coarse_uniform(seed, position, ACCEPTANCE)
+
+
+@jit
+def prefix_uniform(seed, position, length):
+    """The u of the test of a prefix; position: where the block begins."""
+    return _coarse_uniform(seed, position, PREFIX + length)
 
 
 @jit

@@ -11,6 +11,8 @@ from vllm_specopt.cpu.sweeps import Left
 
 ONE_HOT, PROBS, LOGITS = 0, 1, 2
 GREEDY_BELOW = 1e-5
+EXACT, SIGMOID, BLOCK, TYPICAL, BUDGET = range(5)
+"""Verification rules, by their places in the registry."""
 POOL = 4096
 """Values that are gathered at most from a filtered row."""
 
@@ -53,8 +55,10 @@ class Plan(NamedTuple):
     min_p: int
     bonus: int
     wide_bonus: int
-    sigmoid: int
-    sigmoid_requests: int
+    rule: int
+    constants: int
+    rule_requests: int
+    has_deltas: int
     counters: int
     token_ids: int
     token_ids_stride: int

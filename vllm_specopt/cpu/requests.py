@@ -9,20 +9,13 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from vllm_specopt.cpu.cache import compile_entry
 from vllm_specopt.cpu.filters import apply_filters
-from vllm_specopt.cpu.memory import (
-    INF,
-    ZERO,
-    fetch_add,
-    jit,
-    pointer,
-    read_bool,
-    read_float,
-    read_int,
-    size_of,
-    write_int,
-)
+from vllm_specopt.cpu.inputs import draft_of, position_of, row_of, token_of
+from vllm_specopt.cpu.memory import INF, fetch_add, jit, pointer, read_bool, read_float, read_int, write_int
 from vllm_specopt.cpu.noise import DRAW, acceptance_uniform, draw_uniform
 from vllm_specopt.cpu.plan import (
+    BLOCK,
+    BUDGET,
+    EXACT,
     GREEDY_BELOW,
     JOB_BAD_ROWS,
     JOB_MISFIT,
@@ -31,15 +24,19 @@ from vllm_specopt.cpu.plan import (
     JOB_WORKERS,
     LOGITS,
     ONE_HOT,
-    PROBS,
+    SIGMOID,
+    TYPICAL,
     Plan,
     scratch_at,
 )
-from vllm_specopt.cpu.rows import Row
+from vllm_specopt.cpu.rules.block import block_rule
+from vllm_specopt.cpu.rules.budget import budget_spent, budget_test, kept_prob
 from vllm_specopt.cpu.rules.exact import Draft, exact_rule
 from vllm_specopt.cpu.rules.sigmoid import Scores, recover_by_scores, sigmoid_test
+from vllm_specopt.cpu.rules.typical import typical_test
 from vllm_specopt.cpu.sweeps import largest_logit, sweep
 from vllm_specopt.cpu.target import Target, draw_target, is_kept
+from vllm_specopt.rules import SPENT_UNIT
 
 LOG2_E = 1.4426950408889634
 WARMEST = 1e30
@@ -49,53 +46,65 @@ BAD_ROW = np.int64(-2)
 
 
 @jit
-def _draft_of(plan, request, row, state, place):
-    """The draft's row that belongs to a row of logits."""
-    if plan.mode == PROBS:
-        offset = (row - request) * plan.draft_stride
-    else:
-        offset = state * plan.draft_stride + place * plan.draft_position_stride
-    address = plan.draft + offset * size_of(plan.draft_kind)
-    return Row(address, plan.draft_kind, plan.vocab, ZERO, np.int64(0))
-
-
-@jit
-def _verify_row(row, draft_row, mode, token, scale, temperature, filters, constants, seed, position, scratch):
+def _verify_row(row, draft_row, mode, token, scale, temperature, filters, rule, seed, position, scratch):
     """Verify a draft token of a request that samples.
 
     Args:
         draft_row: The draft's row; not looked at where ``mode`` is ONE_HOT.
         token: -1 for none: a placeholder, or a bonus row.
-        filters: Whether the request filters; top-k, 0 for none; top-p, 1 for none; min-p, 0 for none.
-        constants: Address of the constants of the sigmoid rule; 0 for the exact one.
+        filters: As :func:`vllm_specopt.cpu.inputs.target_of` takes them.
+        rule: The request's rule, the address of its constants, and what it may spend on a token.
 
     Returns:
-        SURVIVES, BAD_ROW, or the token that is emitted.
+        SURVIVES, BAD_ROW, or the token that is emitted; and the divergence spent.
     """
+    method, constants, delta = rule
     is_filtered, top_k, top_p, min_p = filters
-    by_scores = constants != 0 and token >= 0
+    by_scores = method == SIGMOID and token >= 0
     scores = Scores(row, mode, draft_row, constants, temperature)
     passes = by_scores and sigmoid_test(scores, token, acceptance_uniform(seed, position))
     if passes and not is_filtered:
-        return SURVIVES
+        return SURVIVES, 0.0
     row, frame, mass = sweep(row, scale, scratch.left, scratch.tile)
     if not mass > 0.0:
-        return BAD_ROW
+        return BAD_ROW, 0.0
     target = Target(row, frame, mass, -INF, row, -INF, np.int64(-1))
     if is_filtered:
         target = apply_filters(row, frame, mass, top_k, top_p, min_p, scratch)
     if by_scores:
         if passes and is_kept(target, token):
-            return SURVIVES
-        return recover_by_scores(target, scores, token, seed, position, scratch)
-    if mode == ONE_HOT or token < 0:
+            return SURVIVES, 0.0
+        return recover_by_scores(target, scores, token, seed, position, scratch), 0.0
+    if mode == ONE_HOT or token < 0 or method == TYPICAL:
         drawn = draw_target(target, draw_uniform(seed, position, DRAW), scratch)
-        return SURVIVES if drawn == token else drawn
+        survives, spent = drawn == token, 0.0
+        if token >= 0 and method == BUDGET:
+            prob = kept_prob(target, token)
+            spent = budget_spent(prob, delta)
+            survives = survives or budget_test(prob, acceptance_uniform(seed, position), delta)
+        if token >= 0 and method == TYPICAL and not survives:
+            survives = is_kept(target, token) and typical_test(row, frame, mass, token, constants, scratch)
+        return SURVIVES if survives else drawn, spent
     draft = Draft(mode, draft_row, frame, 1.0)
     if mode == LOGITS:
         draft_row, draft_frame, draft_mass = sweep(draft_row, scale, scratch.draft_left, scratch.draft_tile)
         draft = Draft(mode, draft_row, draft_frame, draft_mass)
-    return exact_rule(target, draft, token, seed, position, scratch)
+    return exact_rule(target, draft, token, seed, position, scratch), 0.0
+
+
+@jit
+def _rule_of(plan, state, is_greedy):
+    """A request's rule, the address of its constants, and what it may spend on a token."""
+    method, delta = (np.int64(EXACT) if is_greedy else plan.rule), 0.0
+    if method == BUDGET:
+        delta = np.float64(read_float(plan.constants, 0))
+    if method != EXACT and plan.rule_requests:
+        if plan.has_deltas:
+            delta = np.float64(read_float(plan.rule_requests, state))
+            method = method if delta > 0.0 else np.int64(EXACT)
+        elif not read_bool(plan.rule_requests, state):
+            method = np.int64(EXACT)
+    return method, plan.constants, delta
 
 
 @jit
@@ -118,59 +127,62 @@ def _verify_request(request, plan, scratch):
     top_p = np.float64(read_float(plan.top_p, state)) if plan.top_p else 1.0
     min_p = np.float64(read_float(plan.min_p, state)) if plan.min_p else 0.0
     filters = (top_k > 0 or top_p < 1.0 or min_p > 0.0, top_k, top_p, min_p)
-    by_scores = plan.sigmoid != 0 and not is_greedy
-    by_scores = by_scores and (plan.sigmoid_requests == 0 or read_bool(plan.sigmoid_requests, state))
-    constants = plan.sigmoid if by_scores else np.int64(0)
+    rule = _rule_of(plan, state, is_greedy)
     out = plan.token_ids + request * plan.token_ids_stride * (8 if plan.wide_token_ids else 4)
-    emitted, place, is_bad = SURVIVES, np.int64(0), 0
-    while True:
-        row_index = start + place
-        row = Row(
-            plan.logits + row_index * plan.logits_stride * size_of(plan.kind), plan.kind, plan.vocab, ZERO, np.int64(0)
-        )
-        token = np.int64(-1)
-        if place == num_drafts:
-            if plan.bonus:
+    place, emitted, num_read, spent, is_bad = np.int64(0), SURVIVES, np.int64(0), 0.0, 0
+    if rule[0] == BLOCK:
+        place, emitted, num_read = block_rule(plan, request, start, num_drafts, state, scale, filters, seed, scratch)
+        is_bad = 1 if emitted == BAD_ROW else 0
+        if emitted == SURVIVES:
+            emitted = read_int(plan.bonus, request, plan.wide_bonus)
+        for i in range(place):
+            write_int(out, i, plan.wide_token_ids, token_of(plan, request, start + i))
+    else:
+        while True:
+            row = row_of(plan, start + place)
+            token = np.int64(-1)
+            if place < num_drafts:
+                token = token_of(plan, request, start + place)
+            elif plan.bonus:
                 emitted = read_int(plan.bonus, request, plan.wide_bonus)
                 break
-        else:
-            token = read_int(plan.drafts, row_index - request if plan.is_compact else row_index + 1, plan.wide_drafts)
-            token = token if 0 <= token < plan.vocab else np.int64(-1)
-        if is_greedy:
-            top, emitted = largest_logit(row, scratch.tile)
-            is_bad = 1 if top == -INF else 0
-            emitted = SURVIVES if emitted == token else emitted
-        else:
-            position = read_int(plan.positions, row_index, plan.wide_positions) if plan.positions else place
-            draft_row = _draft_of(plan, request, row_index, state, place)
-            emitted = _verify_row(
-                row, draft_row, plan.mode, token, scale, temperature, filters, constants, seed, position, scratch
-            )
-            is_bad = 1 if emitted == BAD_ROW else 0
-        if emitted != SURVIVES:
-            break
-        write_int(out, place, plan.wide_token_ids, token)
-        place += 1
+            if is_greedy:
+                top, emitted = largest_logit(row, scratch.tile)
+                is_bad = 1 if top == -INF else 0
+                emitted = SURVIVES if emitted == token else emitted
+            else:
+                position = position_of(plan, start + place, place)
+                draft_row = draft_of(plan, request, start + place, state, place)
+                emitted, cost = _verify_row(
+                    row, draft_row, plan.mode, token, scale, temperature, filters, rule, seed, position, scratch
+                )
+                is_bad = 1 if emitted == BAD_ROW else 0
+                spent += cost
+            if emitted != SURVIVES:
+                break
+            write_int(out, place, plan.wide_token_ids, token)
+            place += 1
+        num_read = np.int64(1) if rule[0] == SIGMOID and not filters[0] else place + 1
+        num_read -= 1 if plan.bonus and place == num_drafts else 0
     write_int(out, place, plan.wide_token_ids, max(emitted, np.int64(0)))
     write_int(plan.num_sampled, request, False, place + 1)
     for i in range(place + 1, plan.token_ids_width):
         write_int(out, i, plan.wide_token_ids, np.int64(-1))
     if plan.counters:
-        num_read = np.int64(1) if by_scores and not filters[0] else place + 1
-        num_read -= 1 if plan.bonus and place == num_drafts else 0
-        _count(plan.counters + (64 if by_scores else 0), place, num_drafts, num_read)
+        _count(plan.counters + 64 * rule[0], place, num_drafts, num_read, spent)
     return is_bad
 
 
 @jit
-def _count(counters, num_accepted, num_drafts, num_read):
-    """Add a request to its method's counters: tokens accepted, recovered, bonus; rows read, rows not read."""
+def _count(counters, num_accepted, num_drafts, num_read, spent):
+    """Add a request to its rule's counters: tokens accepted, recovered, bonus; rows read, not read; nats spent."""
     accepted_all = num_accepted == num_drafts
     fetch_add(counters, num_accepted)
     fetch_add(counters + 8, np.int64(0 if accepted_all else 1))
     fetch_add(counters + 16, np.int64(1 if accepted_all and num_drafts > 0 else 0))
     fetch_add(counters + 24, num_read)
     fetch_add(counters + 32, num_drafts + 1 - num_read)
+    fetch_add(counters + 40, np.int64(spent / SPENT_UNIT))
 
 
 PLAN_LENGTH = len(Plan._fields)

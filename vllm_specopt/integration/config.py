@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_specopt.rules import RULES, SIGMOID_EXPECTED, SigmoidConstants, parse_sigmoid
+from vllm_specopt.rules import RULES, BudgetConstants, Constants, parse_constants, parse_delta
 
 METHODS = tuple(RULES)
+WITH_CONSTANTS = tuple(name for name, rule in RULES.items() if rule.has_option)
 ON_UNKNOWN_VLLM = ("error", "stock")
 ALLOWED = {"method": METHODS, "on_unknown_vllm": ON_UNKNOWN_VLLM}
 KEY = REQUEST_KEY = "specopt"
@@ -23,16 +24,22 @@ class SpecoptConfig:
     method: How draft tokens are verified; one of ``METHODS``.
     on_unknown_vllm: What to do on a vLLM this version was not checked against: ``error`` stops at startup, ``stock``
         runs vLLM's own sampler with a warning.
-    sigmoid: Constants of the sigmoid method; None where nothing can use them. Given as ``"paper"``
-        (:data:`vllm_specopt.rules.PAPER`) or as ``{"alpha": ..., "beta": ...}``, the same for both models. They have no
-        default: they decide how far the output may leave the target's distribution.
-    allow_per_request: Whether a request may choose another method than the engine's, see :func:`requested_method`.
+    rule: Constants of the method beside exact that requests may follow; None if there is none. In the option they are
+        under the method's name: sigmoid ``"paper"`` (:data:`vllm_specopt.rules.PAPER`) or ``{"alpha": ..., "beta":
+        ...}``, typical ``{"epsilon": ..., "delta": ...}``, budget ``{"delta": ...}``. They have no default: they decide
+        how far the output may leave the target's distribution.
+    allow_per_request: Whether a request may choose between exact and that method, see :func:`requested`.
     """
 
     method: str
     on_unknown_vllm: str = "error"
-    sigmoid: SigmoidConstants | None = None
+    rule: Constants | None = None
     allow_per_request: bool = False
+
+    @property
+    def gives_deltas(self) -> bool:
+        """Whether ``verify`` is told each request's budget in ``rule_requests``, not just whether it has one."""
+        return isinstance(self.rule, BudgetConstants)
 
 
 def parse(additional_config: Any) -> SpecoptConfig | None:
@@ -65,7 +72,8 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
         raise ValueError(
             f"specopt is {option!r}, expected a method ({_either(METHODS)}) or a mapping with the key method"
         )
-    _known_keys("specopt", option, [field.name for field in fields(SpecoptConfig)])
+    known = [field.name for field in fields(SpecoptConfig) if field.name != "rule"]
+    _known_keys("specopt", option, [*known, *WITH_CONSTANTS])
     if "method" not in option:
         raise ValueError(f"specopt lacks the key method, expected {_either(METHODS)}")
     for key, allowed in ALLOWED.items():
@@ -74,42 +82,98 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
     per_request = option.get("allow_per_request", False)
     if not isinstance(per_request, bool):
         raise ValueError(f"specopt.allow_per_request is {per_request!r}, expected true or false")
-    constants = option.get("sigmoid")
-    if constants is None and (option["method"] == "sigmoid" or per_request):
-        needs = "method is 'sigmoid'" if option["method"] == "sigmoid" else "allow_per_request is true"
-        raise ValueError(f"specopt.sigmoid is missing ({needs}), expected {SIGMOID_EXPECTED}")
-    if constants is not None and option["method"] != "sigmoid" and not per_request:
-        raise ValueError(
-            f"specopt.sigmoid is given, but nothing can use it: method is {option['method']!r} and allow_per_request "
-            "is not true"
-        )
-    return SpecoptConfig(
-        **{**option, "sigmoid": None if constants is None else parse_sigmoid("specopt.sigmoid", constants)}
-    )
+    rule = _parse_rule(option, per_request)
+    return SpecoptConfig(**{key: option[key] for key in known if key in option}, rule=rule)
 
 
-def requested_method(extra_args: Any) -> str | None:
-    """The method a request asks for: ``SamplingParams.extra_args["specopt"]``, in the OpenAI API ``vllm_xargs``.
+def _parse_rule(option: Mapping, per_request: bool) -> Constants | None:
+    """Constants of the one method beside exact that the engine offers."""
+    method, given = option["method"], [name for name in WITH_CONSTANTS if option.get(name) is not None]
+    rule = RULES[method]
+    if rule.has_option and method not in given:
+        expected = rule.constants.EXPECTED
+        raise ValueError(f"specopt.{method} is missing (method is {method!r}), expected {expected}")
+    unused = [name for name in given if name != method]
+    if method == "exact" and per_request:
+        if len(given) > 1:
+            raise ValueError(
+                f"specopt has constants of {' and '.join(map(repr, given))}, expected those of one method: an engine "
+                "offers 'exact' and at most one other"
+            )
+        if not given:
+            raise ValueError(
+                "specopt.allow_per_request is true, but there is no method to choose beside 'exact': give the "
+                f"constants of one ({_either(WITH_CONSTANTS)}), or make 'block' the method"
+            )
+        method = given[0]
+    elif unused:
+        more = " and allow_per_request is not true" if method == "exact" else ""
+        raise ValueError(f"specopt.{unused[0]} is given, but nothing can use it: method is {method!r}{more}")
+    rule = RULES[method]
+    if rule.has_option:
+        return parse_constants(rule, f"specopt.{method}", option[method])
+    return None if rule.constants is None else rule.constants()
+
+
+@dataclass(frozen=True)
+class Requested:
+    """A request's own choice; None leaves it to the engine.
+
+    method: One of ``METHODS``. delta: Its budget in nats, where it follows the budget method.
+    """
+
+    method: str | None = None
+    delta: float | None = None
+
+
+def requested(extra_args: Any) -> Requested:
+    """What a request asks for: ``SamplingParams.extra_args["specopt"]``, in the OpenAI API ``vllm_xargs``.
 
     Args:
-        extra_args: The request's extra arguments, or None.
-
-    Returns:
-        One of ``METHODS``, given as such or as ``{"method": ...}``; None if the request leaves it to the engine.
+        extra_args: The request's extra arguments, or None. The choice is a method's name, or a mapping with the fields
+            of :class:`Requested`.
 
     Raises:
         ValueError: The value is malformed; the message names it and what is allowed.
     """
     choice = extra_args.get(REQUEST_KEY) if extra_args else None
     if choice is None:
-        return None
+        return Requested()
     name = f"extra_args[{REQUEST_KEY!r}]"
+    delta = None
     if isinstance(choice, Mapping):
-        _known_keys(name, choice, ["method"])
+        _known_keys(name, choice, [field.name for field in fields(Requested)])
+        if choice.get("delta") is not None:
+            delta = parse_delta(f"{name}['delta']", choice["delta"])
+        if delta is not None and "method" not in choice:
+            return Requested(None, delta)
         choice, name = choice.get("method"), f"{name}['method']"
     if not isinstance(choice, str) or choice not in METHODS:
         raise ValueError(f"{name} is {choice!r}, expected {_either(METHODS)}")
-    return choice
+    return Requested(choice, delta)
+
+
+def refusal(config: SpecoptConfig, choice: Requested) -> str | None:
+    """Why a request cannot have its choice in an engine with this option; None if it can."""
+    if not config.allow_per_request:
+        return 'the server lacks "allow_per_request": true'
+    offered = ("exact", config.rule.NAME)
+    method = choice.method or config.method
+    if method not in offered:
+        return f"the server offers {_either(offered)}"
+    if choice.delta is not None and method != "budget":
+        return f"delta belongs to the method 'budget', and the request's is {method!r}"
+    return None
+
+
+def flag_of(config: SpecoptConfig, extra_args: Any) -> float:
+    """What ``verify`` is told of a request in ``rule_requests``: 0 for exact, else 1, or its budget."""
+    choice = requested(extra_args)
+    if (choice.method or config.method) == "exact":
+        return 0.0
+    if isinstance(config.rule, BudgetConstants):
+        return config.rule.delta if choice.delta is None else choice.delta
+    return 1.0
 
 
 def _looks_like_ours(key: Any) -> bool:

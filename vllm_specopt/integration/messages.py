@@ -3,6 +3,7 @@
 from vllm.logger import init_logger
 
 from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.rules import RULES, BudgetConstants, Constants, TypicalConstants
 
 logger = init_logger("vllm.specopt")
 
@@ -13,18 +14,34 @@ def log_active(runner: str, config: SpecoptConfig, device, backend: str, specula
     logger.info(
         "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, more
     )
-    if config.sigmoid is None:
+    rule = config.rule
+    if rule is None or RULES[rule.NAME].lossless:
         return
-    who = "requests that choose the method sigmoid" if config.method == "exact" else "the method sigmoid"
-    certain = speculative.draft_sample_method != "probabilistic"
+    who = f"requests that choose the method {rule.NAME}" if config.method == "exact" else f"the method {rule.NAME}"
     logger.warning(
         "specopt: the output of %s does not follow the target model's distribution at temperature > 0: %s",
         who,
-        "drafts come without probabilities here, so a draft token survives with its target score as the "
-        "probability (0.62 for every token with the paper's constants)"
-        if certain
-        else "wherever scores of the two models are close, nearly every draft token survives, and the text becomes the "
-        "draft model's",
+        _price(rule, speculative.draft_sample_method != "probabilistic"),
+    )
+
+
+def _price(rule: Constants, certain: bool) -> str:
+    """What a lossy rule gives away. certain: whether drafts are chosen, not sampled."""
+    if isinstance(rule, BudgetConstants):
+        return f"a verified token may differ from it by up to {rule.delta:g} nats of KL divergence"
+    if isinstance(rule, TypicalConstants):
+        return (
+            "a draft token survives whenever its probability exceeds "
+            f"min({rule.epsilon:g}, {rule.delta:g} exp(-entropy)), however often that is"
+        )
+    if certain:
+        return (
+            "drafts come without probabilities here, so a draft token survives with its target score as the "
+            "probability (0.62 for every token with the paper's constants)"
+        )
+    return (
+        "wherever scores of the two models are close, nearly every draft token survives, and the text becomes the "
+        "draft model's"
     )
 
 

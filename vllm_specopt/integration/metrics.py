@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from vllm_specopt.integration.config import METHODS
+from vllm_specopt.rules import SPENT_UNIT
 
 DIRECTORY = "SPECOPT_METRICS_DIR"
 """Environment variable by which the process that makes the configuration tells the workers where to write."""
@@ -36,6 +37,7 @@ COUNTERS = {
     "plain_steps": "Batches without draft tokens, drawn by the drop-in.",
     "tokens": "Tokens emitted by requests with draft tokens, by outcome: accepted, recovered or bonus.",
     "rows": "Rows of target logits by outcome: swept (read in full) or skipped (not needed, not read in full).",
+    "spent_nats": "KL divergence from the target's distribution spent by the budget method, in nats.",
     "bad_rows": "Emitting rows without a usable logit; each emitted token 0.",
 }
 SECONDS = "verification_seconds"
@@ -48,6 +50,7 @@ COLUMNS = (
     ("rows", "swept"),
     ("rows", "skipped"),
 )
+SPENT = len(COLUMNS)
 
 _collected: set[str] = set()
 _numbers = itertools.count()
@@ -219,6 +222,8 @@ class Recorder:
             if method == self._method or any(row):
                 for (name, outcome), value in zip(COLUMNS, row, strict=False):
                     self._set("counter", name, value, "_total", method=method, outcome=outcome)
+                if row[SPENT]:
+                    self._set("counter", "spent_nats", row[SPENT] * SPENT_UNIT, "_total", method=method)
         self._set("counter", "bad_rows", values[-1][0], "_total", method=self._method)
         if self._counts_steps:
             self._set("counter", "verified_steps", self.num_steps, "_total", method=self._method)

@@ -19,6 +19,7 @@ import copy
 import functools
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -29,8 +30,9 @@ from vllm.platforms import current_platform
 
 from vllm_specopt.checks import MAX_DRAFT_TOKENS
 from vllm_specopt.integration import compat, metrics
-from vllm_specopt.integration.config import REQUEST_KEY, SpecoptConfig, parse, requested_method
+from vllm_specopt.integration.config import REQUEST_KEY, Requested, SpecoptConfig, parse, refusal, requested
 from vllm_specopt.integration.messages import log_active, log_not_replaced, log_unstable
+from vllm_specopt.rules import RULES, BlockConstants, BudgetConstants
 from vllm_specopt.verify import backend_name
 
 logger = init_logger("vllm.specopt")
@@ -63,9 +65,9 @@ def validate(vllm_config) -> SpecoptConfig | None:
         The option; None if it is not given.
 
     Raises:
-        ValueError: The option is malformed, or verifies inexactly where speculative decoding is off; the platform is
-            neither CUDA nor CPU; there are more draft tokens than model runner V1 takes; or this vLLM is unknown and
-            the option does not allow for that.
+        ValueError: The option is malformed, contradicts the speculative configuration, or has another method than exact
+            where speculative decoding is off; the platform is neither CUDA nor CPU; there are more draft tokens than
+            model runner V1 takes; or this vLLM is unknown and the option does not allow for that.
     """
     config = parse(vllm_config.additional_config)
     if config is None:
@@ -79,6 +81,7 @@ def validate(vllm_config) -> SpecoptConfig | None:
         raise ValueError(
             f"specopt runs on CUDA GPUs and CPUs, not on {current_platform.device_name}; remove the option"
         )
+    _check_speculative(vllm_config.speculative_config, config)
     drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0)
     if drafts > MAX_DRAFT_TOKENS and not vllm_config.use_v2_model_runner:
         raise ValueError(
@@ -94,13 +97,29 @@ def validate(vllm_config) -> SpecoptConfig | None:
     return config
 
 
+def _check_speculative(speculative, config: SpecoptConfig) -> None:
+    """Raise ValueError where the speculative configuration contradicts the option."""
+    asked = getattr(speculative, "rejection_sample_method", "standard")
+    lossy = config.rule is not None and not RULES[config.rule.NAME].lossless
+    if (asked == "block" and lossy) or (asked not in ("standard", "block") and config.method == "block"):
+        raise ValueError(
+            f"specopt.method is {config.method!r} and rejection_sample_method is {asked!r}: two different rules; "
+            "remove one of them"
+        )
+    if isinstance(config.rule, BudgetConstants) and speculative.draft_sample_method == "probabilistic":
+        raise ValueError(
+            "specopt.budget bounds its price for drafts that are chosen, not sampled, and draft_sample_method is "
+            "'probabilistic'; remove that, or choose another method"
+        )
+
+
 def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
     """Why vLLM's own sampler stays in place under this configuration, whatever the batches; None if it does not."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
     if config.on_unknown_vllm == "stock" and (unknown := _unknown_vllm(vllm_config)):
         return unknown
     if speculative is not None:
-        if speculative.rejection_sample_method != "standard":
+        if speculative.rejection_sample_method not in ("standard", "block"):
             return f"rejection_sample_method is {speculative.rejection_sample_method!r}"
         if speculative.enable_adaptive_verification:
             return "adaptive verification is on"
@@ -204,17 +223,16 @@ def check_request(vllm_config, extra_args) -> None:
             not let requests choose. A server answers it with HTTP 400.
     """
     try:
-        method = requested_method(extra_args)
+        choice = requested(extra_args)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="extra_args") from error
     config = _active_config(vllm_config)
-    if method is None or (config is not None and config.allow_per_request):
+    if choice == Requested():
         return
-    raise VLLMValidationError(
-        f"the request asks specopt for the method {method!r}, "
-        + ("but specopt is not active here" if config is None else 'but the server lacks "allow_per_request": true'),
-        parameter="extra_args",
-    )
+    reason = "specopt is not active here" if config is None else refusal(config, choice)
+    if reason:
+        asked = f"the method {choice.method!r}" if choice.method else f"a delta of {choice.delta}"
+        raise VLLMValidationError(f"the request asks specopt for {asked}, but {reason}", parameter="extra_args")
 
 
 def _warm_up(original):
@@ -267,6 +285,8 @@ def _active_config(vllm_config) -> SpecoptConfig | None:
     config = parse(vllm_config.additional_config)
     if config is None or stock_reason(vllm_config, config):
         return None
+    if config.rule is None and getattr(vllm_config.speculative_config, "rejection_sample_method", "") == "block":
+        return replace(config, method="block", rule=BlockConstants())
     return config
 
 

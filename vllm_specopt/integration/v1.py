@@ -19,7 +19,7 @@ from vllm.v1.sample import rejection_sampler as stock
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_specopt.integration.config import SpecoptConfig, requested_method
+from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.integration.v1_rows import process
 from vllm_specopt.integration.v1_sampler import (
@@ -106,7 +106,7 @@ class RejectionSampler(stock.RejectionSampler):
         num_reqs, runner, account = len(metadata.num_draft_tokens), self.draws.runner, self.account
         if not all_greedy and runner is not None:
             parameters["positions"] = runner.positions.index_select(0, metadata.logits_indices)
-        sigmoid, sigmoid_requests = self._sigmoid(runner, sampling_metadata, num_reqs)
+        rule, rule_requests = self._rule(runner, sampling_metadata, num_reqs)
         drafted = metadata.max_spec_len > 0
         if drafted:
             account.recorder.begin_step()
@@ -119,8 +119,8 @@ class RejectionSampler(stock.RejectionSampler):
             draft_probs=None if all_greedy else draft_probs,
             bonus_token_ids=None if bonus is None else bonus.sampled_token_ids.view(-1),
             bad_row_counter=account.bad_rows,
-            sigmoid=sigmoid,
-            sigmoid_requests=sigmoid_requests,
+            rule=rule,
+            rule_requests=rule_requests,
             counters=account.counters if drafted else account.unpublished,
             token_dtype=torch.int32,
             **parameters,
@@ -191,10 +191,16 @@ class RejectionSampler(stock.RejectionSampler):
             "seeds": zeros(dtype=torch.int64),
             "positions": None if self.draws.runner is None else torch.zeros(2, dtype=torch.int64, device=device),
         }
-        # Without requests to choose by, all or none follow the sigmoid method.
-        methods = [{"sigmoid": config.sigmoid if config.method == "sigmoid" else None}]
+        # Without requests to choose by, all or none follow the rule.
+        methods = [{"rule": None if config.method == "exact" else config.rule}]
         if config.allow_per_request:
-            methods = [{}, {"sigmoid": config.sigmoid, "sigmoid_requests": zeros(dtype=torch.bool)}]
+            methods = [
+                {},
+                {
+                    "rule": config.rule,
+                    "rule_requests": zeros(dtype=torch.float32 if config.gives_deltas else torch.bool),
+                },
+            ]
         # A batch whose drafts come from an all-greedy one brings no probabilities, whatever the drafter.
         probs = torch.zeros(1, logits.shape[1], device=device) if probabilistic else None
         filters = {"top_k": zeros(dtype=torch.int32), "top_p": zeros(), "min_p": zeros()}
@@ -220,20 +226,20 @@ class RejectionSampler(stock.RejectionSampler):
             logprobs_mode_override="processed_logits" if self.is_processed_logprobs_mode else "raw_logits",
         )
 
-    def _sigmoid(self, runner, sampling_metadata: SamplingMetadata, num_reqs: int):
-        """Constants of the sigmoid method if this batch uses it, and which requests do (None: all)."""
+    def _rule(self, runner, sampling_metadata: SamplingMetadata, num_reqs: int):
+        """Constants of the rule beside exact if this batch uses it, and which requests do (None: all)."""
         config = self._config
         if not config.allow_per_request or sampling_metadata.all_greedy or runner is None:
-            return config.sigmoid if config.method == "sigmoid" else None, None
+            return None if config.method == "exact" else config.rule, None
         # The runner makes new metadata whenever a request joins, leaves or moves.
         if self._methods_of is not sampling_metadata:
             requests = (runner.requests[req_id] for req_id in runner.input_batch.req_ids[:num_reqs])
-            chosen = [requested_method(request.sampling_params.extra_args) or config.method for request in requests]
-            chosen += [config.method] * (num_reqs - len(chosen))
-            flags = np.array([method == "sigmoid" for method in chosen])
+            chosen = [flag_of(config, request.sampling_params.extra_args) for request in requests]
+            chosen += [flag_of(config, None)] * (num_reqs - len(chosen))
+            flags = np.array(chosen, dtype=np.float32 if config.gives_deltas else bool)
             on_device = async_tensor_h2d(flags, device=self.account.bad_rows.device) if flags.any() else None
             self._methods_of = sampling_metadata
-            self._methods = (None if on_device is None else config.sigmoid, on_device)
+            self._methods = (None if on_device is None else config.rule, on_device)
         return self._methods
 
 

@@ -153,7 +153,7 @@ class RejectionSampler(stock.RejectionSampler):
             idx_mapping,
             draft_logits,
             parameters,
-            self._sigmoid(idx_mapping_np),
+            self._rule(idx_mapping_np),
             account.bad_rows,
             account.counters,
         )
@@ -162,9 +162,9 @@ class RejectionSampler(stock.RejectionSampler):
         return rows, token_ids, num_sampled
 
     def _launch(
-        self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, sigmoid, bad_rows, counters
+        self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, rule, bad_rows, counters
     ):
-        constants, sigmoid_requests = sigmoid
+        constants, rule_requests = rule
         return verify(
             rows,
             cu_num_logits,
@@ -174,8 +174,8 @@ class RejectionSampler(stock.RejectionSampler):
             state_indices=idx_mapping,
             draft_logits=None if parameters["temperature"] is None else draft_logits,
             bad_row_counter=bad_rows,
-            sigmoid=constants,
-            sigmoid_requests=sigmoid_requests,
+            rule=constants,
+            rule_requests=rule_requests,
             counters=counters,
             backend=BACKEND,
             **parameters,
@@ -199,10 +199,10 @@ class RejectionSampler(stock.RejectionSampler):
             torch.zeros(1, dtype=torch.int64, device=device),
             draft_logits,
         )
-        # None: a batch without requests that follow the sigmoid method.
-        sigmoid = [(self._config.sigmoid, None)]
+        # None: a batch without requests that follow the rule beside exact.
+        rules = [(self._config.rule, None)]
         if self._methods is not None:
-            sigmoid = [(None, None), (self._config.sigmoid, self._methods.sigmoid.gpu)]
+            rules = [(None, None), (self._config.rule, self._methods.flags.gpu)]
         layouts = [logits[:2], processed(logits[:2])]
         max_rows = states.max_num_reqs * (self.num_speculative_steps + 1)
         if max_rows > stock.get_max_chunk_logits(logits.shape[1]):
@@ -210,14 +210,14 @@ class RejectionSampler(stock.RejectionSampler):
             layouts.append(logits[1:3])
         for rows in layouts:
             for kind in KINDS:
-                for chosen in sigmoid:
+                for chosen in rules:
                     counters, bad_rows = new_counters(device)
                     self._launch(rows, *arguments, parameters_of(self.sampler, *kind), chosen, bad_rows, counters)
 
-    def _sigmoid(self, idx_mapping_np: np.ndarray):
-        """Constants of the sigmoid method if this batch uses it, and which slots do (None: all)."""
+    def _rule(self, idx_mapping_np: np.ndarray):
+        """Constants of the rule beside exact if this batch uses it, and which slots do (None: all)."""
         if self._methods is None:
-            return self._config.sigmoid, None
-        if not np.any(self._methods.sigmoid.np[idx_mapping_np]):
+            return self._config.rule, None
+        if not np.any(self._methods.flags.np[idx_mapping_np]):
             return None, None
-        return self._config.sigmoid, self._methods.sigmoid.gpu
+        return self._config.rule, self._methods.flags.gpu

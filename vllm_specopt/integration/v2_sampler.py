@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
-from vllm_specopt.integration.config import SpecoptConfig, requested_method
+from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
 
@@ -24,22 +24,21 @@ BACKEND = "triton"
 
 
 class RequestedMethods(LogitsProcessor):
-    """Which request slots follow the sigmoid method; leaves the logits alone.
+    """Which request slots follow the rule beside exact; leaves the logits alone.
 
     A logits processor, because these are told of every request that takes a slot, and when to copy to the device.
     """
 
     def __init__(self, config: SpecoptConfig, max_num_reqs: int):
-        self._default = config.method
-        self.sigmoid = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+        self._config = config
+        self.flags = UvaBackedTensor(max_num_reqs, dtype=torch.float32 if config.gives_deltas else torch.bool)
 
     def add_request(self, req_idx: int, sampling_params) -> bool:
-        method = requested_method(sampling_params.extra_args) or self._default
-        self.sigmoid.np[req_idx] = method == "sigmoid"
+        self.flags.np[req_idx] = flag_of(self._config, sampling_params.extra_args)
         return False
 
     def apply_staged_writes(self) -> None:
-        self.sigmoid.copy_to_uva()
+        self.flags.copy_to_uva()
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         return logits
@@ -50,7 +49,7 @@ USES = {
     LogitBiasState: lambda state: state.use_logit_bias,
     PenaltiesState: lambda state: state.use_penalty,
     BadWordsState: lambda state: state.num_bad_words.np > 0,
-    RequestedMethods: lambda state: np.zeros_like(state.sigmoid.np),
+    RequestedMethods: lambda state: np.zeros(len(state.flags.np), dtype=bool),
 }
 # What a request may need, as bits.
 RANDOM, FILTERED, PROCESSED = 1, 2, 4

@@ -23,18 +23,19 @@ class Draft(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """A draft's row at the places of the target's, and one over its mass."""
+    """A draft's row at the places of the target's, one over its mass, and what the target's probabilities count for."""
 
     mode: int
     row: Row
     frame: Frame
     inverse: np.float32
+    carry: float
 
 
 @inline
 def _residual(target, draft, mode, has_floor, x, y):
-    """max(target probability - draft probability, 0) of eight logits and what the draft has there."""
-    inverse = np.float32(1.0 / target.mass)
+    """max(carry target probability - draft probability, 0) of eight logits and what the draft has there."""
+    inverse = np.float32(draft.carry / target.mass)
     near_inverse, exponent = power(larger(x, splat(target.frame.lowest)), target.frame, inverse)
     if has_floor:
         exponent = where_at_least(x, splat(target.floor), exponent)
@@ -54,7 +55,7 @@ def _sum_pair(target, draft, mode, has_floor, address, kind, draft_address, draf
 
 
 @jit
-def _sum_residual(target, draft, start, scratch):
+def sum_residual(target, draft, start, scratch):
     """Sum of a tile's residual; the usual pairs of dtypes have loops of their own."""
     address, kind = tile_at(target.row, start, scratch.tile)
     draft_address, draft_kind = tile_at(draft.row, start, scratch.draft_tile)
@@ -80,12 +81,12 @@ def weigh_residual(target, draft, start, scratch):
         store(scratch.weights + 4 * i, _residual(target, draft, draft.mode, True, x, y))
 
 
-_draw_residual = drawing_from(_sum_residual, weigh_residual)
+draw_residual = drawing_from(sum_residual, weigh_residual)
 
 
 @jit
-def exact_rule(target, draft, token, seed, position, scratch):
-    """-1 if the draft token survives (u <= target probability / draft probability), else the token that follows."""
+def probabilities(target, draft, token):
+    """Those that the target and the draft give a token."""
     target_prob = np.float64(weight_of(value_at(target.source, token), target.frame)) / target.mass
     if not is_kept(target, token):
         target_prob = 0.0
@@ -93,8 +94,21 @@ def exact_rule(target, draft, token, seed, position, scratch):
     draft_prob = np.float64(value)
     if draft.mode != PROBS:
         draft_prob = np.float64(weight_of(value, draft.frame)) / draft.mass if draft.mass > 0.0 else 0.0
+    return target_prob, draft_prob
+
+
+@jit
+def rest_of(target, draft, carry, scratch):
+    """What the residual of a pair of rows is computed from."""
+    inverse = np.float32(1.0 / draft.mass) if draft.mass > 0.0 else ZERO
+    return Rest(draft.mode, gather(target, draft.row, scratch.pool_draft, scratch), draft.frame, inverse, carry)
+
+
+@jit
+def exact_rule(target, draft, token, seed, position, scratch):
+    """-1 if the draft token survives (u <= target probability / draft probability), else the token that follows."""
+    target_prob, draft_prob = probabilities(target, draft, token)
     if draft_prob > 0.0 and acceptance_uniform(seed, position) * draft_prob <= target_prob:
         return np.int64(-1)
-    inverse = np.float32(1.0 / draft.mass) if draft.mass > 0.0 else ZERO
-    rest = Rest(draft.mode, gather(target, draft.row, scratch.pool_draft, scratch), draft.frame, inverse)
-    return _draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)
+    rest = rest_of(target, draft, 1.0, scratch)
+    return draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)
