@@ -10,7 +10,6 @@ import torch
 from vllm_specopt.benchmarks.inputs import Inputs
 from vllm_specopt.benchmarks.peers import Implementation
 from vllm_specopt.kernels.reference import verify_ref
-from vllm_specopt.rules import PAPER
 from vllm_specopt.testing import MARGIN
 from vllm_specopt.verify import Verified
 
@@ -39,7 +38,7 @@ def check_reference(inputs: Inputs, implementation: Implementation) -> None:
         if request and time.monotonic() - began > REFERENCE_SECONDS:
             break
         arguments, keywords = _request(inputs, request)
-        reference = verify_ref(*arguments, **keywords, rule=PAPER if implementation.is_lossy else None)
+        reference = verify_ref(*arguments, **keywords, rule=implementation.rule)
         emitted = _tokens(found, request)
         expected = reference.token_ids[0, : reference.num_sampled[0]].tolist()
         if reference.margin[0] >= MARGIN and emitted != expected:

@@ -4,6 +4,7 @@ Every implementation gets the same tensors and is called as vLLM's model runners
 ``RejectionSampler.forward`` with real metadata, V2 through ``RejectionSampler._verify`` with real sampler states.
 
 - ``ours``: ``verify()`` on plain tensors.
+- ``ours-block``: ``verify()`` by the block method, of sampled drafts.
 - ``ours-sigmoid``: ``verify()`` by the lossy method with the paper's constants, at temperatures above 0.
 - ``ours-v1``, ``ours-v2``: the same as ``ours`` inside the classes that replace vLLM's.
 - ``stock-v1``, ``stock-v2``: vLLM's.
@@ -29,8 +30,10 @@ import torch
 
 from vllm_specopt.benchmarks.grid import LOGITS, PROBS
 from vllm_specopt.benchmarks.inputs import NUM_ROUNDS, Inputs
-from vllm_specopt.rules import PAPER, BlockConstants
+from vllm_specopt.rules import PAPER, BlockConstants, Constants
 from vllm_specopt.verify import Verified, verify
+
+RULE_OF = {"ours-sigmoid": PAPER, "ours-block": BlockConstants()}
 
 
 @dataclass
@@ -50,8 +53,9 @@ class Implementation:
     seeded: Callable[[], object] | None = None
 
     @property
-    def is_lossy(self) -> bool:
-        return self.name == "ours-sigmoid"
+    def rule(self) -> Constants | None:
+        """Constants of the method it verifies by; None for the exact one."""
+        return RULE_OF.get(self.name)
 
     @property
     def is_ours(self) -> bool:
@@ -112,6 +116,8 @@ def implementations(inputs: Inputs) -> list[Implementation | tuple[str, str]]:
     builders = {"ours": ours}
     if case.temperature > 0:
         builders["ours-sigmoid"] = ours
+        if case.draft in (PROBS, LOGITS):
+            builders["ours-block"] = ours
     if has_vllm():
         if case.draft != LOGITS and not case.min_p:
             native = device.type == "cpu" and not interpreted()
@@ -137,7 +143,7 @@ def ours(name: str, inputs: Inputs) -> Implementation:
     """``verify()`` by itself, on the backend of the device (Triton on a CPU under the interpreter)."""
     backend = "triton" if interpreted() else None
     rounds = [inputs.round(number) for number in range(NUM_ROUNDS)]
-    rule = {"ours-sigmoid": PAPER, "ours-block": BlockConstants()}.get(name)
+    rule = RULE_OF.get(name)
 
     def call(round_number: int) -> Verified:
         batch = rounds[round_number % NUM_ROUNDS]
@@ -270,7 +276,7 @@ def v2(name: str, inputs: Inputs) -> Implementation:
     options = types.SimpleNamespace(
         num_speculative_tokens=case.num_drafts,
         enable_adaptive_verification=False,
-        rejection_sample_method="standard",
+        rejection_sample_method="block" if name.endswith("block") else "standard",
         fly_entropy_threshold=None,
         fly_entropy_top_k=None,
     )

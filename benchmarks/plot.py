@@ -21,6 +21,7 @@ CONFIGURATION = ("draft", "temperature", "filters", "dtype", "acceptance_asked",
 STYLES = {
     "ours": ("#0b6e4f", "o", "-"),
     "ours-sigmoid": ("#7f7f7f", "x", ":"),
+    "ours-block": ("#66a61e", "P", "-."),
     "ours-v1": ("#1f77b4", "s", "-"),
     "ours-v2": ("#6a3d9a", "D", "-"),
     "stock-v1": ("#d95f02", "^", "--"),
@@ -30,6 +31,7 @@ STYLES = {
 LABELS = {
     "ours": "verify() alone",
     "ours-sigmoid": "verify(), sigmoid (lossy)",
+    "ours-block": "verify(), block",
     "ours-v1": "ours in V1",
     "ours-v2": "ours in V2",
     "stock-v1": "stock V1",

@@ -184,12 +184,16 @@ def residual_kernel(
     pending = tl.load(pending_ptr + req_idx)
     pos = pending
     expected = tl.num_programs(0)
+    is_needed = pos >= 0
     if RULE == BLOCK:
+        # Rows of other requests, and those that are settled, have nothing there.
         pos = tl.program_id(1)
         expected = tl.num_programs(0) * pending
-        if pending == 0:
-            return
-    if pos < 0:
+        place = (tl.load(cu_num_logits_ptr + req_idx).to(tl.int64) + pos) * ROW_COLUMNS + CARRY
+        num_rows = tl.load(cu_num_logits_ptr + req_idx + 1) - tl.load(cu_num_logits_ptr + req_idx)
+        is_needed = (pending > 0) & (pos + 1 < num_rows)
+        is_needed = tl.load(row_ptr + place, mask=is_needed, other=0.0) > 0.0
+    if is_needed == 0:
         return
     request = load_request(req_idx, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     state = request.state
@@ -198,11 +202,6 @@ def residual_kernel(
     row = request.start_row + pos
     all_rows_ptr = row_ptr
     row_ptr += row * ROW_COLUMNS
-    if RULE == BLOCK:
-        if pos >= request.num_drafts:
-            return
-        if (tl.load(row_ptr + CARRY) > 0.0) == 0:
-            return
     by_rule = follows_rule(request, rule_requests_ptr, RULE)
     noise = Noise(seeds_ptr, positions_ptr)
     logits_row_ptr = logits_ptr + row * logits_stride

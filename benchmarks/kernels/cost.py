@@ -24,10 +24,12 @@ from vllm_specopt.benchmarks.kernels.steps import OURS, STOCK, Step, record
 
 ARCHITECTURES = (80, 90, 100)
 SHAPES = ((1, 3), (8, 3), (64, 7), (256, 3))
+BLOCK = "draft logits, block"
 SETTINGS = {
     "one-hot T=0.7": {"temperature": 0.7},
     "one-hot T=1": {"temperature": 1.0},
     "draft logits": {"temperature": 0.7, "draft": LOGITS},
+    BLOCK: {"temperature": 0.7, "draft": LOGITS},
     "top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
     "top-k 50": {"temperature": 0.7, "top_k": 50},
     "top-k 50, top-p 0.9": {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
@@ -89,11 +91,11 @@ def plan(
         for batch, num_drafts in shapes:
             case = Case(batch, num_drafts, **SETTINGS[name])
             sampled = max(1, SAMPLED_ROWS // (num_drafts + 1))
-            steps += [(name, Step(who, case, sampled=sampled)) for who in (OURS, STOCK)]
+            steps += [(name, Step(who, case, sampled=sampled, block=name == BLOCK)) for who in (OURS, STOCK)]
             if (batch, num_drafts) != more:
                 continue
             steps += [
-                (f"{name}, {dtype}", Step(OURS, replace(case, dtype=dtype), sampled=sampled))
+                (f"{name}, {dtype}", Step(OURS, replace(case, dtype=dtype), sampled=sampled, block=name == BLOCK))
                 for dtype in ("fp32", "fp16")
             ]
             if case.filters != "none":

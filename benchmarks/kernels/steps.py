@@ -35,12 +35,14 @@ class Step:
 
     flat: Rows of small random logits instead of the benchmark's: every token may be kept.
     sampled: Requests that are run; the others of the batch repeat them.
+    block: Whether drafts are judged as a block.
     """
 
     who: str
     case: Case
     flat: bool = False
     sampled: int = 8
+    block: bool = False
 
     @property
     def requests(self) -> int:
@@ -61,7 +63,8 @@ def record(steps: list[Step]) -> list[list[Launch]]:
 def launches_of(step: Step) -> list[Launch]:
     """Launches of one step, in this process, which interprets."""
     inputs = tiled_inputs(step)
-    implementation = (peers.ours if step.who == OURS else peers.v2)(step.who, inputs)
+    name = f"{step.who}-block" if step.block else step.who
+    implementation = (peers.ours if step.who == OURS else peers.v2)(name, inputs)
     call: Callable[[], object] = lambda: implementation.call(0)  # noqa: E731
     if step.case.temperature == 0:
         call = implementation.greedy

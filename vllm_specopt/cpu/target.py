@@ -43,30 +43,61 @@ def draw_target(target, uniform, scratch):
     return _token_of(target, tile * TILE + find_in_tile(scratch.weights, goal - before), scratch)
 
 
-def drawing_from(sum_tile, weigh):
-    """Compile a function that draws a token by inversion of other weights than the target's.
+def weighing_by(sum_tile):
+    """Compile a function that adds up other weights than the target's.
 
     Args:
         sum_tile: Compiled; called with (target, other, first place of a tile, scratch), returns the sum of its weights.
-        weigh: The same; writes them to ``scratch.weights``.
 
     Returns:
-        A compiled function of (target, other, uniform, scratch). It draws from the target where no weight is positive.
+        A compiled function of (target, other, scratch). It leaves the tiles' sums for :func:`picking_by`.
     """
 
     @jit
-    def draw(target, other, uniform, scratch):
-        num_tiles, mass = (target.row.vocab + TILE - 1) // TILE, 0.0
-        for tile in range(num_tiles):
+    def total_of(target, other, scratch):
+        mass = 0.0
+        for tile in range((target.row.vocab + TILE - 1) // TILE):
             tile_sum = sum_tile(target, other, tile * TILE, scratch)
             write_float(scratch.other_sums, tile, tile_sum)
             mass += np.float64(tile_sum)
-        if not mass > 0.0:
-            return draw_target(target, uniform, scratch)
+        return mass
+
+    return total_of
+
+
+def picking_by(weigh):
+    """Compile a function that draws a token by inversion of weights that were just added up.
+
+    Args:
+        weigh: Compiled; called as ``sum_tile`` is, writes a tile's weights to ``scratch.weights``.
+
+    Returns:
+        A compiled function of (target, other, mass, uniform, scratch); the mass must be positive.
+    """
+
+    @jit
+    def pick(target, other, mass, uniform, scratch):
         goal = uniform * mass
-        tile, before = find_tile(scratch.other_sums, num_tiles, goal)
+        tile, before = find_tile(scratch.other_sums, (target.row.vocab + TILE - 1) // TILE, goal)
         weigh(target, other, tile * TILE, scratch)
         return _token_of(target, tile * TILE + find_in_tile(scratch.weights, goal - before), scratch)
+
+    return pick
+
+
+def drawing_from(sum_tile, weigh):
+    """Compile a function that does both: (target, other, uniform, scratch).
+
+    It draws from the target where no weight is positive.
+    """
+    total_of, pick = weighing_by(sum_tile), picking_by(weigh)
+
+    @jit
+    def draw(target, other, uniform, scratch):
+        mass = total_of(target, other, scratch)
+        if not mass > 0.0:
+            return draw_target(target, uniform, scratch)
+        return pick(target, other, mass, uniform, scratch)
 
     return draw
 

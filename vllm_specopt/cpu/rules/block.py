@@ -12,10 +12,12 @@ from vllm_specopt.cpu.inputs import draft_of, position_of, row_of, target_of, to
 from vllm_specopt.cpu.memory import jit, read
 from vllm_specopt.cpu.noise import DRAW, RESIDUAL, draw_uniform, prefix_uniform
 from vllm_specopt.cpu.plan import LOGITS, PROBS
-from vllm_specopt.cpu.rows import TILE
-from vllm_specopt.cpu.rules.exact import Draft, draw_residual, probabilities, rest_of, sum_residual
+from vllm_specopt.cpu.rules.exact import Draft, probabilities, rest_of, sum_residual, weigh_residual
 from vllm_specopt.cpu.sweeps import sweep
-from vllm_specopt.cpu.target import draw_target
+from vllm_specopt.cpu.target import draw_target, picking_by, weighing_by
+
+UNKNOWN = np.int64(-3)
+_total_of, _pick = weighing_by(sum_residual), picking_by(weigh_residual)
 
 
 @jit
@@ -37,17 +39,6 @@ def _uniform(plan, start, length, seed):
 
 
 @jit
-def _may_stand(target, draft, carry, uniform, scratch):
-    """u_i <= h_i."""
-    if uniform > carry:
-        return False
-    rest, mass = rest_of(target, draft, carry, scratch), 0.0
-    for begin in range(0, target.row.vocab, TILE):
-        mass += np.float64(sum_residual(target, rest, begin, scratch))
-    return uniform * (mass + 1.0 - carry) <= mass
-
-
-@jit
 def _is_settled(plan, request, start, state, length, num_tokens, carry, seed):
     """Whether no prefix of ``length`` tokens or more can stand: a target's probability is at most 1."""
     if carry == 0.0:
@@ -65,6 +56,26 @@ def _is_settled(plan, request, start, state, length, num_tokens, carry, seed):
 
 
 @jit
+def _recover(plan, request, start, state, kept, scale, filters, seed, last, scratch):
+    """The token after a prefix that stands for certain, by the residual of its rows; -2 if it has no usable logit.
+
+    last: Target and draft there. What a filter gathered of them is gone.
+    """
+    target, draft = last
+    if not target.mass > 0.0:
+        return np.int64(-2)
+    uniform = draw_uniform(seed, position_of(plan, start + kept, kept), RESIDUAL)
+    if target.gathered >= 0:
+        target, draft = _pair_of(plan, request, start, state, kept, scale, filters, scratch)
+    rest = rest_of(target, draft, 1.0, scratch)
+    mass = _total_of(target, rest, scratch)
+    if mass > 0.0:
+        return _pick(target, rest, mass, uniform, scratch)
+    target, draft = _pair_of(plan, request, start, state, kept, scale, filters, scratch)
+    return draw_target(target, uniform, scratch)
+
+
+@jit
 def block_rule(plan, request, start, num_drafts, state, scale, filters, seed, scratch):
     """Verify the draft tokens of a request that samples.
 
@@ -75,17 +86,25 @@ def block_rule(plan, request, start, num_drafts, state, scale, filters, seed, sc
     num_tokens = np.int64(0)
     while num_tokens < num_drafts and token_of(plan, request, start + num_tokens) >= 0:
         num_tokens += 1
-    kept, kept_carry, carry, length = np.int64(0), 1.0, 1.0, np.int64(0)
+    kept, token, carry, length = np.int64(0), UNKNOWN, 1.0, np.int64(0)
     while length < num_tokens:
         target, draft = _pair_of(plan, request, start, state, length, scale, filters, scratch)
         has_mass = target.mass > 0.0
-        if carry >= 1.0 or (
-            has_mass and _may_stand(target, draft, carry, _uniform(plan, start, length, seed), scratch)
-        ):
-            kept, kept_carry = length, carry
+        uniform = _uniform(plan, start, length, seed)
+        if carry >= 1.0:
+            kept, token = length, UNKNOWN
+        elif has_mass and uniform <= carry:
+            rest = rest_of(target, draft, carry, scratch)
+            mass = _total_of(target, rest, scratch)
+            if mass > 0.0 and uniform * (mass + 1.0 - carry) <= mass:
+                kept = length
+                uniform = draw_uniform(seed, position_of(plan, start + kept, kept), RESIDUAL)
+                token = _pick(target, rest, mass, uniform, scratch)
         target_prob, draft_prob = 0.0, 0.0
         if has_mass:
             target_prob, draft_prob = probabilities(target, draft, token_of(plan, request, start + length))
+        if kept == length and token == UNKNOWN:
+            last = target, draft
         carry = min(1.0, carry * target_prob / draft_prob) if draft_prob > 0.0 else 0.0
         length += 1
         if _is_settled(plan, request, start, state, length, num_tokens, carry, seed):
@@ -102,8 +121,6 @@ def block_rule(plan, request, start, num_drafts, state, scale, filters, seed, sc
             return kept, np.int64(-2), num_read
         uniform = draw_uniform(seed, position_of(plan, start + kept, kept), DRAW)
         return kept, draw_target(target, uniform, scratch), num_read
-    target, draft = _pair_of(plan, request, start, state, kept, scale, filters, scratch)
-    if not target.mass > 0.0:
-        return kept, np.int64(-2), num_read
-    uniform = draw_uniform(seed, position_of(plan, start + kept, kept), RESIDUAL)
-    return kept, draw_residual(target, rest_of(target, draft, kept_carry, scratch), uniform, scratch), num_read
+    if token == UNKNOWN:
+        token = _recover(plan, request, start, state, kept, scale, filters, seed, last, scratch)
+    return kept, token, num_read

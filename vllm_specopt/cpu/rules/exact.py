@@ -81,7 +81,7 @@ def weigh_residual(target, draft, start, scratch):
         store(scratch.weights + 4 * i, _residual(target, draft, draft.mode, True, x, y))
 
 
-draw_residual = drawing_from(sum_residual, weigh_residual)
+_draw_residual = drawing_from(sum_residual, weigh_residual)
 
 
 @jit
@@ -111,4 +111,4 @@ def exact_rule(target, draft, token, seed, position, scratch):
     if draft_prob > 0.0 and acceptance_uniform(seed, position) * draft_prob <= target_prob:
         return np.int64(-1)
     rest = rest_of(target, draft, 1.0, scratch)
-    return draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)
+    return _draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)
