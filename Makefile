@@ -37,9 +37,11 @@ bench: setup ## measure kernels and engines against stock on an idle machine, wr
 cost: setup ## count the kernels' machine code, ours and vLLM's, without a GPU, write reports/cost; ARGS="--arch 90"
 	@$(bin)/specopt cost --out reports/cost $(ARGS)
 
-lint: setup ## check the code with ruff
-	@$(bin)/ruff check .
+lint: setup ## check the code and its form with ruff, and the types with mypy
+	@$(bin)/ruff check --quiet .
+	@$(bin)/ruff format --check --quiet .
+	@$(bin)/python scripts/check_types.py
 
 clean: ## remove .venv, reports and caches
-	rm -rf .venv build dist reports ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist reports ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

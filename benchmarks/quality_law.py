@@ -69,6 +69,7 @@ def rule(config: SpecoptConfig, form: str, rows: Rows) -> Callable[[int], tuple[
     if config.method == "exact":
         return lambda i: outcome(rows.laws(i), rows.laws(i))
     chosen = config.sigmoid
+    assert chosen is not None, "the method sigmoid has constants"
 
     def by_scores(i: int) -> tuple[float, float]:
         target = _score(rows.target[i], chosen.target_alpha, chosen.target_beta, chosen.clip)

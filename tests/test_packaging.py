@@ -58,6 +58,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"{package}/{path.relative_to(folder)}" for folder, package in MAPPED.items() for path in folder.rglob("*.py")
     }
+    expected |= {"vllm_specopt/py.typed"}
     expected |= {f"vllm_specopt/{path.relative_to(ROOT)}" for path in KERNELS.glob("tables/*.json")}
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     # The signposts that lead to kernels/ and its like in a checkout have no place beside the real modules.

@@ -13,6 +13,7 @@ token is drawn): row ``i`` verifies draft token ``i``, the last row gives the bo
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -164,7 +165,7 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 
 @functools.cache
-def _backend(name: str):
+def _backend(name: str) -> Callable[..., None]:
     if name == "cpu":
         from vllm_specopt.cpu import verify_batch
     else:

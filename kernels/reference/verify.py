@@ -56,6 +56,7 @@ def verify_ref(
     token_ids = torch.full((num_reqs, max_num_draft_tokens + 1), -1, dtype=torch.int64)
     num_sampled = torch.zeros(num_reqs, dtype=torch.int32)
     margins, bad_rows = [], 0
+    emitted: int | None
 
     for req in range(num_reqs):
         state = req if state_indices is None else int(state_indices[req])
@@ -88,6 +89,7 @@ def verify_ref(
                 token_ids[req, i] = token
                 continue
 
+            assert seeds is not None, "requests at a temperature have seeds"
             seed, position = int(seeds[state]), i if positions is None else int(positions[row])
             _, target_probs, row_margin = target_row_ref(target_row, temp, *filters)
             draft_row = None
@@ -115,6 +117,7 @@ def verify_ref(
                 emitted = max(emitted, 0)
                 break
             token_ids[req, i] = token
+        assert emitted is not None, "the last row always emits"
         token_ids[req, i] = emitted
         num_sampled[req] = i + 1
         margins.append(margin)

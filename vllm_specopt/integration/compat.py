@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 VERSIONS = ("0.32", "0.33")
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 # Fingerprints of 0.32.0 and 0.33.0; one entry where the two agree.
 PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
@@ -118,15 +119,14 @@ def fingerprint(path: Path, name: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=32)
-def _definitions(path: Path) -> dict[str, ast.AST]:
+def _definitions(path: Path) -> dict[str, Definition]:
     """Top-level classes and functions of a file, and the methods of those classes, by dotted name."""
     if not path.is_file():
         return {}
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = {}
+    found: dict[str, Definition] = {}
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, kinds):
+        if isinstance(node, Definition):
             found[node.name] = node
             members = node.body if isinstance(node, ast.ClassDef) else []
-            found.update({f"{node.name}.{member.name}": member for member in members if isinstance(member, kinds)})
+            found.update({f"{node.name}.{member.name}": member for member in members if isinstance(member, Definition)})
     return found
