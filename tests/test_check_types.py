@@ -27,12 +27,11 @@ def check_types(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     for name, path in (("ROOT", root), ("CACHE", root / ".mypy_cache"), ("TREE", root / ".mypy_cache" / "tree")):
         monkeypatch.setattr(module, name, path)
-    monkeypatch.setattr(module.sys, "argv", ["check_types.py"])
     return module
 
 
 def test_every_module_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pyproject.toml", "vllm_specopt", "kernels", "benchmarks"):
+    for name in ("pyproject.toml", "vllm_specopt", "kernels", "benchmarks", "examples", "models", "scripts", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     module = check_types(tmp_path, monkeypatch)
     module.plant()
@@ -45,11 +44,15 @@ def test_every_module_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not any((module.TREE / name).exists() for name in signposts)
 
 
-@pytest.mark.parametrize("place", ["vllm_specopt/a.py", "kernels/a.py", "benchmarks/a.py"])
+PLACES = ["vllm_specopt/a.py", "kernels/a.py", "benchmarks/a.py", "tests/a.py", "examples/a.py"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_name_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, place: str) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for folder in ("vllm_specopt", "kernels", "benchmarks"):
+    for folder in ("vllm_specopt", "kernels", "benchmarks", "examples", "models", "scripts", "tests"):
         (tmp_path / folder).mkdir()
+        (tmp_path / folder / "fine.py").write_text("from vllm_specopt.kernels.there import here\n")
     (tmp_path / "vllm_specopt" / "__init__.py").touch()
     (tmp_path / "kernels" / "there.py").write_text("here = 1\n")
     module = check_types(tmp_path, monkeypatch)
@@ -61,4 +64,4 @@ def test_a_name_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (
         f'{place}:5: error: Cannot find implementation or library stub for module named "vllm_specopt.nowhere"' in said
     )
-    assert '"here"' not in said
+    assert '"here"' not in said and "fine.py" not in said
