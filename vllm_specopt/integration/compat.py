@@ -108,14 +108,19 @@ def problem(runner: str, version: str, root: str | Path) -> str | None:
 
 def fingerprint(path: Path, name: str) -> str | None:
     """Hash the source of a class, function or method, less comment lines and blank lines; None if it is not there."""
+    lines = source(path, name)
+    return None if lines is None else hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def source(path: Path, name: str) -> list[str] | None:
+    """The lines of which the fingerprint is made; None if there is no such class, function or method."""
     node = _definitions(path).get(name)
     if node is None:
         return None
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    source = textwrap.dedent("\n".join(path.read_text().splitlines()[first - 1 : node.end_lineno]))
-    lines = [line.rstrip() for line in source.splitlines()]
-    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+    text = textwrap.dedent("\n".join(path.read_text().splitlines()[first - 1 : node.end_lineno]))
+    lines = [line.rstrip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.lstrip().startswith("#")]
 
 
 @functools.lru_cache(maxsize=32)
