@@ -2,9 +2,10 @@ PYTHON ?= python3
 ARGS ?=
 SUITE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 bin := .venv/bin
+quick := tests/cpu $(patsubst %,tests/test_%.py,check_types compat config packaging reference setup shapes triton verify)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long prove peer parity bench cost lint clean
+.PHONY: help setup demo check test test-long prove peer parity bench cost lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -14,6 +15,9 @@ setup: ## create .venv with vLLM and this project (a few minutes once, then noth
 
 demo: setup ## serve the shipped pair with 151,936 tokens, stock and exact, compare them, write reports/demo.{json,md,png}; ARGS="--quick"
 	@$(bin)/specopt demo $(ARGS)
+
+check: setup lint ## style, types, and the quick tests: reference, CPU, interpreter, configuration, packaging (3 minutes)
+	@$(bin)/python -m pytest $(quick) -m "not engine and not long" --numprocesses 2 --dist loadfile $(ARGS)
 
 test: setup ## run the tests, real engines included, in two processes; ARGS="-k name" picks some
 	@$(bin)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -37,9 +41,11 @@ bench: setup ## measure kernels and engines against stock on an idle machine, wr
 cost: setup ## count the kernels' machine code, ours and vLLM's, without a GPU, write reports/cost; ARGS="--arch 90"
 	@$(bin)/specopt cost --out reports/cost $(ARGS)
 
-lint: setup ## check the code with ruff
-	@$(bin)/ruff check .
+lint: setup ## check the code and its form with ruff, and the types with mypy
+	@$(bin)/ruff check --quiet .
+	@$(bin)/ruff format --check --quiet .
+	@$(bin)/python scripts/check_types.py
 
 clean: ## remove .venv, reports and caches
-	rm -rf .venv build dist reports ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist reports ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

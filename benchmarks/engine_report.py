@@ -28,7 +28,7 @@ NUM_SHOWN = 8
 
 def rows(record: dict) -> list[tuple[str, ...]]:
     """Return the cells of the table, one row per way of drafting, workload and arm."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for summary in summarise(record):
         mark = "*" if _is_invalid(record, summary) else ""
         ratio, cpu_ratio = summary["ratio"], summary["cpu_ratio"]
@@ -75,7 +75,7 @@ def _is_invalid(record: dict, summary: dict) -> bool:
 
 def step_rows(record: dict) -> list[tuple[str, ...]]:
     """Return where a step's time goes: milliseconds by part, and what a free sampler would bring."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for summary in summarise(record):
         steps = summary["parts"]
         if steps is None:

@@ -80,8 +80,8 @@ GPU_SHAPES = ((64, 7), (256, 3), (1, 3))
 def _gpu() -> list[Case]:
     """The most important cases first: a run may be cut short."""
     top_p = {"temperature": 0.7, "top_p": 0.9}
-    first = ({"temperature": 0.7}, {"temperature": 1.0}, {"temperature": 0.7, "draft": LOGITS}, top_p)
-    first += ({**top_p, "top_k": 50},)
+    first: list[dict] = [{"temperature": 0.7}, {"temperature": 1.0}, {"temperature": 0.7, "draft": LOGITS}, top_p]
+    first.append({**top_p, "top_k": 50})
     most_telling = [Case(*shape, **change) for change in first for shape in GPU_SHAPES]
     plain, filtered = {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}
     drafted = {"draft": LOGITS}
@@ -96,7 +96,7 @@ def _gpu() -> list[Case]:
 
 
 def _cpu() -> list[Case]:
-    configurations = (
+    configurations: tuple[dict, ...] = (
         {},
         {"draft": PROBS},
         {"temperature": 0.8, "top_p": 0.9},
@@ -107,7 +107,8 @@ def _cpu() -> list[Case]:
 
 
 def _cpu_lines() -> list[Case]:
-    plain, filtered = {}, {"temperature": 0.8, "top_p": 0.9}
+    plain: dict = {}
+    filtered = {"temperature": 0.8, "top_p": 0.9}
     # Nearly everything is accepted along K, so that nearly every row is verified.
     drafts = [Case(2, num_drafts, acceptance=0.99, **line) for line in (plain, filtered) for num_drafts in DRAFTS]
     vocabs = [Case(8, 4, vocab, **line) for line in (plain, filtered) for vocab in VOCABS]
@@ -116,7 +117,8 @@ def _cpu_lines() -> list[Case]:
 
 
 def _quick() -> list[Case]:
-    configurations = ({}, {"draft": PROBS}, {"draft": LOGITS}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0})
+    filtered = {"temperature": 0.7, "top_p": 0.9}
+    configurations: tuple[dict, ...] = ({}, {"draft": PROBS}, {"draft": LOGITS}, filtered, {"temperature": 0.0})
     return [Case(batch, 3, 32000, **configuration) for batch in (1, 8) for configuration in configurations]
 
 

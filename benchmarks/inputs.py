@@ -114,8 +114,9 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * (num_drafts + 1)
     local = torch.arange(num_drafts + 1, device=device).repeat(batch)
     positions = 1000 + 4096 * torch.arange(NUM_ROUNDS, device=device).unsqueeze(1) + local
-    batch = Batch(flat, cu, drafts[0], num_drafts, kwargs)
-    return Inputs(case, seed, batch, drafts, chances.cpu(), positions, acceptance)
+    return Inputs(
+        case, seed, Batch(flat, cu, drafts[0], num_drafts, kwargs), drafts, chances.cpu(), positions, acceptance
+    )
 
 
 class _Built(NamedTuple):

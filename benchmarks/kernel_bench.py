@@ -129,9 +129,9 @@ def measure_case(case: Case, options: Options, flusher: torch.Tensor, copy_gbps:
         row["percent_of_copy"] = round(100 * row["gbps"] / copy_gbps, 1)
         for runner in ("v1", "v2"):
             stock = next((s for name, s in samples.items() if name in STOCK[runner] and name not in notes), None)
-            row[f"speedup_over_stock_{runner}"] = _ratio(stock and stock.time_us, taken.time_us)
+            row[f"speedup_over_stock_{runner}"] = _ratio(stock.time_us if stock else [], taken.time_us)
             if runner == "v1":
-                row["cpu_ratio_to_stock_v1"] = _ratio(stock and stock.cpu_us, taken.cpu_us)
+                row["cpu_ratio_to_stock_v1"] = _ratio(stock.cpu_us if stock else [], taken.cpu_us)
         rows.append(row)
     rows += [base | {"implementation": name, "note": note} for name, note in notes.items()]
     return Measured(case, rows, errors)
@@ -161,7 +161,7 @@ def _problem(name: str, check: Callable[[], None]) -> str | None:
 
 def _times(samples: Samples) -> dict:
     p20, median, p80 = (_percentile(samples.time_us, share) for share in (0.2, 0.5, 0.8))
-    times = {"time_us": median, "p20_us": p20, "p80_us": p80}
+    times: dict[str, float | None] = {"time_us": median, "p20_us": p20, "p80_us": p80}
     times |= {
         name: statistics.median(values) if values else None
         for name, values in (("host_us", samples.host_us), ("wall_us", samples.wall_us), ("cpu_us", samples.cpu_us))
@@ -178,7 +178,7 @@ def _percentile(values: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _ratio(stock: list[float] | None, ours: list[float]) -> float | None:
+def _ratio(stock: list[float], ours: list[float]) -> float | None:
     if not stock:
         return None
     return round(statistics.median(s / o for s, o in zip(stock, ours, strict=True)), 3)

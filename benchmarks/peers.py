@@ -24,6 +24,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +48,10 @@ class Implementation:
     """
 
     name: str
-    call: Callable[[int], object]
-    read: Callable[[object], Verified]
-    greedy: Callable[[], object]
-    seeded: Callable[[], object] | None = None
+    call: Callable[[int], Any]
+    read: Callable[[Any], Verified]
+    greedy: Callable[[], Any]
+    seeded: Callable[[], Any] | None = None
 
     @property
     def rule(self) -> Constants | None:
@@ -216,6 +217,7 @@ def v1(name: str, inputs: Inputs) -> Implementation:
         )
 
     runner = _Runner()
+    sampler: Stock
     if name.startswith("ours"):
         sampler = RejectionSampler(Sampler(), None, device, runner=runner, seed=inputs.seed)
     else:
@@ -254,9 +256,9 @@ def v2(name: str, inputs: Inputs) -> Implementation:
 
     case, device, batch = inputs.case, inputs.device, inputs.batch
     states = RequestState(case.batch, 64, 64, case.num_drafts, case.vocab, device)
-    config = types.SimpleNamespace(reasoning_config=None)
+    config: Any = types.SimpleNamespace(reasoning_config=None)
     sampler = Sampler(config, case.batch, case.vocab, device, states, "raw_logprobs", case.num_drafts + 1)
-    verifier = Stock
+    verifier: type[Stock] = Stock
     if name.startswith("ours"):
         sampler, verifier = OurSampler(sampler, Account(device)), RejectionSampler
     seeds = batch.kwargs["seeds"].tolist() if case.temperature > 0 else [0] * case.batch
@@ -268,12 +270,14 @@ def v2(name: str, inputs: Inputs) -> Implementation:
 
     def set_temperature(temperature: float) -> None:
         for request, seed in enumerate(seeds):
-            filters = {"top_p": case.top_p, "top_k": case.top_k, "min_p": case.min_p} if temperature else {}
+            filters: dict[str, Any] = (
+                {"top_p": case.top_p, "top_k": case.top_k, "min_p": case.min_p} if temperature else {}
+            )
             sampler.add_request(request, SamplingParams(temperature=temperature, seed=seed, **filters))
         sampler.apply_staged_writes()
 
     set_temperature(case.temperature)
-    options = types.SimpleNamespace(
+    options: Any = types.SimpleNamespace(
         num_speculative_tokens=case.num_drafts,
         enable_adaptive_verification=False,
         rejection_sample_method="block" if name.endswith("block") else "standard",

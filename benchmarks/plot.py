@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -54,7 +55,9 @@ def draw(folder: Path) -> list[Path]:
     figures = {f"time_by_{axis}": time_figure(rows, axis) for axis in AXES} | {"roofline": roofline_figure(rows)}
     paths = []
     for name, figure in figures.items():
-        for suffix in ("svg", "png") if figure else ():
+        for suffix in ("svg", "png"):
+            if figure is None:
+                continue
             path = folder / f"{name}.{suffix}"
             figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else {})
             paths.append(path)
@@ -153,11 +156,11 @@ def _title(row: dict, axis: str) -> str:
 
 def _finish(figure: Figure, title: str, rows: list[dict]) -> None:
     """Title, one legend for all panels, and where the numbers are from."""
-    handles = {}
+    handles: dict[str, Artist] = {}
     for panel in figure.axes:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     columns = 6 if len(figure.axes) > 1 else 3
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     sources = sorted({f"{row['device']}, vLLM {row['vllm'] or 'not installed'}" for row in rows})
     figure.suptitle(f"{title}\n{'; '.join(sources)}", fontsize=10)
 

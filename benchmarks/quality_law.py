@@ -13,6 +13,7 @@ from scipy.special import expit, logsumexp
 
 from vllm_specopt.benchmarks.quality_rows import Reservoir, Row
 from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.rules import SigmoidConstants
 
 FORMS = {"vllm_specopt.integration.v1": "probs", "vllm_specopt.integration.v2": "logits"}
 LOWEST = -1e4
@@ -69,6 +70,7 @@ def rule(config: SpecoptConfig, form: str, rows: Rows) -> Callable[[int], tuple[
     if config.method == "exact":
         return lambda i: outcome(rows.laws(i), rows.laws(i))
     chosen = config.rule
+    assert isinstance(chosen, SigmoidConstants), f"the quality of {config.method} has no formula here"
 
     def by_scores(i: int) -> tuple[float, float]:
         target = _score(rows.target[i], chosen.target_alpha, chosen.target_beta, chosen.clip)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,7 +84,8 @@ def verified_rows(sampler: type, vocab_size: int, seed: int) -> Iterator[Reservo
     """
     from vllm.v1.spec_decode import llm_base_proposer as proposer
 
-    adapter, normalisers = sys.modules[sampler.__module__], DraftNormalisers()
+    adapter: Any = sys.modules[sampler.__module__]
+    normalisers = DraftNormalisers()
     verify, draw = adapter.verify, proposer.compute_probs_and_sample_next_token
     reservoir = Reservoir(max(20, min(MAX_ROWS, MAX_ELEMENTS // vocab_size)), seed)
     proposer.compute_probs_and_sample_next_token = normalisers.watching(draw)

@@ -62,7 +62,9 @@ def measure_law(llm, request: dict, sampler: type, temperature: float, seed: int
     number = request["law_items"]
     with verified_rows(sampler, vocab_size, seed) as reservoir:
         llm.generate(request["prompts"][:number], params(request, temperature, seed)[:number], use_tqdm=False)
-    return law(reservoir, sampler, parse(request["llm"]["additional_config"]))
+    config = parse(request["llm"]["additional_config"])
+    assert config is not None, "the arm runs our sampler"
+    return law(reservoir, sampler, config)
 
 
 def write_texts(llm, request: dict) -> dict:

@@ -69,15 +69,16 @@ def interval(values: Sequence[float | None]) -> dict | None:
 
     ``half_width`` is None for one value; the result is None where a value is missing.
     """
-    if not values or any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return None
-    if len(values) == 1:
-        return {"mean": float(values[0]), "half_width": None, "seeds": 1}
+    if len(known) == 1:
+        return {"mean": float(known[0]), "half_width": None, "seeds": 1}
     from scipy.stats import t
 
-    error = statistics.stdev(values) / math.sqrt(len(values))
+    error = statistics.stdev(known) / math.sqrt(len(known))
     return {
-        "mean": statistics.fmean(values),
-        "half_width": float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error,
-        "seeds": len(values),
+        "mean": statistics.fmean(known),
+        "half_width": float(t.ppf((1 + CONFIDENCE) / 2, len(known) - 1)) * error,
+        "seeds": len(known),
     }

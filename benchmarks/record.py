@@ -24,6 +24,8 @@ from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.benchmarks.grid import LOGITS, ONE_HOT, PROBS, Case
 from vllm_specopt.benchmarks.host import cpu_name
 
+# A record has a column called torch.
+Device = torch.device
 FILE_NAME = "kernel_bench.csv"
 COLUMNS = (
     "case",
@@ -120,7 +122,7 @@ class Provenance:
     seed: int
 
     @classmethod
-    def of(cls, device: torch.device, suite: str, command: str, seed: int, interpreted: bool) -> Provenance:
+    def of(cls, device: Device, suite: str, command: str, seed: int, interpreted: bool) -> Provenance:
         """Gather it; unknown entries are empty. SPECOPT_COMMIT names the commit where git does not know it."""
         checkout = Path(vllm_specopt.__file__).resolve().parents[1]
         # An installed package may lie inside somebody else's repository.

@@ -9,6 +9,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -45,7 +46,7 @@ def rows_of(seed: int) -> torch.Tensor:
 def calls_of(logits: torch.Tensor, setting: dict) -> dict:
     """What is timed: name to (call, rows that it reads)."""
     rows = len(logits)
-    per_row = {name: torch.full((rows,), value) for name, value in setting.items()}
+    per_row: dict[str, Any] = {name: torch.full((rows,), value) for name, value in setting.items()}
     width = NUM_DRAFTS + 1
     # The rows of a request share its seed.
     per_row["seeds"] = torch.arange(rows) // width
@@ -71,7 +72,7 @@ def measure(rounds: int) -> list[dict]:
     logits, flusher, found = rows_of(1), cache_flusher(torch.device("cpu")), []
     for name, setting in SETTINGS.items():
         calls = calls_of(logits, setting)
-        taken = {kind: [] for kind in calls}
+        taken: dict[str, list[float]] = {kind: [] for kind in calls}
         for number in range(rounds + 2):
             for kind, (call, rows) in list(calls.items())[:: 1 if number % 2 else -1]:
                 flusher.fill_(number % 100)

@@ -65,12 +65,12 @@ def _throughput(record: dict, temperature: float, panel) -> bool:
     drawn = False
     for arm in record["config"]["arms"]:
         points = [(slots, stats.medians(record, arm, temperature, slots)) for slots in record["config"]["concurrency"]]
-        points = [(slots, found) for slots, found in points if found]
-        if points:
-            middle = [found["output tokens/s"] for _, found in points]
-            below = [value - found["slowest"] for value, (_, found) in zip(middle, points, strict=True)]
-            above = [found["fastest"] - value for value, (_, found) in zip(middle, points, strict=True)]
-            where = [slots for slots, _ in points]
+        known = [(slots, found) for slots, found in points if found]
+        if known:
+            middle = [found["output tokens/s"] for _, found in known]
+            below = [value - found["slowest"] for value, (_, found) in zip(middle, known, strict=True)]
+            above = [found["fastest"] - value for value, (_, found) in zip(middle, known, strict=True)]
+            where = [slots for slots, _ in known]
             panel.errorbar(where, middle, yerr=[below, above], marker="o", capsize=3, **_style(record, arm))
             drawn = True
     panel.set_xscale("log", base=2)

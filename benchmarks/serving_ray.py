@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ATTEMPTS = 2
 POLL_SECONDS = 0.5
@@ -76,7 +78,7 @@ def connected(address: str = "auto") -> Iterator[None]:
         return
     _check_address(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address}: start one with `ray start --head`, or give the address of one."
@@ -144,7 +146,9 @@ def run(
     import ray
 
     waiting = [_Repeat(found, slot, function) for found in _by_repeat(placements).values()]
-    free, running, entries = capacity(slot), {}, {}
+    free = capacity(slot)
+    running: dict[Any, _Repeat] = {}
+    entries: dict[tuple[str, int], dict] = {}
     try:
         while waiting or running:
             while waiting and free:
@@ -184,8 +188,8 @@ class _Repeat:
     placements: list[Placement]
     slot: Slot
     function: str
-    actor: object = None
-    where: object = None
+    actor: Any = None
+    where: Any = None
     node: dict = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 

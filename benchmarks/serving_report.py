@@ -48,7 +48,8 @@ def mark(record: dict, arm: str, temperature: float) -> str:
 
 def rows(record: dict) -> list[tuple[str, ...]]:
     """Return the medians, one row per temperature, concurrency and arm."""
-    config, found = record["config"], []
+    config = record["config"]
+    found: list[tuple[str, ...]] = []
     for temperature in config["temperatures"]:
         for slots in config["concurrency"]:
             for arm in config["arms"]:
@@ -72,7 +73,7 @@ def interval(ratio: dict | None) -> str:
 
 def ratio_rows(record: dict) -> list[tuple[str, ...]]:
     """Return the ratios beside the noise, one row per point, metric and arm."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for row in stats.compare(record):
         if row["arm"] == record["config"]["noise"]:
             continue
@@ -88,7 +89,8 @@ def ratio_rows(record: dict) -> list[tuple[str, ...]]:
 
 def arm_rows(record: dict) -> list[tuple[str, ...]]:
     """Return what belongs to an arm as a whole."""
-    matches, found = stats.greedy_matches(record), []
+    matches = stats.greedy_matches(record)
+    found: list[tuple[str, ...]] = []
     for arm in record["config"]["arms"]:
         one = record["arms"].get(arm, {})
         shares = [
@@ -208,7 +210,7 @@ def conditions(record: dict) -> list[tuple[str, str]]:
 
 def placement_rows(record: dict) -> list[tuple[str, ...]]:
     """Return where each server of a comparison on a Ray cluster ran, and what failed there."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for entry in sorted(record.get("placements", []), key=lambda entry: (entry["repeat"], entry["arm"])):
         node = entry["node"]
         where = ", ".join(

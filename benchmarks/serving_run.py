@@ -6,6 +6,7 @@ Everything takes settings and returns plain data, so that a cell can run whereve
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -106,7 +107,7 @@ class Endpoint:
             return None
         line = next((line for line in text.splitlines() if line.startswith("vllm:cache_config_info{")), "")
         sizes = [re.search(rf'[{{,]{name}="(\d+)"', line) for name in ("num_gpu_blocks", "block_size")]
-        return int(sizes[0][1]) * int(sizes[1][1]) if all(sizes) else None
+        return math.prod(int(size[1]) for size in sizes if size) if all(sizes) else None
 
 
 def greedy_completions(server: Endpoint, plan: Plan, tick: Callable[[], None]) -> list[list[int]]:

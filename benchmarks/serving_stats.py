@@ -61,10 +61,10 @@ def ratio(record: dict, arm: str, temperature: float, concurrency: int, metric: 
         for repeat in ours
         if repeat in base and device(ours[repeat]) == device(base[repeat])
     ]
-    pairs = [(a, b) for a, b in pairs if a and b]
-    if not pairs:
+    known = [(a, b) for a, b in pairs if a and b]
+    if not known:
         return None
-    return _ratio([a for a, _ in pairs], [b for _, b in pairs])
+    return _ratio([a for a, _ in known], [b for _, b in known])
 
 
 def _ratio(ours: list[float], base: list[float]) -> dict:
@@ -173,7 +173,8 @@ def compare_completions(left: list[list[int]], right: list[list[int]]) -> dict:
     """
     first = None
     identical = 0
-    for prompt, (one, other) in enumerate(zip_longest(left, right, fillvalue=[])):
+    ended: list[int] = []
+    for prompt, (one, other) in enumerate(zip_longest(left, right, fillvalue=ended)):
         if one == other:
             identical += 1
         elif first is None:

@@ -32,6 +32,7 @@ def workload(spec: str, output_len: int, shipped: Path, vocab_size: int, seed: i
     """
     kind, colon, rest = spec.partition(":")
     length = str(output_len)
+    args: tuple[str, ...]
     if spec == "random":
         args = ("random", "--random-input-len", str(RANDOM_INPUT_LEN), "--random-output-len", length)
         caveat = "Random tokens understate acceptance: no draft model foresees them."

@@ -47,7 +47,7 @@ def write(folder: Path) -> Path:
         "stops early can exceed a copy's bandwidth. Sigmoid is the lossy method with its paper's constants: without",
         "filters it sweeps the emitting rows alone, and it emits another distribution.",
     ]
-    sections = defaultdict(lambda: defaultdict(dict))
+    sections: defaultdict[str, defaultdict[str, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         sections[_section(row)][row["case"]][row["implementation"]] = row
     for section, cases in sections.items():
@@ -76,14 +76,13 @@ def _lines(cases: dict[str, dict[str, dict]], ours: str, stock: str) -> list[str
         if stock not in measured:
             continue
         theirs, replacement, alone = measured[stock], measured.get(ours), measured.get("ours")
-        first = theirs or replacement
         speedup = replacement and replacement[f"speedup_over_stock_{ours[-2:]}"]
         cells = [
             stock,
-            _case(first),
-            f"{int(first['vocab']):,}",
-            first["batch"],
-            first["num_drafts"],
+            _case(theirs),
+            f"{int(theirs['vocab']):,}",
+            theirs["batch"],
+            theirs["num_drafts"],
             _time(theirs),
             _time(replacement),
             f"**{float(speedup):.3g}x**" if speedup else "",

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from vllm_specopt.cli.main import app
 from vllm_specopt.integration import compat
 
 vllm = pytest.importorskip("vllm")
@@ -86,3 +88,37 @@ def _insert_in_body(path: Path, name: str, text: str) -> str:
     lines = path.read_text().splitlines()
     lines[first.lineno - 1 : first.lineno - 1] = [" " * first.col_offset + line for line in text.splitlines()]
     return "\n".join(lines)
+
+
+def fingerprints(*arguments) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["fingerprints", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def test_the_command_lists_every_part_of_the_installed_vllm():
+    status, output = fingerprints()
+    assert status == 0 and vllm.__version__ in output
+    assert f"All {len(EVERY_PART)} parts are as in the vLLM that this package knows (0.32.x, 0.33.x)." in output
+    assert all(compat.fingerprint(ROOT / path, name) in output for _, path, name in EVERY_PART)
+
+
+def test_the_command_says_what_differs_and_how(broken):
+    (broken / "sampling_params.py").touch()
+    status, output = fingerprints("--vllm", broken)
+    assert status == 1 and "--against" in output
+    assert f"2 of {len(EVERY_PART)} parts are not as in the vLLM that this package knows" in output
+    assert "V1: GPUModelRunner._sample in v1/worker/gpu_model_runner.py is not known" in output
+    assert "V2: SamplingStates.add_request in v1/worker/gpu/sample/states.py is missing" in output
+    status, output = fingerprints("--vllm", broken, "--against", ROOT.parent)
+    assert status == 1 and "2 parts differ" in output and "unknown version" in output
+    assert [line for line in output.splitlines() if line.startswith("+") and line[1:2] != "+"] == ["+    added = 1"]
+    assert "-def add_request" in output
+    status, output = fingerprints("--against", broken)
+    assert status == 0 and "-    added = 1" in output
+
+
+@pytest.mark.parametrize("option", ["--vllm", "--against"])
+def test_a_folder_without_vllm_is_one_sentence(tmp_path, option):
+    status, output = fingerprints(option, tmp_path)
+    assert status == 2 and output.startswith(f"specopt fingerprints: {tmp_path} holds no vLLM")
+    assert output.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,9 @@ MAY_IMPORT_VLLM = {
     *("plugin.py", "messages.py", "v1.py", "v1_rows.py", "v1_sampler.py", "v1_thinking.py"),
     *("v2.py", "v2_sampler.py", "warm_up.py"),
 }
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+TOOLS = {"httpx", "rich", "typer"}
 MAPPED = {ROOT / folder: name.replace(".", "/") for name, folder in SETUPTOOLS["package-dir"].items()}
 
 
@@ -58,6 +61,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"{package}/{path.relative_to(folder)}" for folder, package in MAPPED.items() for path in folder.rglob("*.py")
     }
+    expected |= {"vllm_specopt/py.typed"}
     expected |= {f"vllm_specopt/{path.relative_to(ROOT)}" for path in KERNELS.glob("tables/*.json")}
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     # The signposts that lead to kernels/ and its like in a checkout have no place beside the real modules.
@@ -103,8 +107,21 @@ def test_imports_point_one_way(path: Path) -> None:
     in_cli = path.parent.name == "cli"
     assert not tops & {"tests", "benchmarks", "kernels"}
     if not in_cli:
+        assert not tops & TOOLS, "only the tools need it"
         assert (path.parent.name == "integration" and path.name in MAY_IMPORT_VLLM) or "vllm" not in tops
         assert not any(name.startswith(("vllm_specopt.cli", "vllm_specopt.benchmarks")) for name in names)
+
+
+def test_the_plugin_alone_needs_two_packages() -> None:
+    names = {name: {re.match(r"\w+", line)[0] for line in lines} for name, lines in requirements().items()}
+    assert names[""] == {"numba", "numpy"}
+    assert names["tools"] == TOOLS
+
+
+def requirements() -> dict[str, list[str]]:
+    """What pip installs with the package, and with each of its extras."""
+    project = PYPROJECT["project"]
+    return {"": project["dependencies"], **project["optional-dependencies"]}
 
 
 def test_reference_is_not_imported_by_the_package() -> None:
@@ -149,3 +166,15 @@ assert importlib.util.find_spec("kernels.reference") is None
     folder = tree if folder_on_path == "root" else tmp_path
     done = subprocess.run([str(installed), "-c", script], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_says_what_to_install(installed: Path, tmp_path: Path) -> None:
+    """The environment has no other package: the entry point can be imported, and the command says what it lacks."""
+    script = "import sys, vllm_specopt.cli.start as start; sys.argv = ['specopt', '--version']; start.main()"
+    done = subprocess.run([str(installed), "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"specopt: httpx, rich, typer not installed beside {installed}: pip install 'vllm-specopt[tools]'.\n"
+    )
+    name, _, function = PYPROJECT["project"]["scripts"]["specopt"].partition(":")
+    assert (name, function) == ("vllm_specopt.cli.start", "main")

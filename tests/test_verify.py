@@ -1,5 +1,8 @@
 """Every wrong argument of verify() raises a ValueError that names it, what it is and what it should be."""
 
+import doctest
+import sys
+
 import pytest
 import torch
 
@@ -89,3 +92,8 @@ def test_more_requests_than_a_grid_can_count():
     reqs = 65536
     with pytest.raises(ValueError, match="the batch has 65536 requests, expected at most 65535"):
         verify(torch.zeros(reqs, 1), torch.arange(reqs + 1), torch.zeros(reqs).int(), 0, backend="triton")
+
+
+def test_the_example_of_the_docstring():
+    found = doctest.testmod(sys.modules[verify.__module__])
+    assert found.attempted >= 5 and found.failed == 0

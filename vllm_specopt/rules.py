@@ -87,6 +87,11 @@ class Rule:
         """Whether the option has a key of the rule's name, which holds its constants."""
         return self.constants is not None and bool(fields(self.constants))
 
+    @property
+    def expected(self) -> str:
+        """What that key may hold, in words."""
+        return "" if self.constants is None else self.constants.EXPECTED
+
 
 RULES = {
     rule.name: rule

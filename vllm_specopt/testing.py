@@ -34,7 +34,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
-        return Batch(*(a.to(device) for a in self.args()[:3]), self.max_num_draft_tokens, kwargs)
+        logits, cu_num_logits, draft_token_ids = (a.to(device) for a in self.args()[:3])
+        return Batch(logits, cu_num_logits, draft_token_ids, self.max_num_draft_tokens, kwargs)
 
 
 def random_batch(
@@ -82,9 +83,11 @@ def random_batch(
     near = base + 0.7 * torch.randn(num_rows, vocab_size, generator=gen)
     is_draft = torch.ones(num_rows, dtype=torch.bool)
     is_draft[cu[1:].long() - 1] = False
-    kwargs = {}
+    kwargs: dict[str, torch.Tensor | None] = {}
+    draft_logits = None
     if draft == LOGITS:
-        kwargs["draft_logits"] = torch.full((max_reqs, max(width - 1, 1), draft_vocab_size), float("nan")).to(dtype)
+        draft_logits = torch.full((max_reqs, max(width - 1, 1), draft_vocab_size), float("nan")).to(dtype)
+        kwargs["draft_logits"] = draft_logits
     req_of_row = torch.repeat_interleave(torch.arange(num_reqs), torch.tensor(num_drafts) + 1)
     drafts = torch.zeros(num_rows, dtype=torch.int64)
     probs = torch.zeros(num_rows, draft_vocab_size)
@@ -94,8 +97,8 @@ def random_batch(
         row_logits = near[row, :draft_vocab_size].to(dtype)
         probs[row] = (row_logits.float() / temp).softmax(0)
         drafts[row] = base[row].argmax() if draft == NO_DRAFT else torch.multinomial(probs[row], 1, generator=gen)
-        if draft == LOGITS and is_draft[row]:
-            kwargs["draft_logits"][state[req], pos] = row_logits
+        if draft_logits is not None and is_draft[row]:
+            draft_logits[state[req], pos] = row_logits
     drafts = drafts[is_draft]
     spoiled = torch.rand(len(drafts), generator=gen)
     drafts[spoiled < 0.06] = -1

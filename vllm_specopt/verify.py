@@ -13,6 +13,7 @@ token is drawn): row ``i`` verifies draft token ``i``, the last row gives the bo
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,24 @@ def verify(
     Raises:
         ValueError: A shape, dtype, device or stride is wrong; the message names the argument, what it is and what it
             should be.
+
+    Example:
+        Two requests, greedy: the first has its draft token accepted and gets a bonus token, the second has its draft
+        token rejected.
+
+        >>> import torch
+        >>> logits = torch.zeros(4, 5)  # two rows each: one for the draft token, one for the bonus token
+        >>> logits[[0, 1, 2, 3], [1, 2, 3, 4]] = 40.0
+        >>> rows, drafts = torch.tensor([0, 2, 4]), torch.tensor([1, 0])
+        >>> verify(logits, rows, drafts, 1)
+        Verified(token_ids=tensor([[ 1,  2],
+                [ 3, -1]]), num_sampled=tensor([2, 1], dtype=torch.int32))
+
+        At a temperature every request has a seed; these rows leave chance no room.
+
+        >>> verify(logits, rows, drafts, 1, temperature=torch.ones(2), seeds=torch.tensor([7, 8])).token_ids
+        tensor([[ 1,  2],
+                [ 3, -1]])
     """
     num_reqs = check_arguments(**locals())
     is_one_hot = draft_probs is None and draft_logits is None
@@ -178,7 +197,7 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 
 @functools.cache
-def _backend(name: str):
+def _backend(name: str) -> Callable[..., None]:
     if name == "cpu":
         from vllm_specopt.cpu import verify_batch
     else:

@@ -101,6 +101,7 @@ def compile_kernel(
         knobs.nvidia.dump_ptxas_log = True
         binary = triton.compile(source, target=GPUTarget("cuda", architecture, WARP), options=options)
     registers = re.search(r"Used (\d+) registers", log.getvalue())
+    assert registers is not None, "ptxas did not say how many registers it used"
     return Compiled(
         name=kernel.__name__,
         architecture=architecture,

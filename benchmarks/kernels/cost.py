@@ -25,7 +25,7 @@ from vllm_specopt.benchmarks.kernels.steps import OURS, STOCK, Step, record
 ARCHITECTURES = (80, 90, 100)
 SHAPES = ((1, 3), (8, 3), (64, 7), (256, 3))
 BLOCK = "draft logits, block"
-SETTINGS = {
+SETTINGS: dict[str, dict] = {
     "one-hot T=0.7": {"temperature": 0.7},
     "one-hot T=1": {"temperature": 1.0},
     "draft logits": {"temperature": 0.7, "draft": LOGITS},

@@ -94,7 +94,7 @@ def count_launch(launch: Launch, architecture: int) -> Count:
 
 def instructions(code: MachineCode, frequency: Frequency) -> tuple[dict[str, float], float]:
     """Instructions that a thread issues in the mean, by pipe, and the bytes that these load from global memory."""
-    pipes: collections.Counter[str] = collections.Counter()
+    pipes: collections.defaultdict[str, float] = collections.defaultdict(float)
     loaded = 0.0
     for weighted in weigh(code, frequency):
         for instruction in weighted.block.instructions:

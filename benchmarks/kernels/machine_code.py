@@ -233,12 +233,19 @@ def _parse(text: str, frames: list[tuple[Frame, ...]]) -> tuple[list[Instruction
         elif found := _LABEL.match(line):
             labels[found[1]] = len(instructions)
         elif found := _INSTRUCTION.match(line):
-            words = re.match(r"(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*)", found[2])
+            words = _find(r"^(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*)", found[2])
             where = frames[ptx_line] if ptx_line < len(frames) else ()
             instructions.append(Instruction(int(found[1], 16), words[1] or "", words[2], words[3], ptx_line, where))
     if not instructions:
         raise ValueError("nvdisasm printed no instructions")
     return instructions, labels
+
+
+def _find(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+    """What a pattern matches, which must be there."""
+    if (found := re.search(pattern, text)) is None:
+        raise ValueError(f"nvdisasm printed {text!r}, which this tool does not read")
+    return found
 
 
 def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Block]:
@@ -254,8 +261,8 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Blo
     for block in blocks:
         for instruction in block.instructions:
             if instruction.name.startswith("BSSY"):
-                register = re.search(r"B\d+", instruction.arguments)[0]
-                sync_targets[register] = _TARGET.search(instruction.arguments)[1]
+                register = _find(r"B\d+", instruction.arguments)[0]
+                sync_targets[register] = _find(_TARGET, instruction.arguments)[1]
         last = block.instructions[-1]
         target = _TARGET.search(last.arguments)
         following = [block.number + 1] if block.number + 1 < len(blocks) else []
@@ -263,15 +270,15 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Blo
         name = last.name.split(".")[0]
         if name in ("BRA", "JMP"):
             rare = "DIV" in last.name
-            goal = number_of[labels[target[1]]]
+            goal = number_of[labels[_find(_TARGET, last.arguments)[1]]]
             if rare:
                 blocks[goal].slow = "a diverged warp"
             block.successors = ([] if rare else [goal]) + (following if conditional or rare else [])
         elif name == "EXIT":
             block.successors = following if last.predicate else []
         elif name == "BSYNC":
-            goal = sync_targets.get(re.search(r"B\d+", last.arguments)[0])
-            block.successors = [number_of[labels[goal]]] if goal in labels else following
+            label = sync_targets.get(_find(r"B\d+", last.arguments)[0])
+            block.successors = [number_of[labels[label]]] if label in labels else following
         elif name == "CALL":
             if target and target[1].startswith(".L_x"):
                 # No subroutine but a jump.

@@ -87,10 +87,10 @@ class _Walk:
                 self.body(node.body, around)
 
     def _mark(self, node: ast.stmt, around: tuple[Region, ...]) -> None:
-        for line in range(node.lineno, node.end_lineno + 1):
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
             self.places[line] = Place(self.function, around)
 
-    def _region(self, node: ast.stmt, kind: str) -> Region:
+    def _region(self, node: ast.For | ast.While | ast.If, kind: str) -> Region:
         if isinstance(node, ast.For):
             header = f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}"
             static = "static_range" in header
@@ -107,7 +107,7 @@ def _constants(function: ast.FunctionDef) -> set[str]:
     found = {argument.arg for argument in arguments if "constexpr" in ast.dump(argument)}
     for node in ast.walk(function):
         if isinstance(node, ast.AnnAssign) and "constexpr" in ast.dump(node.annotation):
-            found.add(node.target.id)
+            found.add(ast.unparse(node.target))
     return found
 
 

@@ -14,6 +14,7 @@ import ast
 import collections
 import contextlib
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,12 +96,14 @@ class _Recorder:
         return ranges
 
     def seen(self, line: int, kind: str) -> None:
-        calls, frame = [], sys._getframe(2)
-        while frame.f_code.co_name != "_run_programs":
+        calls: list[str] = []
+        frame: types.FrameType | None = sys._getframe(2)
+        while frame and frame.f_code.co_name != "_run_programs":
             if COUNTER in frame.f_globals and not frame.f_code.co_filename.startswith(LIBRARY):
                 calls.append(frame.f_code.co_name)
             frame = frame.f_back
-        self.current.counts[tuple(reversed(calls)), line, kind] += 1
+        if self.current is not None:
+            self.current.counts[tuple(reversed(calls)), line, kind] += 1
 
 
 _recorder: _Recorder | None = None
@@ -306,7 +309,7 @@ class _TorchOperations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         plain = name.removeprefix("_").removeprefix("new_")
-        if _recorder.current is None and plain not in self.WITHOUT_LAUNCH:
+        if _recorder is not None and _recorder.current is None and plain not in self.WITHOUT_LAUNCH:
             read = _tensors((args, kwargs))[name in ("copy_", "fill_", "zero_") :]
             loaded, stored = (float(sum(each.nbytes for each in tensors)) for tensors in (read, _tensors(result)))
             _recorder.launches.append(Launch("", name, loaded=loaded, stored=stored))

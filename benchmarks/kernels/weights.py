@@ -126,7 +126,7 @@ class Weigher:
     def __init__(self, code: MachineCode, frequency: Frequency) -> None:
         self.code = code
         self.frequency = frequency
-        self.weighted = cache(self.weighted)
+        self.weighted = cache(self.weighted)  # type: ignore[method-assign] # a cache that ends with the object
         self.missing: set[str] = set()
         self.postdominators = _postdominators(code)
         self.shares = _chained_shares(code)

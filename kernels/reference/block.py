@@ -16,7 +16,7 @@ from vllm_specopt.kernels.reference.rows import draw_ref
 
 def carry_ref(carry: float, target_prob: float, draft_prob: float) -> float:
     """c_i from c_{i-1}; 0 where the draft could not have drawn the token."""
-    return min(1.0, carry * float(target_prob) / float(draft_prob)) if draft_prob > 0 else 0.0
+    return min(1.0, carry * target_prob / draft_prob) if draft_prob > 0 else 0.0
 
 
 def block_residual_ref(carry: float, target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def block_ref(
     """
     carries = [1.0]
     for target, draft, token in zip(target_probs, draft_probs, tokens, strict=False):
-        carries.append(carry_ref(carries[-1], target[token], draft[token]))
+        carries.append(carry_ref(carries[-1], float(target[token]), float(draft[token])))
     margin = math.inf
     for length in range(len(tokens), -1, -1):
         carry, mass = carries[length], math.nan

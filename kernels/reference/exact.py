@@ -42,7 +42,7 @@ def ratio_test_ref(
     if draft_probs[token] > 0:
         uniform, ratio = acceptance_uniform_ref(seed, position), float(target_probs[token] / draft_probs[token])
         margin = abs(uniform - ratio) / uniform
-        if uniform <= acceptance_probability_ref(target_probs[token], draft_probs[token]):
+        if uniform <= acceptance_probability_ref(float(target_probs[token]), float(draft_probs[token])):
             return None, margin
     weights = residual_ref(target_probs, draft_probs)
     recovered, draw_margin = draw_ref(weights, draw_uniform_ref(seed, position, RESIDUAL))

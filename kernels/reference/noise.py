@@ -21,7 +21,7 @@ def philox_ref(seed: int, position: int, purpose: int) -> tuple[int, int, int, i
         high_b, low_b = divmod(0xCD9E8D57 * c[2], 1 << 32)
         c = [high_b ^ c[1] ^ key[0], low_b, high_a ^ c[3] ^ key[1], low_a]
         key = [(key[0] + 0x9E3779B9) & MASK32, (key[1] + 0xBB67AE85) & MASK32]
-    return tuple(c)
+    return c[0], c[1], c[2], c[3]
 
 
 def acceptance_uniform_ref(seed: int, position: int, purpose: int = ACCEPTANCE) -> float:

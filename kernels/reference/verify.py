@@ -59,6 +59,7 @@ def verify_ref(
     token_ids = torch.full((num_reqs, max_num_draft_tokens + 1), -1, dtype=torch.int64)
     num_sampled = torch.zeros(num_reqs, dtype=torch.int32)
     margins, bad_rows = [], 0
+    emitted: int | None
 
     for req in range(num_reqs):
         state = req if state_indices is None else int(state_indices[req])
@@ -73,12 +74,12 @@ def verify_ref(
         is_filtered = 1 <= filters[0] < vocab_size or filters[1] < 1 or filters[2] > 0
         name = rule.NAME if rule is not None and (rule_requests is None or bool(rule_requests[state])) else "exact"
         margin = math.inf
-        if name == "block" and draft is not None and temp >= GREEDY_BELOW:
+        if name == "block" and draft is not None and seeds is not None and temp >= GREEDY_BELOW:
             rows = range(starts[req], starts[req + 1])
             tokens = [int(draft_token_ids[row - req if compact else row + 1]) for row in rows[:-1]]
             length = next((i for i, token in enumerate(tokens) if not 0 <= token < vocab_size), num_drafts)
             found = [target_row_ref(logits[row, :vocab_size].cpu(), temp, *filters) for row in rows[: length + 1]]
-            drafted = draft_probs[rows[0] - req :] if draft_probs is not None else draft_logits[state]
+            drafted = draft[rows[0] - req :] if draft is draft_probs else draft[state]
             accepted, emitted, margin = block_ref(
                 [probs for _, probs, _ in found],
                 [
@@ -115,6 +116,7 @@ def verify_ref(
                 token_ids[req, i] = token
                 continue
 
+            assert seeds is not None, "requests at a temperature have seeds"
             seed, position = int(seeds[state]), i if positions is None else int(positions[row])
             _, target_probs, row_margin = target_row_ref(target_row, temp, *filters)
             draft_row = None
@@ -147,6 +149,7 @@ def verify_ref(
                 emitted = max(emitted, 0)
                 break
             token_ids[req, i] = token
+        assert emitted is not None, "the last row always emits"
         token_ids[req, i] = emitted
         num_sampled[req] = i + 1
         margins.append(margin)

@@ -178,7 +178,7 @@ def accepted_lengths(kind: str, vocab_size: int, num_drafts: int) -> tuple[float
         reached = carry = 1.0
         for i, token in enumerate(drafts):
             reached *= exact.acceptance_probability_ref(targets[i][token], sampled[i][token])
-            carry = block.carry_ref(carry, targets[i][token], sampled[i][token])
+            carry = block.carry_ref(carry, float(targets[i][token]), float(sampled[i][token]))
             exact_kept, optimum = exact_kept + mass * reached, optimum + mass * carry
         block_kept += mass * sum(i * share for i, share in enumerate(block_lengths(targets, sampled, drafts)))
     return exact_kept, block_kept, optimum

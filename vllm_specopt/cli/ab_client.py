@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Self
 
 from vllm_specopt.cli.process import ChildProcess, end_with_parent
 
@@ -20,28 +21,36 @@ class Client(ChildProcess):
     def __init__(self, log: Path, env: dict[str, str]) -> None:
         super().__init__([sys.executable, "-m", "vllm_specopt.benchmarks.serving_client"], log, env)
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 env={**os.environ, **self.env}, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin: IO[bytes] = self.process.stdin
+        self.stdout: IO[bytes] = self.process.stdout
         return self
+
+    def send(self, line: str) -> None:
+        """Write a line to it; BrokenPipeError if it has ended."""
+        self.stdin.write(f"{line}\n".encode())
+        self.stdin.flush()
 
     def line(self, timeout: float, tick: Callable[[], None]) -> str | None:
         """Return the next line it prints, "" if it has ended, or None after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as ready:
-            ready.register(self.process.stdout, selectors.EVENT_READ)
+            ready.register(self.stdout, selectors.EVENT_READ)
             while time.monotonic() < deadline:
                 tick()
                 if ready.select(0.2):
-                    return self.process.stdout.readline().decode()
+                    return self.stdout.readline().decode()
         return None
 
     def stop(self) -> None:
         """End it with whatever command it runs."""
         with suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.stdin.close()
         super().stop()
-        self.process.stdout.close()
+        self.stdout.close()

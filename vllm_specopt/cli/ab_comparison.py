@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from vllm_specopt.benchmarks import serving_fit, serving_run
@@ -47,26 +48,30 @@ class Comparison:
                 self._extend(*self.settings.extended)
         with ExitStack() as stack:
             # The client is replaced after a timeout, so it is looked up when all is stopped.
-            stack.callback(lambda: self.client and self.client.stop())
+            stack.callback(self._stop_client)
             for number, arm in enumerate(self.plan.all_arms()):
                 with self.stages.next():
-                    self._guard(arm.name, lambda arm=arm, number=number: self._start(arm, number, stack))
+                    self._guard(arm.name, partial(self._start, arm, number, stack))
             # With all told to stop at once, they do so side by side.
-            stack.callback(lambda: [server.process.terminate() for server in self.processes.values()])
+            stack.callback(self._terminate_servers)
             for arm in self.plan.all_arms():
                 with self.stages.next():
-                    self._guard(arm.name, lambda arm=arm: self._greedy(arm))
+                    self._guard(arm.name, partial(self._greedy, arm))
             if self.plan.minutes:
                 with self.stages.next():
                     if "fit" not in self.record:
-                        self._fit()
+                        self._fit(self.plan.minutes)
             for cell in self.plan.cells():
                 with self.stages.next():
                     if cell.key not in self.record["cells"]:
                         self._cell(cell)
             for arm in self.plan.all_arms():
                 with self.stages.next():
-                    self._guard(arm.name, lambda arm=arm: self._profile(arm))
+                    self._guard(arm.name, partial(self._profile, arm))
+
+    def _terminate_servers(self) -> None:
+        for server in self.processes.values():
+            server.process.terminate()
 
     def save(self) -> None:
         """Write the record; a reader finds the old one or the new one, never half of one."""
@@ -127,7 +132,7 @@ class Comparison:
             log, env = self.scratch / "pair.log", environment(self.plan.on_cpu)
             wide.extend(folders, made, log, env, self.stages.tick, vocab_size=vocab_size)
 
-    def _fit(self) -> None:
+    def _fit(self, minutes: float) -> None:
         """Rehearse every point on the baseline, then choose the requests and repeats that fit into the time left."""
         arm = next((name for name, found in self.record["arms"].items() if not found.get("error")), None)
         try:
@@ -141,7 +146,7 @@ class Comparison:
             self.stages.say(f"the rehearsal failed, so every run gets its full number of requests: {error}")
             return
         later = PROFILE_SECONDS * len(self.plan.all_arms()) * len(self.plan.temperatures)
-        left = 60 * self.plan.minutes - (time.monotonic() - self.started) - later
+        left = 60 * minutes - (time.monotonic() - self.started) - later
         fit = serving_fit.fit(self.plan, found, left)
         self.record["fit"] = fit | {
             "asked": serving_fit.asked(self.plan),
@@ -153,8 +158,8 @@ class Comparison:
         self.stages.replan(cell_stages(self.plan, fit["seconds"] / len(self.plan.cells())))
         sizes = ", ".join(f"{requests} at {slots} in flight" for slots, requests in fit["requests"].items())
         over = "" if fit["seconds"] <= left else ": the least there is, and more than the minutes asked for"
-        minutes = f"about {fit['seconds'] / 60:.0f} min{over}"
-        self.stages.say(f"{fit['repeats']} repeats, requests per run: {sizes}; {minutes}")
+        lasts = f"about {fit['seconds'] / 60:.0f} min{over}"
+        self.stages.say(f"{fit['repeats']} repeats, requests per run: {sizes}; {lasts}")
 
     def _rehearse(self, arm: str, temperature: float, slots: int) -> serving_fit.Rehearsal:
         count, started = serving_fit.rehearsal_requests(slots), time.monotonic()
@@ -200,15 +205,14 @@ class Comparison:
 
     def _call(self, argv: list[str], log: Path, timeout: float) -> int:
         """Run `vllm` with these arguments in a fork of the client; stop it and raise CliError after `timeout`."""
-        self._start_client()
+        client = self._start_client()
         log.unlink(missing_ok=True)
         try:
-            self.client.process.stdin.write((json.dumps({"argv": argv, "log": str(log)}) + "\n").encode())
-            self.client.process.stdin.flush()
+            client.send(json.dumps({"argv": argv, "log": str(log)}))
         except BrokenPipeError as error:
             self._stop_client()
             raise CliError("vLLM's client has ended") from error
-        answer = self.client.line(timeout, self.stages.tick)
+        answer = client.line(timeout, self.stages.tick)
         if not answer:
             self._stop_client()
             raise CliError(
@@ -218,15 +222,17 @@ class Comparison:
             )
         return int(answer)
 
-    def _start_client(self) -> None:
+    def _start_client(self) -> Client:
         if self.client is None:
             self.client = Client(self.scratch / "client-start.log", environment(self.plan.on_cpu)).__enter__()
             if self.client.line(300, self.stages.tick) != "ready\n":
                 raise CliError(f"vLLM's client does not start:\n{self.client.last_lines()}")
+        return self.client
 
     def _stop_client(self) -> None:
         client, self.client = self.client, None
-        client.stop()
+        if client is not None:
+            client.stop()
 
 
 def environment(on_cpu: bool) -> dict[str, str]:

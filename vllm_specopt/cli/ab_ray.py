@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -111,7 +112,7 @@ def add(plan: Plan, record: dict, entry: dict) -> None:
 def measure(settings: dict) -> dict:
     """Measure one placement where this runs and return its part of the record; raise CliError if any of it failed."""
     part = rebuilt(settings["plan"], settings["arm"], settings["repeat"])
-    record = {"arms": {}, "cells": {}, "failed_cells": {}}
+    record: dict[str, dict] = {"arms": {}, "cells": {}, "failed_cells": {}}
     with tempfile.TemporaryDirectory(prefix="specopt-ab-") as folder:
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
         out.mkdir()
@@ -126,7 +127,7 @@ def measure(settings: dict) -> dict:
 
 def rebuilt(plan: dict, arm: str, repeat: int) -> Part:
     """Return the part of a plan that has been through JSON."""
-    values = {
+    values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in plan.items()
         if key in {field.name for field in fields(Plan)}

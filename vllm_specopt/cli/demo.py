@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -89,7 +90,8 @@ class Settings:
         prompt_file = (prompts or models / "prompts.jsonl").resolve()
         read = read_prompts(prompt_file)
         vllm = Path(sys.executable).with_name("vllm")
-        if not vllm.exists() or not installed("vllm"):
+        vllm_version = installed("vllm")
+        if not vllm.exists() or vllm_version is None:
             raise CliError(f"vLLM is not installed beside {sys.executable}: run `make setup` in a checkout.", 2)
         return cls(
             target=target,
@@ -102,7 +104,7 @@ class Settings:
             concurrency=concurrency,
             port=free_port(port),
             vllm=str(vllm),
-            on_cpu="cpu" in installed("vllm"),
+            on_cpu="cpu" in vllm_version,
             reports=(CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()) / "reports",
         )
 
@@ -170,7 +172,7 @@ class Arm:
         Raises CliError if the server or a client fails, or if the worker does not say what the arm is about.
         """
         log = self.settings.reports / f"demo-{self.name}.log"
-        found = {"command": self.command, "env": self.settings.env(), "texts": {}, "runs": {}}
+        found: dict[str, Any] = {"command": self.command, "env": self.settings.env(), "texts": {}, "runs": {}}
         with Server(self.command, log, self.settings.env(), self.settings.port) as server:
             with stages.next():
                 server.wait_ready(stages.tick)

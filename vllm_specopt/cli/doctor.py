@@ -143,8 +143,8 @@ def configuration(arguments: dict) -> tuple[str | None, list[Check]]:
     if option is None:
         sentence = f"the option is not given: add --additional-config '{DEFAULT_OPTION}'."
         return runner, [*checks, Check("active", PROBLEM, "no", sentence)]
-    if reason := hooks.stock_reason(vllm_config, option):
-        return runner, [*checks, Check("active", PROBLEM, "no", f"vLLM's own sampler would stay in place: {reason}.")]
+    if stock := hooks.stock_reason(vllm_config, option):
+        return runner, [*checks, Check("active", PROBLEM, "no", f"vLLM's own sampler would stay in place: {stock}.")]
     speculative = vllm_config.speculative_config
     drafts = "no drafts"
     if speculative is not None:

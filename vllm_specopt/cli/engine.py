@@ -78,13 +78,13 @@ def run(
                 )
                 pair = made / "target", made / "draft"
         record["pair"]["name"] = " + ".join(folder.name for folder in folders)
-        for drafting, repeat, arm in plan.order():
-            request = plan.request(pair, original, drafting, repeat, arm)
+        for way, repeat, arm in plan.order():
+            request = plan.request(pair, original, way, repeat, arm)
             with progress.next():
                 result = _run(request, Path(scratch), plan, progress)
             if wrong := engine_ab.problem(arm, result):
                 raise CliError(f"{wrong}.")
-            record["runs"].append({"arm": arm.name, "drafting": drafting, "repeat": repeat} | result)
+            record["runs"].append({"arm": arm.name, "drafting": way, "repeat": repeat} | result)
             _write(out, record)
     (out / f"{FILE_NAME}.md").write_text(engine_report.markdown(record))
     console.print(engine_report.table(record))

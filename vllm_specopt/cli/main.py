@@ -88,5 +88,23 @@ def doctor(
     raise typer.Exit(code)
 
 
+@app.command()
+def fingerprints(
+    vllm: Annotated[
+        Path | None, typer.Option(help="Folder of a vLLM, the package or what it lies in. (default: the installed one)")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Folder of another vLLM: print the differences from it.")] = None,
+) -> None:
+    """List the parts of vLLM that the drop-in relies on, and say which are not as in the versions that it knows.
+
+    Reads sources and imports nothing. Exit status: 0 every part is known, 1 one is not, 2 bad input.
+    """
+    from vllm_specopt.cli.fingerprints import run
+
+    with told("fingerprints"):
+        code = run(vllm, against)
+    raise typer.Exit(code)
+
+
 if __name__ == "__main__":
     app()

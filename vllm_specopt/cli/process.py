@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -38,7 +39,7 @@ class ChildProcess:
         self.log = log
         self.env = env
 
-    def __enter__(self) -> ChildProcess:
+    def __enter__(self) -> Self:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command,

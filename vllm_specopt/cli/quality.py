@@ -120,7 +120,8 @@ def _run_arm(plan: Plan, arm: Arm, record: dict, folder: Path, scratch: Path, pr
 
 def _add_perplexities(plan: Plan, record: dict, folder: Path, scratch: Path, progress: Stages) -> None:
     """Score the texts of all arms that have no perplexity yet, in one engine with the target alone."""
-    missing, texts = {}, []
+    missing: dict[str, slice] = {}
+    texts: list[dict] = []
     for name, arm in record["arms"].items():
         if "runs" in arm and any("perplexity" not in run for run in arm["runs"]):
             found = quality.answers({"runs": json.loads((folder / TEXTS / f"{name}.json").read_text())})

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_specopt.benchmarks import quality, quality_scores
 from vllm_specopt.benchmarks.engine_ab import CHECKOUT, installed
@@ -18,7 +19,7 @@ from vllm_specopt.cli.errors import CliError
 
 TASKS_FOLDER = CHECKOUT / "models" / "tasks"
 # max_tokens covers the longest reference.
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "transcription": {"metrics": ("wer",), "max_tokens": 56},
     "summary": {"metrics": ("rouge",), "max_tokens": 40},
 }
@@ -52,9 +53,10 @@ class Options:
 
 def plans(options: Options) -> list[Plan]:
     """The plan of the pair and data named, or one per shipped task; raise CliError (2) for bad input."""
-    if (options.target is None) != (options.draft is None):
+    target, draft = options.target, options.draft
+    if (target is None) != (draft is None):
         raise CliError("one model is named, and speculation takes two: name TARGET and DRAFT, or neither.", 2)
-    if options.target is None:
+    if target is None or draft is None:
         for option, value in (("--data", options.data), ("--metric", options.metrics)):
             if value:
                 raise CliError(f"{option} goes with a pair of models: name TARGET and DRAFT before it.", 2)
@@ -67,7 +69,7 @@ def plans(options: Options) -> list[Plan]:
         raise CliError("--task is for the shipped models: leave TARGET and DRAFT out, or name --data.", 2)
     if options.data is None or not options.metrics:
         raise CliError("a pair of models needs a task: name --data FILE.jsonl and --metric wer or rouge.", 2)
-    pair = [_model(name, role) for name, role in ((options.target, "target"), (options.draft, "draft"))]
+    pair = [_model(name, role) for name, role in ((target, "target"), (draft, "draft"))]
     chosen = tuple(dict.fromkeys(options.metrics))
     return [_plan(options, options.data.stem, pair, options.data, chosen, MAX_TOKENS, "auto")]
 

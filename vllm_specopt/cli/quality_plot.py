@@ -19,12 +19,14 @@ def plot(record: dict, path: Path) -> bool:
     The first temperature above 0 is drawn: at 0 all arms write the target's text.
     """
     temperature = next((value for value in record["config"]["temperatures"] if value > 0), None)
+    if temperature is None:
+        return False
     fields = [*score_fields(record), "perplexity"]
     points = {}
     for arm in record["arms"]:
         distance = {"mean": 0.0, "half_width": None} if arm == TARGET else values(record, arm, temperature, "tv")
-        heights = [values(record, arm, temperature, field) for field in fields]
-        if distance and all(heights):
+        heights = [found for field in fields if (found := values(record, arm, temperature, field))]
+        if distance and len(heights) == len(fields):
             points[arm] = (distance, heights)
     if not points:
         return False

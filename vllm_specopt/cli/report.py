@@ -39,7 +39,7 @@ def exit_code(record: dict) -> int:
 
 def rows(record: dict) -> list[tuple[str, ...]]:
     """Return the cells of the table, one row per workload and arm."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for workload in record["config"]["workloads"]:
         for arm in ARMS:
             run = record["arms"][arm]["runs"][workload]

@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 VERSIONS = ("0.32", "0.33")
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 # Fingerprints of 0.32.0 and 0.33.0; one entry where the two agree.
 PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
@@ -107,26 +108,30 @@ def problem(runner: str, version: str, root: str | Path) -> str | None:
 
 def fingerprint(path: Path, name: str) -> str | None:
     """Hash the source of a class, function or method, less comment lines and blank lines; None if it is not there."""
+    lines = source(path, name)
+    return None if lines is None else hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def source(path: Path, name: str) -> list[str] | None:
+    """The lines of which the fingerprint is made; None if there is no such class, function or method."""
     node = _definitions(path).get(name)
     if node is None:
         return None
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    source = textwrap.dedent("\n".join(path.read_text().splitlines()[first - 1 : node.end_lineno]))
-    lines = [line.rstrip() for line in source.splitlines()]
-    kept = [line for line in lines if line and not line.lstrip().startswith("#")]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+    text = textwrap.dedent("\n".join(path.read_text().splitlines()[first - 1 : node.end_lineno]))
+    lines = [line.rstrip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.lstrip().startswith("#")]
 
 
 @functools.lru_cache(maxsize=32)
-def _definitions(path: Path) -> dict[str, ast.AST]:
+def _definitions(path: Path) -> dict[str, Definition]:
     """Top-level classes and functions of a file, and the methods of those classes, by dotted name."""
     if not path.is_file():
         return {}
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = {}
+    found: dict[str, Definition] = {}
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, kinds):
+        if isinstance(node, Definition):
             found[node.name] = node
             members = node.body if isinstance(node, ast.ClassDef) else []
-            found.update({f"{node.name}.{member.name}": member for member in members if isinstance(member, kinds)})
+            found.update({f"{node.name}.{member.name}": member for member in members if isinstance(member, Definition)})
     return found

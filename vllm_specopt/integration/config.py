@@ -91,8 +91,7 @@ def _parse_rule(option: Mapping, per_request: bool) -> Constants | None:
     method, given = option["method"], [name for name in WITH_CONSTANTS if option.get(name) is not None]
     rule = RULES[method]
     if rule.has_option and method not in given:
-        expected = rule.constants.EXPECTED
-        raise ValueError(f"specopt.{method} is missing (method is {method!r}), expected {expected}")
+        raise ValueError(f"specopt.{method} is missing (method is {method!r}), expected {rule.expected}")
     unused = [name for name in given if name != method]
     if method == "exact" and per_request:
         if len(given) > 1:
@@ -157,7 +156,7 @@ def refusal(config: SpecoptConfig, choice: Requested) -> str | None:
     """Why a request cannot have its choice in an engine with this option; None if it can."""
     if not config.allow_per_request:
         return 'the server lacks "allow_per_request": true'
-    offered = ("exact", config.rule.NAME)
+    offered = ("exact", *(() if config.rule is None else (config.rule.NAME,)))
     method = choice.method or config.method
     if method not in offered:
         return f"the server offers {_either(offered)}"

@@ -106,7 +106,7 @@ class Account:
     """
 
     def __init__(self, device: torch.device | str):
-        self.recorder = NOT_RECORDED
+        self.recorder: Recorder | _NotRecorded = NOT_RECORDED
         self.restart(device)
 
     def restart(self, device: torch.device | str) -> None:
@@ -178,7 +178,8 @@ class Recorder:
         self._host = torch.zeros_like(self._buffer, device="cpu", pin_memory=True) if self._on_gpu else self._buffer
         self._seconds: deque[float] = deque()
         self._events: deque[tuple] = deque()
-        self._started = None
+        self._started_at = 0.0
+        self._started: torch.cuda.Event | None = None
         self._buckets, self._sum = [0] * (len(BUCKETS) + 1), 0.0
         self._files = _Files(directory)
         self._written: dict[tuple, float] = {}
@@ -188,7 +189,7 @@ class Recorder:
     def begin_step(self) -> None:
         """Before a verification is launched."""
         if not self._on_gpu:
-            self._started = time.perf_counter()
+            self._started_at = time.perf_counter()
         elif self.num_steps % TIMED_EVERY == 0:
             self._started = torch.cuda.Event(enable_timing=True)
             self._started.record()
@@ -197,7 +198,7 @@ class Recorder:
         """After it was launched: count it, and leave a copy of the device's counters on its way to the host."""
         self.num_steps += 1
         if not self._on_gpu:
-            self._seconds.append(time.perf_counter() - self._started)
+            self._seconds.append(time.perf_counter() - self._started_at)
             return
         self._host.copy_(self._buffer, non_blocking=True)
         if self._started is not None:

@@ -245,7 +245,7 @@ def _warm_up(original):
             # Before vLLM's own, at whose end it starts to watch for compilation in flight.
             warm_up(self.model_runner)
         result = original(self, *args, **kwargs)
-        if config and metrics.is_exposed() and hasattr(sampler, "account"):
+        if config and metrics.is_exposed() and sampler is not None and hasattr(sampler, "account"):
             from vllm.distributed.parallel_state import get_tp_group
 
             # Not earlier: the steps of the warm-up are no requests.
@@ -270,11 +270,10 @@ def _install_runner_hook(vllm_config) -> None:
         _wrap(GPUModelRunner, "load_model", _v2_load_model)
     else:
         from vllm.v1.worker import gpu_model_runner
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         _wrap(gpu_model_runner, "build_logitsprocs", _build_logitsprocs)
-        _wrap(GPUModelRunner, "__init__", _v1_init)
-        _wrap(GPUModelRunner, "_calc_spec_decode_metadata", _calc_spec_decode_metadata)
+        _wrap(gpu_model_runner.GPUModelRunner, "__init__", _v1_init)
+        _wrap(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", _calc_spec_decode_metadata)
 
 
 def _active_config(vllm_config) -> SpecoptConfig | None:
@@ -336,13 +335,14 @@ def _build_logitsprocs(original):
     def build_logitsprocs(vllm_config, *args, **kwargs):
         if vllm_config.speculative_config is None or not _active_config(vllm_config):
             return original(vllm_config, *args, **kwargs)
-        from vllm_specopt.integration.v1_rows import MinTokens
+        from vllm_specopt.integration.v1_rows import MinTokens, is_min_tokens
 
         plain = copy.copy(vllm_config)
         plain.speculative_config = None
         processors = original(plain, *args, **kwargs)
         processors.non_argmax_invariant = [
-            MinTokens(each) if type(each) is MinTokens.__base__ else each for each in processors.non_argmax_invariant
+            MinTokens(each) if is_min_tokens(each) and type(each) is not MinTokens else each
+            for each in processors.non_argmax_invariant
         ]
         return processors
 

@@ -9,6 +9,7 @@ batches that need it.
 import functools
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from vllm_specopt.integration.v1_sampler import (
     Draws,
     Sampler,
     copied,
+    given_temperature,
     is_stock,
     needs_processors,
     plain_sampler,
@@ -35,6 +37,7 @@ from vllm_specopt.integration.v1_sampler import (
     wants_logprobs,
     works_on_probabilities,
 )
+from vllm_specopt.rules import SigmoidConstants
 from vllm_specopt.verify import verify
 
 EXACT = SpecoptConfig("exact")
@@ -50,7 +53,8 @@ class RejectionSampler(stock.RejectionSampler):
         option. A sampler of ours brings the runner and the seed along."""
         super().__init__(sampler, spec_config, device)
         self._config = config
-        self._methods_of, self._methods = None, (None, None)
+        self._methods_of: SamplingMetadata | None = None
+        self._methods: tuple[SigmoidConstants | None, torch.Tensor | None] = None, None
         if isinstance(sampler, Sampler):
             self.draws = sampler.draws
         else:
@@ -97,9 +101,9 @@ class RejectionSampler(stock.RejectionSampler):
                 functools.partial(scale, sampler, sampling_metadata=sampling_metadata) if scaled else None,
                 with_bonus=bonus is None,
             )
-        parameters = {}
+        parameters: dict[str, Any] = {}
         if not all_greedy:
-            temperature = sampling_metadata.temperature
+            temperature = given_temperature(sampling_metadata)
             parameters["temperature"] = (temperature >= GREEDY_BELOW).float() if scaled else temperature
             parameters |= self.draws.filters(sampling_metadata, min_p=not scaled)
 
@@ -137,7 +141,7 @@ class RejectionSampler(stock.RejectionSampler):
 
     def _logprobs(
         self, logits, rows, scaled: bool, bonus, metadata, sampling_metadata: SamplingMetadata, token_ids: torch.Tensor
-    ) -> LogprobsTensors:
+    ) -> LogprobsTensors | None:
         """Log probabilities of ``[batch * width]`` output tokens; where none is emitted they mean nothing."""
         num_reqs, width = token_ids.shape
         ends = metadata.cu_num_sampled_tokens.long()
@@ -165,9 +169,8 @@ class RejectionSampler(stock.RejectionSampler):
         if by_rank is None:
             return self.sampler.gather_specific_token_logprobs(values, wanted, emitted)
         ranked = self.sampler.gather_logprobs(values, by_rank, emitted)
-        if not wanted:
-            return ranked
-        return _merged(ranked, self.sampler.gather_specific_token_logprobs(values, wanted, emitted), list(wanted))
+        specific = self.sampler.gather_specific_token_logprobs(values, wanted, emitted) if wanted else None
+        return ranked if specific is None else _merged(ranked, specific, list(wanted))
 
     def warm_up(self, logits: torch.Tensor, num_speculative_tokens: int, probabilistic: bool) -> None:
         """Launch, on a dummy request, every kernel variant that serving can, so that none compiles in a request's way.
@@ -180,19 +183,19 @@ class RejectionSampler(stock.RejectionSampler):
         device, config = logits.device, self._config
         zeros = functools.partial(torch.zeros, 1, device=device)
         counters, bad_rows = new_counters(device)
-        common = {
+        common: dict[str, Any] = {
             "bonus_token_ids": None if is_stock(self.sampler) else zeros(dtype=torch.int32),
             "bad_row_counter": bad_rows,
             "counters": counters,
             "token_dtype": torch.int32,
         }
-        sampled = {
+        sampled: dict[str, Any] = {
             "temperature": zeros(),
             "seeds": zeros(dtype=torch.int64),
             "positions": None if self.draws.runner is None else torch.zeros(2, dtype=torch.int64, device=device),
         }
         # Without requests to choose by, all or none follow the rule.
-        methods = [{"rule": None if config.method == "exact" else config.rule}]
+        methods: list[dict[str, Any]] = [{"rule": None if config.method == "exact" else config.rule}]
         if config.allow_per_request:
             methods = [
                 {},
@@ -205,17 +208,17 @@ class RejectionSampler(stock.RejectionSampler):
         probs = torch.zeros(1, logits.shape[1], device=device) if probabilistic else None
         filters = {"top_k": zeros(dtype=torch.int32), "top_p": zeros(), "min_p": zeros()}
         options = itertools.product(({}, filters), (None, probs) if probabilistic else (None,), methods)
-        batches = [{}] + [{**f, "draft_probs": d, **sampled, **m} for f, d, m in options]
+        batches: list[dict[str, Any]] = [{}] + [{**f, "draft_probs": d, **sampled, **m} for f, d, m in options]
         cu_num_logits = torch.tensor([0, 2], dtype=torch.int32, device=device)
         # A step without drafts has the narrowest output.
-        plain = self.draws.starts(1), torch.empty(0, dtype=torch.int32, device=device), 0
+        starts, no_drafts = self.draws.starts(1), torch.empty(0, dtype=torch.int32, device=device)
         for rows in (logits[:2], copied(logits[:2])):
             for batch in batches:
                 for width in _output_widths(num_speculative_tokens):
                     verify(rows, cu_num_logits, zeros(dtype=torch.int32), width - 1, **common, **batch)
                 if batch.get("draft_probs") is None:
                     positions = {} if batch.get("positions") is None else {"positions": batch["positions"][:1]}
-                    verify(rows[:1], *plain, **common, **(batch | positions))
+                    verify(rows[:1], starts, no_drafts, 0, **common, **(batch | positions))
 
     def _custom_bonus(self, metadata, logits, sampling_metadata) -> SamplerOutput:
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""

@@ -11,6 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -131,12 +132,17 @@ def _drafts(num_draft_tokens: list[int], spec_token_ids: list[list[int]]) -> lis
     ]
 
 
+def is_min_tokens(processor: object) -> TypeGuard[MinTokensLogitsProcessor]:
+    """Whether it is vLLM's own class or the one above; a class derived from either may do something else."""
+    return type(processor) in (MinTokensLogitsProcessor, MinTokens)
+
+
 def _of_this_step(processors: LogitsProcessors) -> LogitsProcessors:
     """The processors; those that note when a request has its minimum length are copies, which may be told of drafts."""
     own = copy.copy(processors)
     own.non_argmax_invariant = []
     for processor in processors.non_argmax_invariant:
-        if type(processor) in (MinTokensLogitsProcessor, MinTokens):
+        if is_min_tokens(processor):
             processor = MinTokens(processor).of_this_step()
         own.non_argmax_invariant.append(processor)
     return own
@@ -147,10 +153,10 @@ def _extended(sampling_metadata: SamplingMetadata, num_reqs: int) -> Iterator[li
     """The lists of output tokens that processors refer to, each with its request; cut to their length afterwards."""
     refer = list(enumerate(sampling_metadata.output_token_ids[:num_reqs]))
     for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
-        if type(processor) in (MinTokensLogitsProcessor, MinTokens):
-            refer += [
-                (request, output) for request, (_, output, *_) in processor.min_toks.items() if request < num_reqs
-            ]
+        if is_min_tokens(processor):
+            # vLLM calls them sequences; they are the lists of the requests.
+            lists = [(request, cast(list[int], output)) for request, (_, output, *_) in processor.min_toks.items()]
+            refer += [(request, output) for request, output in lists if request < num_reqs]
     outputs = list({id(output): (request, output) for request, output in refer}.values())
     lengths = [len(output) for _, output in outputs]
     try:
@@ -166,7 +172,7 @@ def _extend(outputs: list[tuple[int, list[int]]], drafts: list[list[int]], posit
             output.append(drafts[request][position - 1])
 
 
-def cannot_process_rows(processor: type) -> str | None:
+def cannot_process_rows(processor: Any) -> str | None:
     """Why a custom logits processor cannot work on draft tokens' rows; None if it can.
 
     It can if what it does to a row follows from the batch (its members' parameters) and, by the lists it was handed,
@@ -199,7 +205,9 @@ def _ignores_none(method) -> bool:
     if isinstance(first, ast.If) and ast.unparse(first.test) in (f"not {update}", f"{update} is None"):
         return len(first.body) == 1 and isinstance(first.body[0], ast.Return)
     # vLLM's helper for dictionaries by request says whether it changed something, and nothing changes for None.
-    called = first.value if isinstance(first, ast.Expr | ast.Assign) else None
+    if not isinstance(first, ast.Expr | ast.Assign):
+        return False
+    called = first.value
     if not (isinstance(called, ast.Call) and ast.unparse(called.func).split(".")[-1] == "process_dict_updates"):
         return False
     if isinstance(first, ast.Expr):

@@ -8,6 +8,7 @@ for batches that go to the stock one.
 import functools
 import sys
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,10 +169,10 @@ class Sampler(stock.Sampler):
 
     def _draw(self, rows, sampling_metadata: SamplingMetadata, scaled: bool = False) -> torch.Tensor:
         """Token ids ``[batch, 1]``; temperature and min-p have been applied to ``scaled`` rows."""
-        parameters = {}
+        parameters: dict[str, Any] = {}
         if not sampling_metadata.all_greedy:
             num_reqs, runner = len(rows), self.draws.runner
-            temperature = sampling_metadata.temperature
+            temperature = given_temperature(sampling_metadata)
             parameters = {
                 "temperature": (temperature >= GREEDY_BELOW).float() if scaled else temperature,
                 "seeds": self.draws.seeds(num_reqs, sampling_metadata.generators, rows.device),
@@ -203,6 +204,12 @@ def copied(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
+def given_temperature(sampling_metadata: SamplingMetadata) -> torch.Tensor:
+    """The temperature per request of a batch that is not all greedy."""
+    assert sampling_metadata.temperature is not None
+    return sampling_metadata.temperature
+
+
 def works_on_probabilities(sampling_metadata: SamplingMetadata) -> bool:
     """Whether a processor other than min-p works on logits after temperature; the kernels know min-p."""
     return any(
@@ -218,7 +225,7 @@ def scale(sampler: stock.Sampler, rows: torch.Tensor, sampling_metadata: Samplin
         rows: ``[batch, vocab]`` fp32; may be modified.
         sampling_metadata: Sampling parameters per request, not all of them greedy.
     """
-    rows = sampler.apply_temperature(rows, sampling_metadata.temperature, sampling_metadata.all_random)
+    rows = sampler.apply_temperature(rows, given_temperature(sampling_metadata), sampling_metadata.all_random)
     for processor in sampling_metadata.logitsprocs.argmax_invariant:
         rows = processor.apply(rows)
     return rows

@@ -27,6 +27,7 @@ from vllm_specopt.integration.v2_sampler import (
     processed,
     reported,
 )
+from vllm_specopt.rules import Constants
 from vllm_specopt.verify import verify
 
 EXACT = SpecoptConfig("exact")
@@ -73,9 +74,9 @@ class RejectionSampler(stock.RejectionSampler):
         sampler, counts = self.sampler, np.diff(cu_num_logits_np)
         asks = sampler.sampling_states.num_logprobs[slots] != NO_LOGPROBS
         asks |= sampler.logprob_token_ids_state.num_token_ids.np[slots] > 0
-        request = np.repeat(np.arange(len(counts)), counts)
-        at = np.flatnonzero(asks[request])
-        at, request = (async_tensor_h2d(index, device=logits.device) for index in (at, request[at]))
+        request_of_row = np.repeat(np.arange(len(counts)), counts)
+        asking = np.flatnonzero(asks[request_of_row])
+        at, request = (async_tensor_h2d(index, device=logits.device) for index in (asking, request_of_row[asking]))
         width = 1 + max(by_rank, num_specific)
         found = LogprobsTensors(
             sampled.new_zeros(len(logits), width),
@@ -200,7 +201,7 @@ class RejectionSampler(stock.RejectionSampler):
             draft_logits,
         )
         # None: a batch without requests that follow the rule beside exact.
-        rules = [(self._config.rule, None)]
+        rules: list[tuple[Constants | None, torch.Tensor | None]] = [(self._config.rule, None)]
         if self._methods is not None:
             rules = [(None, None), (self._config.rule, self._methods.flags.gpu)]
         layouts = [logits[:2], processed(logits[:2])]
