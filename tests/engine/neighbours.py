@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGET, DRAFT = ROOT / "models" / "specopt-target", ROOT / "models" / "specopt-draft"
 DRAFTS = 3
 RANK = 8
+ADAPTED = "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"
+MODULES = [name.split(".")[1] for name in ADAPTED]
 LINES = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:6]]
 
 
@@ -30,11 +32,7 @@ def adapter(model: Path, folder: Path, seed: int = 0) -> dict:
     config = json.loads((model / "config.json").read_text())
     hidden, between = config["hidden_size"], config["intermediate_size"]
     width = config["num_attention_heads"] * config["head_dim"]
-    shapes = {
-        "self_attn.q_proj": (width, hidden),
-        "self_attn.o_proj": (hidden, width),
-        "mlp.down_proj": (hidden, between),
-    }
+    shapes = dict(zip(ADAPTED, ((width, hidden), (hidden, width), (hidden, between)), strict=True))
     generator = torch.Generator().manual_seed(seed)
     weights, added = {}, {}
     for layer in range(config["num_hidden_layers"]):
@@ -46,8 +44,7 @@ def adapter(model: Path, folder: Path, seed: int = 0) -> dict:
             added[f"{at}.weight"] = up @ down
     folder.mkdir()
     save_file(weights, folder / "adapter_model.safetensors")
-    modules = [name.split(".")[1] for name in shapes]
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": modules, "bias": "none"}
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": MODULES, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return added
 
@@ -220,6 +217,10 @@ def features(folder: Path) -> dict:
     # vLLM's CPU kernels (`lora/ops/torch_ops/lora_ops.py`) take -1, no adapter, for an index of the last slot: one more
     # slot than adapters, which stays zero.
     loras = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+        # Else vLLM adapts the head too, for which V2 (`LoraState.make_lora_inputs`) names one adapter per request, not
+        # per row of logits: a CPU stops at the first step with drafts.
+        loras["lora_target_modules"] = MODULES
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0":
         # vLLM makes the second stage's buffers when it warms up, and does not when it is eager.
