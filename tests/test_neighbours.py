@@ -1,6 +1,7 @@
 """Features beside which verification runs, in engines on a CPU: the tokens are those without draft tokens."""
 
 import importlib.util
+import itertools
 import json
 import runpy
 import subprocess
@@ -25,15 +26,12 @@ FEATURES = (
     "suffix decoding",
     "LoRA on the target",
     "LoRA on both models",
+    "batch-sharded sampling",
     "pipeline parallel",
 )
-# vLLM's V2 runner has no suffix decoding.
-CASES = [
-    (runner, feature)
-    for runner in ("V1", "V2")
-    for feature in FEATURES
-    if (runner, feature) != ("V2", "suffix decoding")
-]
+# vLLM has suffix decoding on V1 and batch-sharded sampling on V2 only.
+NOT_THERE = ("V2", "suffix decoding"), ("V1", "batch-sharded sampling")
+CASES = [case for case in itertools.product(("V1", "V2"), FEATURES) if case not in NOT_THERE]
 LIBRARY = pytest.mark.skipif(importlib.util.find_spec("arctic_inference") is None, reason="no arctic-inference")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -221,6 +222,12 @@ def features(folder: Path) -> dict:
         # Else vLLM adapts the head too, for which V2 (`LoraState.make_lora_inputs`) names one adapter per request, not
         # per row of logits: a CPU stops at the first step with drafts.
         loras["lora_target_modules"] = MODULES
+    even_heads = runpy.run_path(str(ROOT / "tests" / "stress" / "ranks.py"))["even_heads"]
+    ranks = {
+        "model": str(even_heads(TARGET, folder / "target of two ranks")),
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0":
         # vLLM makes the second stage's buffers when it warms up, and does not when it is eager.
@@ -239,6 +246,7 @@ def features(folder: Path) -> dict:
         "suffix decoding": ({}, {"speculative": SUFFIX}, twice),
         "LoRA on the target": (loras, {}, partial(lora, path=path)),
         "LoRA on both models": (loras, {"speculative": {"model": merged(DRAFT, folder)}}, partial(lora, path=path)),
+        "batch-sharded sampling": (ranks, {"enable_batch_sharded_sampling": True}, plain),
         # vLLM has no pipeline with drafts on a CPU: the second engine has two stages and none either.
         "pipeline parallel": ({}, {"speculative": None} | stages, plain),
     }
