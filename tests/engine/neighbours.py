@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TARGET, DRAFT = ROOT / "models" / "specopt-target", ROOT / "models" / "specopt-draft"
 DRAFTS = 3
+V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 RANK = 8
 ADAPTED = "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"
 MODULES = [name.split(".")[1] for name in ADAPTED]
@@ -218,7 +219,7 @@ def features(folder: Path) -> dict:
     # vLLM's CPU kernels (`lora/ops/torch_ops/lora_ops.py`) take -1, no adapter, for an index of the last slot: one more
     # slot than adapters, which stays zero.
     loras = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
-    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+    if V2:
         # Else vLLM adapts the head too, for which V2 (`LoraState.make_lora_inputs`) names one adapter per request, not
         # per row of logits: a CPU stops at the first step with drafts.
         loras["lora_target_modules"] = MODULES
@@ -229,7 +230,7 @@ def features(folder: Path) -> dict:
         "distributed_executor_backend": "mp",
     }
     stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
-    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0":
+    if not V2:
         # vLLM makes the second stage's buffers when it warms up, and does not when it is eager.
         stages["enforce_eager"] = False
     return {
@@ -254,6 +255,9 @@ def features(folder: Path) -> dict:
 
 def main(result: str, *names: str) -> None:
     """Run features one after another; an error is what vLLM said."""
+    if V2:
+        # A rank's embedding is compiled, for which PyTorch asks Triton's interpreter for a GPU. Read at import.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         known = features(Path(folder))
