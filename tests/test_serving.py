@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import httpx
@@ -91,6 +92,70 @@ def test_log_probabilities_come_with_each_token(client):
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 12
     for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert logprob == max(top.values()), f"the greedy token {token!r} is not the most probable one"
+
+
+def streamed(server, **request) -> tuple[list[dict], dict]:
+    """Per choice the text, the token ids and how many came at once; the usage that ends the stream."""
+    asked = {"model": "target", "prompt": PROMPT, "stream": True, "return_token_ids": True} | request
+    asked["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    choices = [{"text": "", "token_ids": [], "at_once": []} for _ in range(request.get("n", 1))]
+    usage = None
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=120) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            for piece in chunk["choices"]:
+                choice = choices[piece["index"]]
+                choice["text"] += piece["text"]
+                choice["token_ids"] += piece["token_ids"]
+                choice["at_once"].append(len(piece["token_ids"]))
+                assert chunk["usage"]["completion_tokens"] == len(choice["token_ids"])
+            if not chunk["choices"]:
+                usage = chunk["usage"]
+    return choices, usage
+
+
+def test_usage_counts_what_was_streamed_to_any_length(server):
+    whole = streamed(server, max_tokens=24, temperature=0.0, ignore_eos=True)[0][0]
+    assert max(whole["at_once"]) > 1
+    within = 0
+    for length in range(1, 13):
+        [choice], usage = streamed(server, max_tokens=length, temperature=0.0, ignore_eos=True)
+        assert usage["completion_tokens"] == length == len(choice["token_ids"])
+        assert choice["token_ids"] == whole["token_ids"][:length]
+        within += length not in accumulate(whole["at_once"])
+    assert within, "no length ends within what one step emitted"
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_usage_counts_the_tokens_to_a_stop_string(server, shown):
+    tokenizers = pytest.importorskip("tokenizers")
+    whole = streamed(server, max_tokens=32, temperature=0.0)[0][0]
+    tokenizer = tokenizers.Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json"))
+    texts = [tokenizer.decode(whole["token_ids"][: i + 1]) for i in range(len(whole["token_ids"]))]
+    ends = set(accumulate(whole["at_once"]))
+    within = 0
+    for at in range(2, len(whole["text"]) - 2, 5):
+        stop = whole["text"][at : at + 2]
+        [choice], usage = streamed(server, max_tokens=32, temperature=0.0, stop=stop, include_stop_str_in_output=shown)
+        # The first token that completes it, and its text up to there.
+        length = next(i for i, text in enumerate(texts, 1) if stop in text)
+        assert usage["completion_tokens"] == length == len(choice["token_ids"])
+        text = whole["text"]
+        assert choice["text"] == text[: text.find(stop) + (len(stop) if shown else 0)]
+        within += length not in ends
+    assert within, "no stop string ends within what one step emitted"
+
+
+def test_usage_sums_completions_and_each_is_that_of_its_seed(server):
+    request = {"max_tokens": 20, "temperature": 0.9, "stop": ["\n\n"]}
+    choices, usage = streamed(server, n=2, seed=7, **request)
+    assert usage["completion_tokens"] == sum(len(choice["token_ids"]) for choice in choices)
+    for index, choice in enumerate(choices):
+        [alone], _ = streamed(server, seed=7 + index, **request)
+        assert choice["token_ids"] == alone["token_ids"] and choice["text"] == alone["text"]
 
 
 def scrape(server) -> dict[tuple[str, ...], float]:

@@ -1,6 +1,6 @@
 """Features beside which verification runs: each engine with draft tokens must emit what it emits without.
 
-Usage: ``python neighbours.py RESULT.json [ENGINE ...]``, in the environment of a runner (``run_engines.environment``).
+Usage: ``python neighbours.py RESULT.json [FEATURE ...]``, in the environment of a runner (``run_engines.environment``).
 Writes, per feature, whether the seeded and greedy requests of both engines have equal tokens, and what else must hold.
 """
 
@@ -8,35 +8,59 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import runpy
+import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET, DRAFT = ROOT / "models" / "specopt-target", ROOT / "models" / "specopt-draft"
 DRAFTS = 3
+V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+RANK = 8
+ADAPTED = "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"
+MODULES = [name.split(".")[1] for name in ADAPTED]
 LINES = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:6]]
 
 
-def adapter(folder: Path, seed: int = 0) -> str:
-    """A LoRA adapter of the target with random weights, large enough to change the text."""
+def adapter(model: Path, folder: Path, seed: int = 0) -> dict:
+    """A LoRA adapter of a model with random weights, large enough to change the text; what it adds to each weight."""
     import torch
     from safetensors.torch import save_file
 
-    config = json.loads((TARGET / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
+    config = json.loads((model / "config.json").read_text())
+    hidden, between = config["hidden_size"], config["intermediate_size"]
+    width = config["num_attention_heads"] * config["head_dim"]
+    shapes = dict(zip(ADAPTED, ((width, hidden), (hidden, width), (hidden, between)), strict=True))
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
+    weights, added = {}, {}
     for layer in range(config["num_hidden_layers"]):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        weights[f"{name}.lora_A.weight"] = torch.randn(8, hidden, generator=generator) * 0.2
-        weights[f"{name}.lora_B.weight"] = torch.randn(heads * width, 8, generator=generator) * 0.2
+        for name, (rows, columns) in shapes.items():
+            at = f"model.layers.{layer}.{name}"
+            down = torch.randn(RANK, columns, generator=generator) * 0.1
+            up = torch.randn(rows, RANK, generator=generator) * 0.1
+            weights[f"base_model.model.{at}.lora_A.weight"], weights[f"base_model.model.{at}.lora_B.weight"] = down, up
+            added[f"{at}.weight"] = up @ down
+    folder.mkdir()
     save_file(weights, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"})
-    )
-    return str(folder)
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": MODULES, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return added
+
+
+def merged(model: Path, folder: Path, seed: int = 1) -> str:
+    """A copy of a model with an adapter in its weights: vLLM has no other way to give a draft model one."""
+    from safetensors.torch import load_file, save_file
+
+    added = adapter(model, folder / "adapter of the draft", seed)
+    copy = Path(shutil.copytree(model, folder / "draft"))
+    for file in copy.glob("*.safetensors"):
+        weights = load_file(file)
+        save_file({name: (w + added.get(name, 0)).to(w.dtype) for name, w in weights.items()}, file, {"format": "pt"})
+    return str(copy)
 
 
 def start(drafts: bool, **more):
@@ -56,6 +80,7 @@ def start(drafts: bool, **more):
         "block_size": 32,
         "enable_prefix_caching": False,
         "additional_config": {"specopt": "exact"},
+        "disable_log_stats": False,
         "speculative_config": speculative if drafts else None,
     }
     return LLM(**(args | more))
@@ -112,16 +137,27 @@ def several(llm):
     return whole, {"completion i is that of seed + i": whole[0] == alone}
 
 
-def lora(llm, path):
-    """Requests with an adapter and without, in one batch."""
+def lora(llm, path: str):
+    """Requests with an adapter, without, and both in one batch."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("random", 1, path)
     params = [seeded(i) for i in range(len(LINES))]
-    with_it = tokens(emitted(llm, LINES, params, lora_request=[request if i % 2 else None for i in range(len(LINES))]))
-    without = tokens(emitted(llm, LINES, params))
-    changed = [a != b for a, b in zip(with_it, without, strict=True)]
-    return with_it, {"the adapter changes its requests alone": changed == [bool(i % 2) for i in range(len(LINES))]}
+    chosen = [request if i % 2 else None for i in range(len(LINES))]
+    every, none, some = (
+        tokens(emitted(llm, LINES, params, lora_request=each)) for each in ([request] * len(LINES), None, chosen)
+    )
+    checks = {
+        "the adapter changes each text": all(a != b for a, b in zip(every, none, strict=True)),
+        "in one batch each is as alone": some == [every[i] if i % 2 else none[i] for i in range(len(LINES))],
+    }
+    return every + none + some, checks
+
+
+def twice(llm):
+    """Drafts follow the texts of earlier requests, the tokens do not."""
+    first, again = plain(llm)[0], plain(llm)[0]
+    return first, {"again the same": first == again}
 
 
 def plain(llm):
@@ -167,48 +203,84 @@ def aborted(llm):
     return stayed, {"those that stay are as alone": stayed == alone}
 
 
-# A name, what it starts, what it runs.
-FEATURES = {
-    "prefix caching, log probabilities": ({"enable_prefix_caching": True}, prefix_caching),
-    "n completions of a seeded request": ({}, several),
-    "streaming, stop strings, minimum length": ({}, streamed),
-    "aborted requests beside others": ({}, aborted),
-    "dynamic number of drafts": (
-        {"speculative": {"num_speculative_tokens_per_batch_size": [[1, 4, 3], [5, 64, 1]]}},
-        plain,
-    ),
-    "n-gram, drafts of any length": (
-        {"speculative": {"model": None, "method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}},
-        plain,
-    ),
-    "LoRA on the target": ({"enable_lora": True, "max_lora_rank": 8}, lora),
-    "pipeline parallel": ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, plain),
-}
+def accepted(llm) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_accepted_tokens")
+
+
+WITHOUT, WITH = "without drafts", "with drafts"
+NGRAM = {"model": None, "method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+SUFFIX = {"model": None, "method": "suffix", "num_speculative_tokens": 8, "suffix_decoding_min_token_prob": 0.0}
+
+
+def features(folder: Path) -> dict:
+    """By name: what both engines start with, what the one with drafts has besides, and what is run."""
+    path = str(folder / "adapter")
+    adapter(TARGET, Path(path))
+    # vLLM's CPU kernels (`lora/ops/torch_ops/lora_ops.py`) take -1, no adapter, for an index of the last slot: one more
+    # slot than adapters, which stays zero.
+    loras = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+    if V2:
+        # Else vLLM adapts the head too, for which V2 (`LoraState.make_lora_inputs`) names one adapter per request, not
+        # per row of logits: a CPU stops at the first step with drafts.
+        loras["lora_target_modules"] = MODULES
+    even_heads = runpy.run_path(str(ROOT / "tests" / "stress" / "ranks.py"))["even_heads"]
+    ranks = {
+        "model": str(even_heads(TARGET, folder / "target of two ranks")),
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    if not V2:
+        # vLLM makes the second stage's buffers when it warms up, and does not when it is eager.
+        stages["enforce_eager"] = False
+    return {
+        "prefix caching, log probabilities": ({"enable_prefix_caching": True}, {}, prefix_caching),
+        "n completions of a seeded request": ({}, {}, several),
+        "streaming, stop strings, minimum length": ({}, {}, streamed),
+        "aborted requests beside others": ({}, {}, aborted),
+        "dynamic number of drafts": (
+            {},
+            {"speculative": {"num_speculative_tokens_per_batch_size": [[1, 4, 3], [5, 64, 1]]}},
+            plain,
+        ),
+        "n-gram, drafts of any length": ({}, {"speculative": NGRAM}, plain),
+        "suffix decoding": ({}, {"speculative": SUFFIX}, twice),
+        "LoRA on the target": (loras, {}, partial(lora, path=path)),
+        "LoRA on both models": (loras, {"speculative": {"model": merged(DRAFT, folder)}}, partial(lora, path=path)),
+        "batch-sharded sampling": (ranks, {"enable_batch_sharded_sampling": True}, plain),
+        # vLLM has no pipeline with drafts on a CPU: the second engine has two stages and none either.
+        "pipeline parallel": ({}, {"speculative": None} | stages, plain),
+    }
 
 
 def main(result: str, *names: str) -> None:
     """Run features one after another; an error is what vLLM said."""
+    if V2:
+        # A rank's embedding is compiled, for which PyTorch asks Triton's interpreter for a GPU. Read at import.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = adapter(Path(folder))
-        for name in names or FEATURES:
-            more, run = FEATURES[name]
-            each = {}
-            for drafts in (False, True):
-                args = {key: value for key, value in more.items() if drafts or key != "speculative"}
+        known = features(Path(folder))
+        for name in names or known:
+            both, besides, run = known[name]
+            each, accepts = {}, 0
+            for arm in (WITHOUT, WITH):
+                drafts = arm == WITH and besides.get("speculative", {}) is not None
+                more = {k: v for k, v in besides.items() if v is not None} if arm == WITH else {}
                 try:
-                    llm = start(drafts, **args)
-                    each[drafts] = run(llm, path) if run is lora else run(llm)
+                    llm = start(drafts, **(both | more))
+                    each[arm] = run(llm)
+                    accepts = accepted(llm) if drafts else 0
                 except Exception as error:
-                    each[drafts] = None, {f"{type(error).__name__}: {error}"[:300]: False}
+                    each[arm] = None, {f"{type(error).__name__}: {error}"[:300]: False}
                 llm = None
                 gc.collect()
-            equal = each[False][0] is not None and each[False][0] == each[True][0]
             found[name] = {
-                "equal": equal,
-                "without drafts": each[False][1],
-                "with drafts": each[True][1],
-                "requests": len(each[True][0] or []),
+                "equal": each[WITHOUT][0] is not None and each[WITHOUT][0] == each[WITH][0],
+                WITHOUT: each[WITHOUT][1],
+                WITH: each[WITH][1],
+                "requests": len(each[WITH][0] or []),
+                "accepted": accepts,
             }
             print(name, json.dumps(found[name]), flush=True)
             Path(result).write_text(json.dumps(found, indent=1))
