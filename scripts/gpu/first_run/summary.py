@@ -10,7 +10,7 @@ from first_run.places import REHEARSE, RESULTS, STANDIN, WELL, load, tail
 MOST_LINES, WIDTH = 60, 240
 MOST_CASES, MOST_TESTS = 24, 5
 NAMES = {"ours": "ours", "ours-block": "block", "ours-v1": "ours V1", "stock-v1": "STOCK V1", "ours-v2": "ours V2",
-         "stock-v2": "STOCK V2", "ours-sigmoid": "sigmoid", "ours-block": "block"}  # fmt: skip
+         "stock-v2": "STOCK V2", "ours-sigmoid": "sigmoid"}  # fmt: skip
 
 
 def text() -> str:
