@@ -114,6 +114,23 @@ def _parse_rule(option: Mapping, per_request: bool) -> Constants | None:
     return None if rule.constants is None else rule.constants()
 
 
+def contradiction(config: SpecoptConfig, speculative: Any) -> str | None:
+    """What of vLLM's speculative configuration the option cannot be combined with, in a sentence; None if nothing."""
+    asked = getattr(speculative, "rejection_sample_method", "standard")
+    lossy = config.rule is not None and not RULES[config.rule.NAME].lossless
+    if (asked == "block" and lossy) or (asked not in ("standard", "block") and config.method == "block"):
+        return (
+            f"specopt.method is {config.method!r} and rejection_sample_method is {asked!r}: two different rules; "
+            "remove one of them"
+        )
+    if config.gives_deltas and speculative.draft_sample_method == "probabilistic":
+        return (
+            "specopt.budget bounds its price for drafts that are chosen, not sampled, and draft_sample_method is "
+            "'probabilistic'; remove that, or choose another method"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Requested:
     """A request's own choice; None leaves it to the engine.

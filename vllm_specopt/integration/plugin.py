@@ -30,9 +30,17 @@ from vllm.platforms import current_platform
 
 from vllm_specopt.checks import MAX_DRAFT_TOKENS
 from vllm_specopt.integration import compat, metrics
-from vllm_specopt.integration.config import REQUEST_KEY, Requested, SpecoptConfig, parse, refusal, requested
+from vllm_specopt.integration.config import (
+    REQUEST_KEY,
+    Requested,
+    SpecoptConfig,
+    contradiction,
+    parse,
+    refusal,
+    requested,
+)
 from vllm_specopt.integration.messages import log_active, log_not_replaced, log_unstable
-from vllm_specopt.rules import RULES, BlockConstants, BudgetConstants
+from vllm_specopt.rules import BlockConstants
 from vllm_specopt.verify import backend_name
 
 logger = init_logger("vllm.specopt")
@@ -81,7 +89,8 @@ def validate(vllm_config) -> SpecoptConfig | None:
         raise ValueError(
             f"specopt runs on CUDA GPUs and CPUs, not on {current_platform.device_name}; remove the option"
         )
-    _check_speculative(vllm_config.speculative_config, config)
+    if reason := contradiction(config, vllm_config.speculative_config):
+        raise ValueError(reason)
     drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0)
     if drafts > MAX_DRAFT_TOKENS and not vllm_config.use_v2_model_runner:
         raise ValueError(
@@ -95,22 +104,6 @@ def validate(vllm_config) -> SpecoptConfig | None:
             '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
         )
     return config
-
-
-def _check_speculative(speculative, config: SpecoptConfig) -> None:
-    """Raise ValueError where the speculative configuration contradicts the option."""
-    asked = getattr(speculative, "rejection_sample_method", "standard")
-    lossy = config.rule is not None and not RULES[config.rule.NAME].lossless
-    if (asked == "block" and lossy) or (asked not in ("standard", "block") and config.method == "block"):
-        raise ValueError(
-            f"specopt.method is {config.method!r} and rejection_sample_method is {asked!r}: two different rules; "
-            "remove one of them"
-        )
-    if isinstance(config.rule, BudgetConstants) and speculative.draft_sample_method == "probabilistic":
-        raise ValueError(
-            "specopt.budget bounds its price for drafts that are chosen, not sampled, and draft_sample_method is "
-            "'probabilistic'; remove that, or choose another method"
-        )
 
 
 def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
