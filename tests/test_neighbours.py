@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.engine
+# Half a minute each on V1, a minute or two on V2.
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 ENGINE = Path(__file__).parent / "engine"
-# Half a minute of V1 and a minute or two of V2 each, but for the one that `make test` runs.
-SHORT = ("V1", "LoRA on the target")
 FEATURES = (
     "prefix caching, log probabilities",
     "n completions of a seeded request",
@@ -37,14 +36,7 @@ LIBRARY = pytest.mark.skipif(importlib.util.find_spec("arctic_inference") is Non
 
 @pytest.mark.parametrize(
     ("runner", "feature"),
-    [
-        pytest.param(
-            *case,
-            marks=[pytest.mark.long] * (case != SHORT) + [LIBRARY] * (case[1] == "suffix decoding"),
-            id=" ".join(case),
-        )
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=[LIBRARY] * (case[1] == "suffix decoding"), id=" ".join(case)) for case in CASES],
 )
 def test_the_tokens_are_those_without_draft_tokens(tmp_path, runner, feature):
     result = tmp_path / "result.json"
