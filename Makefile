@@ -2,7 +2,8 @@ PYTHON ?= python3
 ARGS ?=
 SUITE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 bin := .venv/bin
-quick := tests/cpu $(patsubst %,tests/test_%.py,check_types compat config packaging reference setup shapes triton verify)
+quick := $(patsubst %,tests/%.py,cpu/test_cache cpu/test_requests test_compat test_config test_packaging test_reference \
+  test_setup test_shapes test_triton test_verify)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test test-long prove peer parity bench cost lint clean

@@ -18,6 +18,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines first: two workers that take file after file then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("engine") and not item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     """What vLLM or a test sets in the environment ends with the test's file: engines started later inherit it."""

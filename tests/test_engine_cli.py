@@ -41,8 +41,9 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message):
     assert result.output.count("\n") == 1 and result.output.startswith("specopt bench-engine: ")
 
 
+@pytest.mark.long
 @pytest.mark.engine
-@pytest.mark.parametrize("drafting", ["greedy", pytest.param("ngram", marks=pytest.mark.long)])
+@pytest.mark.parametrize("drafting", ["greedy", "ngram"])
 def test_one_short_run(tmp_path, drafting):
     pytest.importorskip("vllm")
     result = invoke(

@@ -15,23 +15,28 @@ pytestmark = pytest.mark.engine
 ENGINE = Path(__file__).parent / "engine"
 steps = SimpleNamespace(**runpy.run_path(str(ENGINE / "steps.py")))
 RUNNERS = {
-    "V1": {"requests": 16, "max_tokens": 24, "alone": 8, "off": 0, "ngram": 4, "draft-1": 1, "draft-4": 4},
-    "V2": {"requests": 8, "max_tokens": 8, "alone": 4, "off": 0, "ngram": 3, "draft-3": 3},
+    "V1": {"requests": 16, "max_tokens": 24, "alone": 4, "off": 0, "ngram": 4, "draft-4": 4},
+    "V2": {"requests": 8, "max_tokens": 8, "alone": 2, "off": 0, "ngram": 3, "draft-3": 3},
+    "V1, more": {"requests": 16, "max_tokens": 24, "alone": 8, "off": 0, "draft-1": 1, "draft-4": 4},
+    "V2, more": {"requests": 8, "max_tokens": 8, "alone": 4, "off": 0, "ngram": 3, "draft-3": 3},
 }
 
 
-@pytest.fixture(scope="module", params=RUNNERS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long) if "more" in name else name for name in RUNNERS],
+)
 def ran(request, tmp_path_factory):
-    """The runner, results by engine name, and what each engine logged."""
+    """The name in RUNNERS, results by engine name, and what each engine logged."""
     sizes = RUNNERS[request.param]
-    if request.param == "V2":
+    runner = request.param[:2]
+    if runner == "V2":
         pytest.importorskip("triton")
     prompts, sampling = steps.requests(sizes["requests"], sizes["max_tokens"])
     listed = steps.batches(prompts, sampling, sizes["alone"])
     drafting = steps.drafting(
         {name: number for name, number in sizes.items() if name in ("off", "ngram") or "-" in name}
     )
-    engines = [steps.engine(name, drafts, listed, max_num_seqs=32) for name, drafts in drafting.items()]
     # Many short chunks of the prompts: the runner draws for each of them and discards all but the last.
     prompts, sampling = steps.requests(4, sizes["max_tokens"], ({"temperature": 0.0}, {"temperature": 1.0}))
     unseeded = [{k: v for k, v in params.items() if k != "seed"} for params in sampling]
@@ -42,14 +47,17 @@ def ran(request, tmp_path_factory):
     prompts, sampling = steps.requests(6, sizes["max_tokens"], more)
     shown = [params | {"logprobs": 2} for params in sampling]
     biased = [params | {"logit_bias": {"17": 100.0}, "max_tokens": 3} for params in sampling]
-    logprobs = steps.engine("logprobs", None, [
+    logprobs = [
         {"name": "without", "prompts": prompts, "sampling": sampling},
         {"name": "with", "prompts": prompts, "sampling": shown},
         {"name": "biased", "prompts": prompts, "sampling": biased},
-    ])  # fmt: skip
+    ]
+    engines = [
+        steps.engine(name, drafts, listed + (logprobs if drafts is None else []), max_num_seqs=32)
+        for name, drafts in drafting.items()
+    ]
     start = runpy.run_path(str(ENGINE / "run_engines.py"))["start"]
-    engines += [chunked, logprobs]
-    return request.param, *start(engines, tmp_path_factory.mktemp("engines"), request.param)
+    return request.param, *start([*engines, chunked], tmp_path_factory.mktemp("engines"), runner)
 
 
 def test_without_speculation_a_request_does_not_depend_on_its_batch(ran):
@@ -70,7 +78,7 @@ def test_a_request_does_not_depend_on_its_drafts(ran):
 
 def test_log_probabilities_leave_the_text_alone_and_a_bias_does_not(ran):
     _, results, _ = ran
-    batches = results["logprobs"]["batches"]
+    batches = results["off"]["batches"]
     assert batches["without"]["token_ids"] == batches["with"]["token_ids"]
     for ids, at in zip(batches["with"]["token_ids"], batches["with"]["logprobs"], strict=True):
         assert all(str(token) in shown for token, shown in zip(ids, at, strict=True))
@@ -84,10 +92,11 @@ def test_draws_of_unfinished_prompts_are_discarded(ran):
 
 
 def test_only_ours_draws_and_says_so(ran):
-    runner, results, logs = ran
+    name, results, logs = ran
+    runner = name[:2]
     module = f"vllm_specopt.integration.{runner.lower()}"
     for name, result in results.items():
-        off = name in ("off", "chunked", "logprobs")
+        off = name in ("off", "chunked")
         assert result["plain_sampler"] == f"{module}_sampler.Sampler"
         assert result["sampler"] == (f"{module}_sampler.Sampler" if off else f"{module}.RejectionSampler")
         assert result["stock_calls"] == {}

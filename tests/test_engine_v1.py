@@ -50,9 +50,21 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def ran(prompts, tmp_path_factory):
-    """Results by engine name, and what each engine logged."""
+    """Results by engine name, and what each engine logged; those with a draft model."""
+    return start(("draft-greedy", "draft-probabilistic"), prompts, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def ran_ngram(prompts, tmp_path_factory):
+    """The same of those that draft by n-grams."""
+    return start(("ngram",), prompts, tmp_path_factory.mktemp("ngram"))
+
+
+def start(names, prompts, folder) -> tuple[dict, dict]:
+    """Run a stock engine and one of ours for each way of drafting."""
     engines = []
-    for drafting, speculative in DRAFTING.items():
+    for drafting in names:
+        speculative = DRAFTING[drafting]
         batches = {"greedy": GREEDY}
         if drafting == "draft-greedy":
             batches |= {"processed": PROCESSED, "logprobs": {**GREEDY, "logprobs": 2}}
@@ -77,13 +89,16 @@ def ran(prompts, tmp_path_factory):
                 if arm == "exact" or "seeded" not in name
             ]
             engines.append({"name": f"{drafting} {arm}", "llm": llm, "batches": listed})
-    start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
-    return start(engines, tmp_path_factory.mktemp("engines"), "V1")
+    return runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"](engines, folder, "V1")
 
 
-@pytest.mark.parametrize("drafting", DRAFTING)
-def test_greedy_output_equals_stock(ran, drafting):
-    results, _ = ran
+# tests/test_engine_steps.py drafts by n-grams too.
+EVERY = [pytest.param(name, marks=pytest.mark.long) if name == "ngram" else name for name in DRAFTING]
+
+
+@pytest.mark.parametrize("drafting", EVERY)
+def test_greedy_output_equals_stock(request, drafting):
+    results, _ = request.getfixturevalue("ran_ngram" if drafting == "ngram" else "ran")
     ours, stock = (results[f"{drafting} {arm}"]["batches"]["greedy"]["token_ids"] for arm in ("exact", "stock"))
     assert [len(ids) for ids in ours] == [MAX_TOKENS] * NUM_PROMPTS
     assert ours == stock
@@ -122,9 +137,9 @@ def test_probabilistic_drafts_are_verified_at_a_temperature(ran):
     assert [len(ids) for ids in emitted] == [MAX_TOKENS] * NUM_PROMPTS
 
 
-@pytest.mark.parametrize("drafting", DRAFTING)
-def test_only_ours_runs_and_says_so_once(ran, drafting):
-    results, logs = ran
+@pytest.mark.parametrize("drafting", EVERY)
+def test_only_ours_runs_and_says_so_once(request, drafting):
+    results, logs = request.getfixturevalue("ran_ngram" if drafting == "ngram" else "ran")
     active = "specopt: active: runner=V1 method=exact backend=cpu device=cpu"
     ours, stock = results[f"{drafting} exact"], results[f"{drafting} stock"]
     assert ours["sampler"] == "vllm_specopt.integration.v1.RejectionSampler"

@@ -108,6 +108,7 @@ def engines(prompts, tmp_path_factory) -> dict:
     return script("ray_engine.py", request, folder, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.parametrize("size", SIZES)
 def test_every_ray_worker_verifies_with_ours(engines, size):
@@ -121,12 +122,14 @@ def test_every_ray_worker_verifies_with_ours(engines, size):
         assert worker["sampler"] == OURS
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_every_ray_worker_says_so(engines):
     said = [line for line in engines["worker log"].splitlines() if "specopt:" in line]
     assert sum(ACTIVE in line for line in said) == len(said) == sum(SIZES)
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.parametrize(("size", "backend"), SIZES.items())
 @pytest.mark.parametrize("batch", ["greedy", "seeded"])

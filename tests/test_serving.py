@@ -1,4 +1,7 @@
-"""The launch line of the README: a real `vllm serve` with the option, asked by the openai client."""
+"""The launch line of the README: a real `vllm serve` with the option, asked by the openai client.
+
+The option also lets requests choose, which changes nothing for those that do not.
+"""
 
 import json
 import os
@@ -27,6 +30,8 @@ ENV = {
     "TRITON_INTERPRET": "0",
 }
 SPECULATION = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
+# Scores that are 1 wherever they can be: every draft token of a request that chooses sigmoid survives.
+OPTION = {"method": "exact", "sigmoid": {"alpha": -100, "beta": -99}, "allow_per_request": True}
 PROMPT = "def read_lines(path):\n    "
 
 
@@ -44,7 +49,7 @@ def launch_line(port: int, option: str | None, speculation: dict | None = SPECUL
 def server(tmp_path_factory):
     port = free_port()
     log = tmp_path_factory.mktemp("serving") / "server.log"
-    command = launch_line(port, json.dumps({"specopt": {"method": "exact"}}))
+    command = launch_line(port, json.dumps({"specopt": OPTION}))
     with Server(command, log, ENV, port) as running:
         running.wait_ready(lambda: None, timeout=300)
         yield running
@@ -204,11 +209,45 @@ def test_metrics_agree_with_vllms_own(server, client):
     assert counts["specopt:bad_rows_total", "exact"] == 0
 
 
+def ask(server, **extra) -> httpx.Response:
+    request = {"model": "target", "prompt": PROMPT, "max_tokens": 96, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    return httpx.post(f"{server.url}/v1/completions", json=request | extra, timeout=120)
+
+
+@pytest.mark.parametrize(("xargs", "low", "high"), [({"specopt": "sigmoid"}, 0.99, 1.0), ({}, 0.01, 0.9)])
+def test_a_served_request_chooses_by_vllm_xargs(server, xargs, low, high):
+    before = scrape(server)
+    assert ask(server, n=2, vllm_xargs=xargs).status_code == 200
+    after = scrape(server)
+    drafted, accepted = (
+        after[key] - before.get(key, 0)
+        for key in (("vllm:spec_decode_num_draft_tokens_total",), ("vllm:spec_decode_num_accepted_tokens_total",))
+    )
+    assert drafted > 100
+    assert low <= accepted / drafted <= high
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("fast", "extra_args['specopt'] is 'fast', expected 'exact' or 'sigmoid'"),
+        (1, "extra_args['specopt'] is 1, expected 'exact' or 'sigmoid'"),
+        (["sigmoid"], "extra_args['specopt'] is ['sigmoid'], expected 'exact' or 'sigmoid'"),
+    ],
+)
+def test_a_malformed_choice_is_refused_with_400(server, value, message):
+    response = ask(server, vllm_xargs={"specopt": value})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert ask(server, max_tokens=1).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("option", "speculation", "sentence"),
     [
         ('{"specopt": {"method": "fast"}}', SPECULATION, "method"),
-        ('{"specopt": {"method": "sigmoid", "sigmoid": "paper"}}', None, "specul"),
+        # tests/test_plugin.py has the same mistake, and its sentence, without a server.
+        pytest.param('{"specopt": {"method": "sigmoid", "sigmoid": "paper"}}', None, "specul", marks=pytest.mark.long),
     ],
     ids=["unknown method", "no speculation"],
 )

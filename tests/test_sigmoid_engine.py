@@ -69,17 +69,22 @@ def batches(count: int, tokens: int) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["V1", "V2"])
+@pytest.fixture(scope="module", params=["V1", "V2", pytest.param("V2, sigmoid", marks=pytest.mark.long)])
 def ran(request, tmp_path_factory):
-    """A stock engine, one with sigmoid, and one where requests choose, on each runner."""
-    count, tokens = (16, 20) if request.param == "V1" else (6, 8)
+    """A stock engine, one with sigmoid, and one where requests choose, on each runner.
+
+    In the interpreter an engine takes long: that of V2 in which all requests follow sigmoid is left to the long tests.
+    """
+    runner, with_sigmoid = request.param[:2], request.param != "V2"
+    count, tokens = (16, 20) if runner == "V1" else (6, 8)
     greedy = {"greedy": sampling(count, tokens, 0.0)}
     engines = [
         engine("stock", DRAFT_GREEDY, None, greedy, count),
         engine("sigmoid", DRAFT_PROBABILISTIC, SIGMOID, greedy | {"all": sampling(count, tokens, 1.0)}, count),
         engine("choice", DRAFT_GREEDY, CHOICE, batches(count, tokens), count),
     ]
-    return request.param, *START(engines, tmp_path_factory.mktemp("engines"), request.param)
+    engines = [each for each in engines if with_sigmoid or each["name"] != "sigmoid"]
+    return runner, *START(engines, tmp_path_factory.mktemp("engines"), runner)
 
 
 def tokens_of(results, name, batch):
@@ -89,8 +94,8 @@ def tokens_of(results, name, batch):
 def test_greedy_output_equals_stock(ran):
     _, results, _ = ran
     stock = tokens_of(results, "stock", "greedy")
-    assert tokens_of(results, "sigmoid", "greedy") == stock
-    assert tokens_of(results, "choice", "greedy") == stock
+    for name in results:
+        assert tokens_of(results, name, "greedy") == stock, name
 
 
 def test_a_request_gets_the_method_it_chose_beside_others(ran):
@@ -107,11 +112,12 @@ def test_the_log_says_what_is_on_and_what_it_costs(ran):
     runner, results, logs = ran
     backend = "cpu" if runner == "V1" else "triton"
     active = f"specopt: active: runner={runner} method=%s backend={backend} device=cpu"
-    assert logs["sigmoid"].count(active % "sigmoid") == logs["sigmoid"].count(WARNING) == 1
     assert logs["choice"].count(active % "exact" + " per_request=allowed") == logs["choice"].count(WARNING) == 1
-    assert "0.62 for every token" in logs["choice"] and "0.62 for every token" not in logs["sigmoid"]
-    for name in ("sigmoid", "choice"):
-        assert results[name]["stock_calls"] == {}
+    assert "0.62 for every token" in logs["choice"]
+    if "sigmoid" in logs:
+        assert logs["sigmoid"].count(active % "sigmoid") == logs["sigmoid"].count(WARNING) == 1
+        assert "0.62 for every token" not in logs["sigmoid"]
+    assert all(results[name]["stock_calls"] == {} for name in results if name != "stock")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,7 @@ def drafted_and_accepted(server) -> tuple[float, float]:
     return tuple(next(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in names)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("xargs", "low", "high"), [({"specopt": "sigmoid"}, 0.99, 1.0), ({}, 0.1, 0.97)])
 def test_a_served_request_chooses_by_vllm_xargs(server, xargs, low, high):
     """With the paper's constants and draft probabilities nearly everything is accepted; exact accepts less."""
@@ -147,24 +154,6 @@ def test_a_served_request_chooses_by_vllm_xargs(server, xargs, low, high):
     drafted, accepted = (after - b for after, b in zip(drafted_and_accepted(server), before, strict=True))
     assert drafted > 100
     assert low <= accepted / drafted <= high
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("fast", "extra_args['specopt'] is 'fast', expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'"),
-        (1, "extra_args['specopt'] is 1, expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'"),
-        (
-            ["sigmoid"],
-            "extra_args['specopt'] is ['sigmoid'], expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'",
-        ),
-    ],
-)
-def test_a_malformed_choice_is_refused_with_400(server, value, message):
-    response = ask(server, vllm_xargs={"specopt": value})
-    assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
-    assert ask(server, max_tokens=1).status_code == 200
 
 
 @pytest.mark.parametrize(

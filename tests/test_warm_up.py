@@ -181,6 +181,7 @@ def test_a_cpu_compiles_all_loops_at_start_up(tmp_path):
     assert serving < 1.0
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_v2_engines_launch_only_what_they_warmed_up(tmp_path):
     """Real engines in the interpreter: every batch of one kind alone, then all mixed, in chunks of at most 16 rows."""
