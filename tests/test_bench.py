@@ -301,9 +301,10 @@ def test_cpu_run_beside_repaired_stock(tmp_path):
 
 
 @needs_vllm
-def test_rehearsal_runs_every_peer_end_to_end(tmp_path):
-    rows = bench(tmp_path, "--suite", "rehearsal", "--repeats", "5")
-    names = [case.name for case in grid.suite("rehearsal")]
+@pytest.mark.parametrize("pattern", ["t0.7|logits", pytest.param(".", marks=pytest.mark.long)])
+def test_rehearsal_runs_every_peer_end_to_end(tmp_path, pattern):
+    rows = bench(tmp_path, "--suite", "rehearsal", "--repeats", "5", "--case", pattern)
+    names = [case.name for case in grid.suite("rehearsal", pattern)]
     assert [name for name in dict.fromkeys(found["case"] for found in rows)] == names
     one_hot = [found["implementation"] for found in rows if found["case"] == names[0]]
     assert sorted(one_hot) == ["ours", "ours-sigmoid", "ours-v1", "ours-v2", "stock-v1", "stock-v2"]

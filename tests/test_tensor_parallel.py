@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).with_name("stress") / "ranks.py"
-STEPS = 300
+STEPS = 100
 
 
 @pytest.fixture(scope="module")

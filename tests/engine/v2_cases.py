@@ -321,8 +321,24 @@ def case_processed_log_probabilities_follow_the_temperature_of_both_models():
 ASKS = [{"logprob_token_ids": [5, 17, 30]}, {}, {"logprobs": 1}, {"logprob_token_ids": [2]}, {}, {"logprobs": 2}]
 
 
-@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])
-@pytest.mark.parametrize("most_rows", [None, 6])
+@pytest.mark.parametrize(
+    ("most_rows", "mode"),
+    [
+        (None, "raw_logprobs"),
+        (None, "processed_logits"),
+        (6, "raw_logits"),
+        (6, "processed_logprobs"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (None, "raw_logits"),
+                (None, "processed_logprobs"),
+                (6, "raw_logprobs"),
+                (6, "processed_logits"),
+            )
+        ),
+    ],
+)
 def case_log_probabilities_of_specific_tokens_beside_others(mode, most_rows, monkeypatch):
     if most_rows:
         monkeypatch.setattr(stock, "MAX_CHUNK_BYTES", most_rows * VOCAB * 4)
@@ -453,9 +469,23 @@ def case_rules_equal_reference_token_for_token(rule, draft, by_request, dicts):
 
 @pytest.mark.parametrize(
     ("choice", "draft", "pad"),
-    [("exact", False, 0), ("exact", True, 0), ("exact", True, 5), ("sigmoid", True, 5), ("per-request", False, 5),
-     ("per-request", True, 0), ("block", True, 5), ("typical", True, 0), ("budget", False, 5)],
-)  # fmt: skip
+    [
+        ("exact", False, 0),
+        ("exact", True, 5),
+        ("per-request", False, 5),
+        ("block", True, 5),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("exact", True, 0),
+                ("sigmoid", True, 5),
+                ("per-request", True, 0),
+                ("typical", True, 0),
+                ("budget", False, 5),
+            )
+        ),
+    ],
+)
 def case_warm_up_launches_what_serving_does(monkeypatch, choice, draft, pad):
     """By what Triton would compile for each launch; among them chunks whose small tensors start at any element."""
     by_choice = choice == "per-request"
