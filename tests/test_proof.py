@@ -357,12 +357,13 @@ def test_run_writes_its_report_and_resumes(tmp_path, capsys, monkeypatch):
     arguments = ["--quick", "--only", "enumeration", "--workers", "1", "--report", str(path)]
     assert proof_command.main(arguments) == 0
     record = json.loads(path.read_text())
-    assert [row["case"] for row in record["rows"]] == [*enumeration.KINDS, jobs.ACCEPTANCE]
-    assert "6 of 6 hold" in capsys.readouterr().out
+    of_blocks = [f"block: {kind}" for kind in (*enumeration.KINDS, jobs.KEPT) if kind != "chosen drafts"]
+    assert [row["case"] for row in record["rows"]] == [*enumeration.KINDS, jobs.ACCEPTANCE, *of_blocks]
+    assert "11 of 11 hold" in capsys.readouterr().out
     record["rows"][0] |= {"passed": False, "total_variation": 0.25, "note": "biased"}
     path.write_text(json.dumps(record))
     rows = load(path, {"quick": True, "seed": 0})
-    assert len(rows) == 5, "a failed row is run again"
+    assert len(rows) == 10, "a failed row is run again"
     monkeypatch.setattr(proof_command, "run", lambda *_: [jobs.Row(**row) for row in record["rows"]])
     assert proof_command.main(arguments) == 1
     assert '"why": "biased"' in capsys.readouterr().out

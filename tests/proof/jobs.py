@@ -158,6 +158,8 @@ def run_job(job: Job, size: Size, seed: int) -> list[Row]:
         kind = "" if isinstance(error, AssertionError | WrongGreedy) else f"{type(error).__name__}: "
         rows = [Row(job.section, job.item, job.backend, 0, "", passed=False, note=f"{kind}{error}")]
     for row in rows:
+        if job.method != "exact":
+            row.case = f"{job.method}: {row.case}"
         row.job, row.seconds = job.name, round((time.perf_counter() - start) / len(rows), 2)
     return rows
 

@@ -27,7 +27,8 @@ def _statistics_kernel(
     logits_ptr, temp_ptr, max_ptr, sum_ptr, vocab_size, count, TILE: tl.constexpr, STEPS: tl.constexpr
 ):
     scale = LOG2_E / tl.load(temp_ptr)
-    sweep(logits_ptr, scale, max_ptr, sum_ptr, tl.program_id(0) * STEPS, count, vocab_size, False, TILE, STEPS)
+    first = tl.program_id(0) * STEPS
+    sweep(logits_ptr, scale, max_ptr, sum_ptr, None, first, count, vocab_size, False, TILE, STEPS)
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _filter_kernel(
     scale = LOG2_E / tl.load(temp_ptr)
     filters = Filters(tl.full((), 0, tl.int32), tl.load(top_p_ptr), tl.full((), 0.0, tl.float32))
     row = tl.full((), 0, tl.int64)
-    tiles = Tiles(max_ptr, sum_ptr, count)
+    tiles = Tiles(max_ptr, sum_ptr, None, count)
     threshold, num_candidates = filter_row(
         logits_ptr, tiles, row, filters, scale, list_ptr, values_ptr, vocab_size, KEY_BITS, TILE, PADDED_TILES
     )
@@ -63,7 +64,7 @@ def _weights_kernel(
     """One program per tile: its mass in the row, and its tokens' weights, as a draw computes them."""
     scale, threshold = LOG2_E / tl.load(temp_ptr), tl.load(threshold_ptr)
     tile = tl.program_id(0)
-    maxima, sums = load_tiles(Tiles(max_ptr, sum_ptr, count), 0, PADDED_TILES)
+    maxima, sums = load_tiles(Tiles(max_ptr, sum_ptr, None, count), 0, PADDED_TILES)
     _, masses = tile_masses(maxima, sums, scale, threshold)
     mass = tl.sum(tl.where(tl.arange(0, PADDED_TILES) == tile, masses, 0.0), axis=0)
     tl.store(masses_ptr + tile, mass)
@@ -81,7 +82,7 @@ def _draw_kernel(
     """One program per uniform."""
     scale, threshold = LOG2_E / tl.load(temp_ptr), tl.load(threshold_ptr)
     uniform, none = tl.load(uniforms_ptr + tl.program_id(0)), tl.full((), -1, tl.int32)
-    tiles = Tiles(max_ptr, sum_ptr, count)
+    tiles = Tiles(max_ptr, sum_ptr, None, count)
     candidates = Candidates(values_ptr, ids_ptr, num_candidates)
     token = draw_row(
         logits_ptr, tiles, candidates, 0, scale, threshold, none, uniform, vocab_size, TILE, PADDED_TILES, False
