@@ -41,7 +41,7 @@ def sampling(count: int, tokens: int, temperature: float, choice=None) -> list[d
 @pytest.fixture(scope="module", params=["V1", pytest.param("V2", marks=pytest.mark.long)])
 def ran(request, tmp_path_factory):
     """One engine for each method, on each runner."""
-    count, tokens = (24, 48) if request.param == "V1" else (6, 8)
+    count, tokens = (16, 32) if request.param == "V1" else (6, 8)
     lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:count]
     prompts = [json.loads(line)["prompt"] for line in lines]
     engines = []
