@@ -21,14 +21,15 @@ def log_active(runner: str, config: SpecoptConfig, device, backend: str, specula
     logger.warning(
         "specopt: the output of %s does not follow the target model's distribution at temperature > 0: %s",
         who,
-        _price(rule, speculative.draft_sample_method != "probabilistic"),
+        _price(rule, speculative.draft_sample_method != "probabilistic", config.allow_per_request),
     )
 
 
-def _price(rule: Constants, certain: bool) -> str:
-    """What a lossy rule gives away. certain: whether drafts are chosen, not sampled."""
+def _price(rule: Constants, certain: bool, by_request: bool) -> str:
+    """What a lossy rule gives away. certain: drafts are chosen. by_request: requests may set a delta of their own."""
     if isinstance(rule, BudgetConstants):
-        return f"a verified token may differ from it by up to {rule.delta:g} nats of KL divergence"
+        own = ", or by what its request sets" if by_request else ""
+        return f"a verified token may differ from it by up to {rule.delta:g} nats of KL divergence{own}"
     if isinstance(rule, TypicalConstants):
         return (
             "a draft token survives whenever its probability exceeds "
