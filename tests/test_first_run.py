@@ -22,7 +22,7 @@ SCRIPTS = ROOT / "scripts" / "gpu"
 sys.path.insert(0, str(SCRIPTS))
 
 from first_run import __main__ as driver  # noqa: E402
-from first_run import engines, host, modelled, ncu, places, plan, summary, sweep  # noqa: E402
+from first_run import engines, host, modelled, ncu, places, plan, seeds, summary, sweep  # noqa: E402
 
 from vllm_specopt.benchmarks import grid  # noqa: E402
 from vllm_specopt.kernels import shapes  # noqa: E402
@@ -45,9 +45,11 @@ def folders(monkeypatch, tmp_path):
 def test_the_steps_fit_into_one_call_and_bring_back_few_files():
     steps = plan.steps()
     assert [step.name for step in steps] == [
-        "info", "tests", "grid", "sweep", "modelled", "engines", "ncu", "races"
+        "info", "tests", "grid", "modelled", "engines", "seeds", "races", "ncu", "sweep"
     ]  # fmt: skip
-    assert plan.UNPACK.seconds + sum(step.seconds for step in steps) + plan.SPARE <= plan.TOTAL <= 570
+    usual = sum(step.seconds for step in steps if step.name in plan.usual())
+    assert plan.usual() == {step.name for step in steps} - {plan.ASKED}
+    assert plan.UNPACK.seconds + usual + plan.SPARE <= plan.TOTAL <= 570
     assert len(plan.FILES) <= 8
     assert not plan.missing_tests()
     assert min(step.seconds for step in steps) >= driver.GRACE + driver.LEAST
@@ -192,7 +194,7 @@ def test_texts_are_compared_and_noise_is_the_second_generation():
         }
         return {"name": run.name, "workloads": work}
 
-    ours, plain, stock = engines.runs()[:3]
+    ours, stock, plain = engines.Run("exact", "greedy"), engines.Run("stock", "greedy"), engines.Run("exact", "no")
     found = [
         result(ours, [[1, 2, 3, 4], [5, 6]]),
         result(plain, [[1, 2, 3, 4], [5, 6]]),
@@ -212,7 +214,21 @@ def test_engines_ask_for_graphs_and_only_warn_of_compilation():
     assert asked["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY" and "enforce_eager" not in asked
     assert asked["speculative_config"]["num_speculative_tokens"] == 3 and "jit_monitor_mode" not in asked
     plain = engines.request(engines.Run("exact", "no"), Path("pair"), ["a"] * 99)["llm"]
+    assert len(set(engines.enough([f"prompt {n:03}" + "." * 90 for n in range(96)]))) == engines.REQUESTS
     assert "speculative_config" not in plain and plain["additional_config"] == {"specopt": {"method": "exact"}}
+
+
+def test_seeds_compare_an_engine_with_drafts_to_one_without():
+    asked = seeds.request(engines.Run("exact", "greedy", kind="float32"), Path("pair"), ["a" * 99] * 96)
+    assert asked["llm"]["dtype"] == "float32" and "gpu_memory_utilization" not in asked["llm"]
+    assert list(asked["workloads"]) == list(engines.WORKLOADS)
+    invariant = engines.Run("exact", "no", kind="invariant")
+    assert engines.environment(invariant)["VLLM_BATCH_INVARIANT"] == "1" and invariant.name.endswith("invariant")
+    work = {"token_ids": [[1, 2, 3, 4], [5, 6]], "accepted_tokens": 2, "draft_tokens": 4}
+    plain = {"workloads": {"T = 1": work | {"token_ids": [[1, 2, 9, 4], [5, 6]]}}}
+    text = seeds.told({"workloads": {"T = 1": work}}, plain, "exact", "float32")["texts"]["T = 1"]
+    assert text == {"identical": 1, "completions": 2, "shared_prefix": 0.75, "draft_tokens_accepted": 0.5}
+    assert seeds.told({"problem": "it fell over"}, plain, "exact", "float32")["problems"] == ["it fell over"]
 
 
 def test_the_profiler_takes_the_slowest_kernel():

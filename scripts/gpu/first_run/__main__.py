@@ -29,7 +29,7 @@ def main() -> int:
     """Run everything; 0 if every step ended well."""
     began = time.monotonic()
     only = os.environ.get("ONLY", "").split()
-    chosen = [step for step in plan.steps() if not only or step.name in only]
+    chosen = [step for step in plan.steps() if step.name in (only or plan.usual())]
     if unknown := set(only) - {step.name for step in plan.steps()}:
         return refuse(f"ONLY names {' '.join(sorted(unknown))}, expected {' '.join(s.name for s in plan.steps())}.")
     if missing := plan.missing_tests():
@@ -47,7 +47,8 @@ def main() -> int:
     environment |= unpacked_variables()
     failed = 0
     with contextlib.ExitStack() as stack:
-        if not REHEARSE and "engines" in {step.name for step in chosen} and not (PAIR / "wide_pair.json").is_file():
+        serving = {"engines", "seeds"} & {step.name for step in chosen}
+        if serving and not REHEARSE and not (PAIR / "wide_pair.json").is_file():
             log = stack.enter_context((RESULTS / "pair.log").open("a"))
             stack.enter_context(started(plan.pair(), environment, log))
         for step in chosen:
@@ -142,7 +143,7 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
 
 def collect() -> None:
     """Bring back what there is so far; a run that is cut short keeps it."""
-    parts = ("info", "steps", "modelled", "races", "kernels")
+    parts = ("info", "steps", "modelled", "seeds", "races", "kernels")
     save("run", {"standin": STANDIN, "rehearsal": REHEARSE} | {name: load(name, None) for name in parts})
     for name in plan.FILES[:-1]:
         if (RESULTS / name).is_file():

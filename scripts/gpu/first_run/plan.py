@@ -47,7 +47,9 @@ class Step:
         return self.seconds * PATIENCE
 
 
-UNPACK = Step("unpack", 50, ("bash", str(SCRIPTS / "unpack.sh")))
+ASKED = "sweep"
+"""Runs only where ONLY names it, or in a rehearsal."""
+UNPACK = Step("unpack", 15, ("bash", str(SCRIPTS / "unpack.sh")))
 
 
 def module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -56,23 +58,29 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def steps() -> list[Step]:
-    """The steps in their order, most telling first."""
-    limits = {"info": 20, "tests": 95, "grid": 145, "sweep": 50, "modelled": 10, "engines": 130, "ncu": 25, "races": 15}
+    """The steps in their order, most telling first; then the one that has to be asked for."""
+    limits = {"info": 10, "tests": 120, "grid": 125, "modelled": 8, "engines": 177, "seeds": 75, "races": 20, "ncu": 12}
+    limits |= {ASKED: 50}
     commands = {name: module(name, SECONDS) for name in limits}
     commands |= {"tests": tests(), "grid": grid()}
     beside = {"tests": () if REHEARSE else (module("precompile"),)}
     return [Step(name, seconds, commands[name], beside.get(name, ())) for name, seconds in limits.items()]
 
 
+def usual() -> set[str]:
+    """The names of the steps that run where ONLY names none."""
+    return {step.name for step in steps() if REHEARSE or step.name != ASKED}
+
+
 def tests() -> tuple[str, ...]:
-    """pytest over the kernels' tests, in 8 processes on a GPU."""
+    """pytest over the kernels' tests, in 10 processes on a GPU."""
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in TESTS), "-q", "-p", "no:cacheprovider"]
     if REHEARSE:
         return (*command, "-k", "residual_without_mass or given_bonus or emits_what_two or table_is_found")
     if STANDIN:
         # Nothing is computed there, so nothing can be asserted.
         return ("env", "PYTHONOPTIMIZE=1", *command, "--assert=plain")
-    return (*command, "--tb=short", "-n", "8")
+    return (*command, "--tb=short", "-n", "10")
 
 
 def grid() -> tuple[str, ...]:
@@ -82,7 +90,7 @@ def grid() -> tuple[str, ...]:
         return (*command, "--suite", "rehearsal", "--repeats", "5")
     if STANDIN:
         command[1:3] = [str(SCRIPTS / "standin" / "bench.py")]
-    return (*command, "--suite", "gpu", "--device", "cuda", "--repeats", "15", "--minutes", "2.2")
+    return (*command, "--suite", "gpu", "--device", "cuda", "--repeats", "15", "--minutes", "1.9")
 
 
 def pair() -> tuple[str, ...]:

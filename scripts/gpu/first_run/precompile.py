@@ -1,4 +1,4 @@
-"""Fill Triton's cache by many processes: what the grid and the sweep would compile one kernel after the other.
+"""Fill Triton's cache by many processes: what grid and sweep would compile one kernel after the other.
 
 Compiles by launching: each process takes every n-th case, calls all implementations once, and drops the results.
 """
@@ -40,12 +40,14 @@ def work(number: int, count: int) -> None:
 
 
 def tasks() -> list[Callable[[], None]]:
-    """The grid's first cases, the sweep, then the other cases."""
-    from first_run import sweep
+    """The grid's first cases, the sweep if it is asked for, then the other cases."""
+    from first_run import plan, sweep
     from vllm_specopt.benchmarks import grid
 
     cases = [partial(call_all, case) for case in grid.suite("gpu")]
     shapes = [partial(call_shapes, *variation) for variation in sweep.variations()]
+    if plan.ASKED not in os.environ.get("ONLY", ""):
+        shapes = []
     return cases[:FIRST] + shapes + cases[FIRST:]
 
 

@@ -108,6 +108,11 @@ def engine_lines() -> list[str]:
             f"texts, {each['who']}, {each['workload']}: {each['identical']} of {each['completions']} identical, "
             f"shared prefix {100 * each['shared_prefix']:.1f} %"
         )
+    for each in load("seeds", None) or []:
+        pair = f"seeds, {each['arm']}, {each['kind']}, with and without drafts"
+        told = [f"{name}: {text['identical']} of {text['completions']} identical, shared prefix "
+                f"{100 * text['shared_prefix']:.1f} %" for name, text in each["texts"].items()]  # fmt: skip
+        lines.append(f"{pair}: {'; '.join(told)} {' '.join(each.get('problems', []))[-100:]}".rstrip())
     return lines
 
 
