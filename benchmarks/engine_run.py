@@ -159,6 +159,26 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
     }
 
 
+def gpu_kernels(llm, prompts: list[str], sampling: dict, length: int) -> dict:
+    """Generate under PyTorch's profiler; GPU time and calls by kernel, and the drafts that were verified meanwhile."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from vllm import SamplingParams
+
+    before = counters(llm)
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            llm.generate(prompts, SamplingParams(**sampling, max_tokens=length, ignore_eos=True), use_tqdm=False)
+            torch.cuda.synchronize()
+        events = [(event.self_device_time_total, event.count, event.key[:100]) for event in found.key_averages()]
+    except Exception as error:  # A host without the profiler's library still has its times.
+        return {"problem": repr(error)[:300]}
+    kernels = [
+        {"name": name, "calls": calls, "us": round(us, 1)} for us, calls, name in sorted(events, reverse=True) if us > 0
+    ]
+    return {"drafts": counters(llm)["num_drafts"] - before["num_drafts"], "kernels": kernels}
+
+
 def main(request_path: str, result_path: str) -> None:
     """Build the engine of the request, run its workloads, write the result."""
     request = json.loads(Path(request_path).read_text())
@@ -182,8 +202,13 @@ def main(request_path: str, result_path: str) -> None:
         name: timed_generate(llm, request["prompts"], sampling, request, timers)
         for name, sampling in request["workloads"].items()
     }
+    profiled = {
+        name: gpu_kernels(llm, request["prompts"], request["workloads"][name], request["profiled_len"])
+        for name in request.get("profiled", ())
+    }
     config = llm.llm_engine.vllm_config
     result = {
+        "gpu_kernels": profiled,
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "cudagraph_mode": getattr(config.compilation_config.cudagraph_mode, "name", None),
         "engine_seconds": round(loaded, 1),

@@ -205,7 +205,7 @@ def test_texts_are_compared_and_noise_is_the_second_generation():
         ("ours and plain", 2, 1.0),
     ]
     kept = engines.public(found[0])
-    assert kept["workloads"]["T = 0"] == {"seconds": 2.0, "noise": 1.25}
+    assert kept["workloads"] == {"T = 0": {"seconds": 1.8, "every": [2.0, 1.6], "noise": 1.25}}
     assert engines.texts(found[:1]) == []
 
 
@@ -220,8 +220,9 @@ def test_engines_ask_for_graphs_and_only_warn_of_compilation():
 
 def test_seeds_compare_an_engine_with_drafts_to_one_without():
     asked = seeds.request(engines.Run("exact", "greedy", kind="float32"), Path("pair"), ["a" * 99] * 96)
-    assert asked["llm"]["dtype"] == "float32" and "gpu_memory_utilization" not in asked["llm"]
-    assert list(asked["workloads"]) == list(engines.WORKLOADS)
+    assert asked["llm"]["dtype"] == "float32" and asked["llm"]["gpu_memory_utilization"] == 0.1
+    assert list(asked["workloads"]) == list(engines.WORKLOADS) and not asked["profiled"]
+    assert len(engines.workloads()) == engines.TIMES * len(engines.WORKLOADS)
     invariant = engines.Run("exact", "no", kind="invariant")
     assert engines.environment(invariant)["VLLM_BATCH_INVARIANT"] == "1" and invariant.name.endswith("invariant")
     work = {"token_ids": [[1, 2, 3, 4], [5, 6]], "accepted_tokens": 2, "draft_tokens": 4}
@@ -246,14 +247,22 @@ def test_the_summary_has_60_lines_at_most(folders):
             writer.writerow({"case": case.name, "implementation": "ours", "time_us": 58.2, "percent_of_copy": 91.0})
             writer.writerow({"case": case.name, "implementation": "stock-v2", "note": "not measured: it failed"})
     (results / "run.log").write_text("FAILED tests/a.py::b\n" * 90 + "= 90 failed, 3 passed in 12.34s =\n")
-    runs = [{"name": f"engine {n}", "workloads": {}, "problem": "status 1\n" * 50} for n in range(9)]
+    runs = [{"name": f"engine {n}", "workloads": {}, "problem": "status 1\n" * 50} for n in range(8)]
+    kernels = [{"name": "decide_kernel", "us": 2000.0}, {"name": "ampere_gemm", "us": 3000.0}]
+    runs.append({"name": "engine 8", "workloads": {}, "gpu_kernels": {"T = 1": {"kernels": kernels}}})
     places.save("engines", {"runs": runs, "texts": []})
     places.save("modelled", [{"case": grid.suite("gpu")[0].name, "implementation": "ours", "low": 56.0, "high": 60.0}])
     places.save("steps", [{"step": f"step {n}", "status": "ended well", "seconds": 1.0} for n in range(9)])
     lines = summary.text().splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= summary.WIDTH
     shown = "\n".join(lines)
-    for said in ("90 failed, 3 passed", "ours 58 (91%) [56-60]", "STOCK V2: not measured", "engine 8"):
+    for said in (
+        "90 failed, 3 passed",
+        "ours 58 (91%) [56-60]",
+        "STOCK V2: not measured",
+        "engine 8",
+        "sampling 2.0 of 5.0 ms",
+    ):
         assert said in shown, said
 
 

@@ -1,8 +1,8 @@
 """Whole engines on the V2 runner: ours and stock with greedy drafts, with sampled ones, ours without drafts; then V1.
 
-Texts at temperature 0 must be stock's, and a seeded text the same with speculation and without it. Every workload is
-generated twice in each engine: the ratio of the two speeds is what noise alone makes. vLLM's monitor warns of kernels
-that compile while an engine serves; ours must not be among them, vLLM's own may be. CUDA graphs are on.
+Texts at temperature 0 must be stock's. Every workload is generated four times in each engine, in turns: what the
+slowest takes over the fastest is noise. Then PyTorch's profiler tells the GPU time of each kernel. vLLM's monitor warns
+of kernels that compile while an engine serves; ours must not be among them, vLLM's own may be. CUDA graphs are on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ WORKLOADS = {
     "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9, "seed": 7},
 }
 AGAIN = " again"
+TIMES = 2 if REHEARSE else 4
+PROFILED_LENGTH = 32
 LEAST_SECONDS = 20
 # vLLM captures steps of up to 512 tokens on this card: 128 requests of 4.
 REQUESTS, LENGTH = (2, 6) if REHEARSE else (4, 8) if STANDIN else (128, 128)
@@ -61,9 +64,10 @@ def runs() -> list[Run]:
 
 
 def workloads() -> dict[str, dict]:
-    """The workloads, each twice; the interpreter lacks what vLLM's top-p needs for a request's first token."""
+    """The workloads in turns; the interpreter lacks what vLLM's top-p needs for a request's first token."""
     chosen = {name: sampling for name, sampling in WORKLOADS.items() if not (REHEARSE and "top_p" in sampling)}
-    return {name + again: sampling for name, sampling in chosen.items() for again in ("", AGAIN)}
+    turns = ["", AGAIN, *(f"{AGAIN} {number}" for number in range(3, TIMES + 1))][:TIMES]
+    return {name + turn: sampling for turn in turns for name, sampling in chosen.items()}
 
 
 def request(run: Run, pair: Path, prompts: list[str]) -> dict:
@@ -99,7 +103,8 @@ def request(run: Run, pair: Path, prompts: list[str]) -> dict:
             llm |= {"attention_backend": "TRITON_ATTN", "kernel_config": {"ir_op_priority": native}}
     return {"llm": llm, "repair": False, "prompts": enough(prompts), "warmup_len": 3 if REHEARSE else 16,
             "output_len": LENGTH, "original_vocab_size": 512, "workloads": workloads(),
-            "keep_token_ids": True}  # fmt: skip
+            "keep_token_ids": True, "profiled": [] if REHEARSE or STANDIN else list(WORKLOADS),
+            "profiled_len": PROFILED_LENGTH}  # fmt: skip
 
 
 def enough(prompts: list[str]) -> list[str]:
@@ -202,20 +207,22 @@ def environment(run: Run) -> dict[str, str]:
 
 
 def public(result: dict) -> dict:
-    """A result without its token ids."""
+    """A result without its token ids, each workload once: median seconds of its generations, and all of them."""
     kept = dict(result)
+    works = result.get("workloads", {})
     kept["workloads"] = {
-        name: {key: value for key, value in work.items() if key != "token_ids"} | {"noise": noise(result, name)}
-        for name, work in result.get("workloads", {}).items()
+        name: {key: value for key, value in work.items() if key != "token_ids"} | seconds(works, name)
+        for name, work in works.items()
+        if AGAIN not in name
     }
     return kept
 
 
-def noise(result: dict, workload: str) -> float | None:
-    """Speed of a workload's second generation over that of its first."""
-    works = result["workloads"]
-    first, second = works.get(workload.removesuffix(AGAIN)), works.get(workload.removesuffix(AGAIN) + AGAIN)
-    return round(first["seconds"] / second["seconds"], 3) if first and second else None
+def seconds(works: dict, workload: str) -> dict:
+    """Median, all, and slowest over fastest."""
+    every = [work["seconds"] for name, work in works.items() if name.split(AGAIN)[0] == workload]
+    return {"seconds": statistics.median(every), "every": [round(each, 3) for each in every],
+            "noise": round(max(every) / min(every), 3)}  # fmt: skip
 
 
 def texts(found: list[dict]) -> list[dict]:

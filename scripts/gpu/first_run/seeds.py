@@ -41,10 +41,12 @@ def main(seconds: float) -> None:
 def request(run: Run, pair: Path, prompts: list[str]) -> dict:
     """What engine_run.py is asked for: each workload once, and engines that leave room for each other."""
     asked = engines.request(run, pair, prompts)
-    asked["workloads"] = {name: each for name, each in asked["workloads"].items() if not name.endswith(engines.AGAIN)}
+    asked["workloads"] = {name: each for name, each in asked["workloads"].items() if engines.AGAIN not in name}
+    asked["profiled"] = []
     if not REHEARSE:
-        del asked["llm"]["gpu_memory_utilization"]
-        asked["llm"] |= {"kv_cache_memory_bytes": CACHE_BYTES, "attention_backend": "TRITON_ATTN"}
+        # vLLM wants this share of the card free when it starts, and takes the bytes that are named.
+        room = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": CACHE_BYTES}
+        asked["llm"] |= room | {"attention_backend": "TRITON_ATTN"}
     return asked
 
 

@@ -9,6 +9,11 @@ from first_run.places import REHEARSE, RESULTS, STANDIN, WELL, load, tail
 
 MOST_LINES, WIDTH = 60, 240
 MOST_CASES, MOST_TESTS = 24, 5
+SAMPLING = re.compile(
+    "statistics_kernel|decide_kernel|residual_kernel|temperature_kernel|gumbel|logits_stats|rejection|resample"
+    "|log_p_kernel|residual_mass|topp|topk|min_p_kernel|recovered|expand_kernel"
+)
+"""Names of kernels that sample or verify, ours and vLLM's; what PyTorch's kernels do for them is not among them."""
 NAMES = {"ours": "ours", "ours-block": "block", "ours-v1": "ours V1", "stock-v1": "STOCK V1", "ours-v2": "ours V2",
          "stock-v2": "STOCK V2", "ours-sigmoid": "sigmoid"}  # fmt: skip
 
@@ -95,7 +100,6 @@ def engine_lines() -> list[str]:
             f"{name}: {work['tokens'] / work['seconds']:.0f} tok/s (noise {work['noise']}, "
             f"acc {work['accepted_tokens'] / max(work['draft_tokens'], 1):.2f})"
             for name, work in run["workloads"].items()
-            if not name.endswith("again")
         ]
         said = run.get("problem", "").replace("\n", " ")
         lines.append(
@@ -103,6 +107,7 @@ def engine_lines() -> list[str]:
         )
         if run.get("compiled_in_flight"):
             lines[-1] += f"; compiled in flight: {', '.join(run['compiled_in_flight'])}"
+        lines += [f"  GPU, {name}: {kernels(profiled)}" for name, profiled in run.get("gpu_kernels", {}).items()]
     for each in found.get("texts", []):
         lines.append(
             f"texts, {each['who']}, {each['workload']}: {each['identical']} of {each['completions']} identical, "
@@ -114,6 +119,16 @@ def engine_lines() -> list[str]:
                 f"{100 * text['shared_prefix']:.1f} %" for name, text in each["texts"].items()]  # fmt: skip
         lines.append(f"{pair}: {'; '.join(told)} {' '.join(each.get('problems', []))[-100:]}".rstrip())
     return lines
+
+
+def kernels(profiled: dict) -> str:
+    """The kernels of a profiled generation that have to do with sampling, then all of them, in milliseconds."""
+    if "problem" in profiled:
+        return profiled["problem"][:150]
+    every = sum(each["us"] for each in profiled["kernels"])
+    found = [each for each in profiled["kernels"] if SAMPLING.search(each["name"])]
+    named = ", ".join(f"{each['name'][:28]} {each['us'] / 1000:.1f}" for each in found[:6])
+    return f"sampling {sum(each['us'] for each in found) / 1000:.1f} of {every / 1000:.1f} ms: {named}"
 
 
 def ncu_lines() -> list[str]:
