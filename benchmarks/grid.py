@@ -23,6 +23,7 @@ class Case:
 
     acceptance: What the inputs are built for: probability that a draft token survives, given that it is verified.
     draft: Form of the draft distribution. Model runner V1 knows one-hot and probs, V2 one-hot and logits.
+    noisy: The draft distribution is the target's with noise on its logits: a rejected draft is not impossible then.
     """
 
     batch: int
@@ -35,6 +36,7 @@ class Case:
     top_k: int = 0
     min_p: float = 0.0
     acceptance: float = ACCEPTANCE["middle"]
+    noisy: bool = False
 
     @property
     def filters(self) -> str:
@@ -47,7 +49,7 @@ class Case:
         """All parameters in one word; what --case matches."""
         return (
             f"v{self.vocab}-b{self.batch}-k{self.num_drafts}-{self.dtype}-{self.draft}-t{self.temperature:g}-"
-            f"{self.filters}-a{self.acceptance:g}"
+            f"{self.filters}-a{self.acceptance:g}{'-noisy' if self.noisy else ''}"
         )
 
 
@@ -87,6 +89,7 @@ def _gpu() -> list[Case]:
     drafted = {"draft": LOGITS}
     lines = (plain, filtered, drafted)
     cases = [case for shape in GPU_SHAPES[:2] for case in _variants(Case(*shape), _configurations(0.7))]
+    cases += [Case(*shape, **drafted, noisy=True) for shape in GPU_SHAPES]
     batches = [Case(batch, 3, **line) for line in lines for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     drafts = [Case(8, num_drafts, **line) for line in lines for num_drafts in DRAFTS]
     vocabs = [Case(32, 5, vocab, **line) for line in lines for vocab in VOCABS]
@@ -103,7 +106,8 @@ def _cpu() -> list[Case]:
         {"top_k": 50},
         {"temperature": 0.0},
     )
-    return [Case(batch, 4, **configuration) for configuration in configurations for batch in (1, 8, 32)]
+    cases = [Case(batch, 4, **configuration) for configuration in configurations for batch in (1, 8, 32)]
+    return [*cases, Case(32, 4, draft=PROBS, noisy=True)]
 
 
 def _cpu_lines() -> list[Case]:
@@ -127,7 +131,7 @@ def _rehearsal() -> list[Case]:
     changes = (
         {"temperature": 0.7},
         {"draft": PROBS},
-        {"draft": LOGITS, "dtype": "bf16"},
+        {"draft": LOGITS, "dtype": "bf16", "noisy": True},
         {"top_p": 0.9, "dtype": "bf16"},
         {"temperature": 0.0},
     )

@@ -6,6 +6,7 @@ Logits are Zipf-like, as those of language models are: the r-th largest of a row
   acceptance asked for;
 - draft distributions: ``draft = c * target + (1 - c) * (one token the target hardly ever emits)``, so that
   ``sum(min(target, draft))``, which is the acceptance, is c times the mass that the filters keep; c makes up for that;
+- noisy draft distributions: normal noise on the target's logits, as much of it as gives that sum;
 - greedy: the drafted token is the row's argmax in that share of the rows, any other token elsewhere.
 
 The acceptance that came out, after rounding to the dtype, is computed from the tensors and reported beside what was
@@ -29,6 +30,7 @@ ZIPF = 1.5
 # Enough of a row's largest logits to hold all that top-p 0.9 keeps of the law above.
 NUM_TOP = 4096
 CHUNK = 64
+MOST_NOISE, BISECTIONS = 16.0, 16
 
 
 @dataclass
@@ -83,7 +85,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     for rows in is_draft.nonzero()[:, 0].split(CHUNK):
         tokens = rows - rows // (num_drafts + 1)
         values = _zipf(len(rows), vocab, dtype, gen)
-        build = _greedy if case.temperature == 0 else _one_hot if law is None else _drafted
+        build = _greedy if case.temperature == 0 else _one_hot if law is None else _noisy if case.noisy else _drafted
         built = build(values, case, dtype, gen)
         flat[rows] = built.values.to(dtype)
         drafts[:, tokens] = built.chosen.T.to(torch.int32)
@@ -172,6 +174,23 @@ def _drafted(values, case, dtype, gen):
     only_draft = _tokens(len(values), case.vocab, gen)
     logit = case.temperature * (((1 - share) / share).log() + log_sum)
     drafted = values.scatter(1, only_draft, logit.to(dtype).float())
+    return _sampled(values, target, drafted, case, gen)
+
+
+def _noisy(values, case, dtype, gen):
+    target = target_probs(values, case)
+    noise = torch.randn(values.shape, generator=gen, device=gen.device)
+    low, high = 0.0, MOST_NOISE
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        draft = ((values + middle * noise) / case.temperature).softmax(1)
+        accepted = torch.minimum(target, draft).sum(1).mean()
+        low, high = (middle, high) if accepted > case.acceptance else (low, middle)
+    return _sampled(values, target, (values + middle * noise).to(dtype).float(), case, gen)
+
+
+def _sampled(values, target, drafted, case, gen):
+    """Rows whose draft tokens are drawn from the draft's logits."""
     draft = (drafted / case.temperature).softmax(1)
     chosen = torch.multinomial(draft, NUM_ROUNDS, replacement=True, generator=gen)
     chances = (target.gather(1, chosen) / draft.gather(1, chosen)).clamp(max=1)

@@ -15,8 +15,11 @@ from pathlib import Path
 from vllm_specopt.benchmarks import quality_scores
 from vllm_specopt.benchmarks.engine_ab import ENV
 
-TARGET, DRAFT, EXACT = "target", "draft", "exact"
-SCALES = (1e1, 1e3, 1e4, 1e5)
+TARGET, DRAFT, EXACT, EXACT_CHOSEN = "target", "draft", "exact", "exact-chosen"
+SCALES = (1e0, 1e1, 1e4)
+BUDGETS = (0.01, 0.05, 0.2, 1.0)
+# epsilon and delta; Medusa's own are 0.09 and 0.3.
+TYPICAL = ((0.3, 0.55), (0.09, 0.3), (0.01, 0.1))
 TEXTS_SHOWN = 3
 BATCHED_TOKENS = 4096
 COUNTS = ("tokens", "cut", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
@@ -24,10 +27,14 @@ COUNTS = ("tokens", "cut", "num_drafts", "num_draft_tokens", "num_accepted_token
 
 @dataclass(frozen=True)
 class Arm:
-    """Who writes the texts: the target or the draft alone, or both with a method of verification."""
+    """Who writes the texts: the target or the draft alone, or both with a method of verification.
+
+    chosen: The draft proposes its likeliest tokens, not drawn ones.
+    """
 
     name: str
     option: dict | None = None
+    chosen: bool = False
 
     @property
     def speculates(self) -> bool:
@@ -36,13 +43,18 @@ class Arm:
 
 
 def arms() -> tuple[Arm, ...]:
-    """All arms."""
-    scaled = {f"sigmoid-{scale:.0e}".replace("+0", ""): scale for scale in SCALES}
+    """All arms; those of a family behind each other, from the strictest to the laxest."""
+    scaled = {f"sigmoid-{scale:.0e}".replace("+0", ""): {"alpha": -scale, "beta": scale} for scale in SCALES}
+    budgets = {f"budget-{delta:g}": {"delta": delta} for delta in BUDGETS}
+    typical = {f"typical-{epsilon:g}": {"epsilon": epsilon, "delta": delta} for epsilon, delta in TYPICAL}
     return (
         Arm(TARGET),
         Arm(DRAFT),
         Arm(EXACT, {"method": "exact"}),
-        *(Arm(name, {"method": "sigmoid", "sigmoid": {"alpha": -x, "beta": x}}) for name, x in scaled.items()),
+        *(Arm(name, {"method": "sigmoid", "sigmoid": value}) for name, value in scaled.items()),
+        Arm(EXACT_CHOSEN, {"method": "exact"}, chosen=True),
+        *(Arm(name, {"method": "budget", "budget": value}, chosen=True) for name, value in budgets.items()),
+        *(Arm(name, {"method": "typical", "typical": value}, chosen=True) for name, value in typical.items()),
     )
 
 
@@ -51,7 +63,7 @@ class Plan:
     """What is run on one set of items.
 
     items: (prompt, reference) of each.
-    law_items: On how many of them the emitted law is computed, per seed; 0 leaves it out.
+    law_items: On how many of them the emitted law is computed, per seed, where drafts are drawn; 0 leaves it out.
     ngram: Words per n-gram of the repetition rate.
     """
 
@@ -97,7 +109,7 @@ class Plan:
             more["speculative_config"] = {
                 "model": self.draft,
                 "num_speculative_tokens": self.draft_tokens,
-                "draft_sample_method": "probabilistic",
+                "draft_sample_method": "greedy" if arm.chosen else "probabilistic",
             }
             more["additional_config"] = {"specopt": arm.option}
         return {
@@ -107,7 +119,7 @@ class Plan:
             "seeds": self.seeds,
             "max_tokens": self.max_tokens,
             "stop": list(self.stop),
-            "law_items": min(self.law_items, len(self.items)) if arm.speculates else 0,
+            "law_items": min(self.law_items, len(self.items)) if arm.speculates and not arm.chosen else 0,
         }
 
     def score_request(self, texts: list[dict]) -> dict:

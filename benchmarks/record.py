@@ -162,7 +162,7 @@ def case_columns(case: Case) -> dict:
         "num_drafts": case.num_drafts,
         "vocab": case.vocab,
         "dtype": case.dtype,
-        "draft": case.draft,
+        "draft": f"noisy {case.draft}" if case.noisy else case.draft,
         "temperature": case.temperature,
         "filters": case.filters,
         "acceptance_asked": case.acceptance,

@@ -181,7 +181,10 @@ def test_two_real_arms(tmp_path):
     """One small run with real servers; what is finished is not run again."""
     marker = str(tmp_path)
     env = os.environ | {"SPECOPT_TEST": marker}
-    command = [*RUN, "--arm", "stock-repaired", "--arm", "exact", "-o", str(tmp_path / "ab")]
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(PROMPTS.read_text().splitlines(keepends=True)[:6]))
+    arms = ("--arm", "stock-repaired", "--arm", "exact")
+    command = [*RUN, *arms, "--workload", str(some), "-o", str(tmp_path / "ab")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "ab" / "ab.json").read_text())
@@ -193,7 +196,7 @@ def test_two_real_arms(tmp_path):
         assert arm["kv_cache_tokens"] > 0 and arm["peak_mib"] > 100
         assert 0 < arm["scopes"]["1"]["sampling_share"] < 1
     base = record["arms"]["stock-repaired"]["greedy"]
-    assert base and all(arm["greedy"] == base for arm in record["arms"].values())
+    assert len(base) == 6 and all(arm["greedy"] == base for arm in record["arms"].values())
     assert _gone(marker, 5)
     # What is finished is not run again: no server starts.
     started = time.monotonic()

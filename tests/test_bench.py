@@ -79,6 +79,8 @@ def test_suites_hold_the_cases_they_are_for():
         {"min_p": 0.1},
         {"draft": grid.PROBS},
         {"draft": grid.LOGITS, "temperature": 0.7, "top_p": 0.9, "dtype": "bf16"},
+        {"draft": grid.PROBS, "noisy": True},
+        {"draft": grid.LOGITS, "temperature": 0.7, "dtype": "bf16", "noisy": True},
         {"temperature": 0.0},
     ],
     ids=str,
@@ -90,6 +92,12 @@ def test_inputs_have_the_acceptance_asked_for(changes, acceptance):
     assert built.chances.mean() == pytest.approx(acceptance, abs=0.1)
     again = inputs.make_inputs(built.case, CPU, seed=3)
     assert torch.equal(again.batch.logits, built.batch.logits) and torch.equal(again.drafts, built.drafts)
+
+
+def test_noise_makes_rejected_drafts_that_are_possible():
+    apart = inputs.make_inputs(small(batch=20, draft=grid.PROBS), CPU, seed=3)
+    noisy = inputs.make_inputs(small(batch=20, draft=grid.PROBS, noisy=True), CPU, seed=3)
+    assert (apart.chances < 1e-4).float().mean() > 0.3 and (noisy.chances < 1e-4).float().mean() < 0.02
 
 
 def row(case: grid.Case, implementation: str, **changes) -> dict:

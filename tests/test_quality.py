@@ -96,11 +96,19 @@ def result(texts, law=None):
     }  # fmt: skip
 
 
-def test_arms_are_those_of_the_paper():
+def test_arms_are_the_methods_at_several_settings():
     arms = {arm.name: arm for arm in quality.arms()}
-    assert list(arms) == ["target", "draft", "exact", "sigmoid-1e1", "sigmoid-1e3", "sigmoid-1e4", "sigmoid-1e5"]
-    assert arms["sigmoid-1e3"].option == {"method": "sigmoid", "sigmoid": {"alpha": -1e3, "beta": 1e3}}
-    requests = {name: plan().request(arm)["llm"] for name, arm in arms.items()}
+    assert list(arms)[:6] == ["target", "draft", "exact", "sigmoid-1e0", "sigmoid-1e1", "sigmoid-1e4"]
+    assert arms["sigmoid-1e4"].option == {"method": "sigmoid", "sigmoid": {"alpha": -1e4, "beta": 1e4}}
+    assert arms["budget-0.05"].option == {"method": "budget", "budget": {"delta": 0.05}}
+    assert arms["typical-0.09"].option == {"method": "typical", "typical": {"epsilon": 0.09, "delta": 0.3}}
+    for arm in arms.values():
+        parse({"specopt": arm.option or "exact"})
+    asked = {name: plan().request(arm) for name, arm in arms.items()}
+    requests = {name: each["llm"] for name, each in asked.items()}
+    drafting = {name: llm.get("speculative_config", {}).get("draft_sample_method") for name, llm in requests.items()}
+    assert {name for name, how in drafting.items() if how == "greedy"} == set(list(arms)[6:])
+    assert asked["exact"]["law_items"] == 1 and asked["budget-0.05"]["law_items"] == 0
     assert requests["draft"]["model"] == "a/d" and requests["target"]["model"] == requests["exact"]["model"] == "a/t"
     assert [name for name, llm in requests.items() if "speculative_config" not in llm] == ["target", "draft"]
 
@@ -146,6 +154,25 @@ def test_the_table_holds_means_over_seeds_and_what_failed():
     page = quality_report.markdown(record)
     assert "boom" in page
     assert is_done(record, exact) and not is_done(record, asked.arms[3]) and not is_done(record, asked.arms[4])
+
+
+def test_the_picture_has_a_line_per_family_from_the_exact_arm_on(tmp_path):
+    from vllm_specopt.cli import quality_plot
+
+    asked = plan()
+    measured = quality.summarised(asked, result(["one two", "three"]))
+    names = ("target", "exact", "sigmoid-1e1", "exact-chosen", "budget-0.05", "budget-0.2")
+    record = {"config": asked.describe(), "arms": {name: json.loads(json.dumps(measured)) for name in names}}
+    record["arms"]["typical-0.09"] = {"option": "x", "error": "boom"}
+    for arm in names:
+        quality.add_perplexities(record["arms"][arm]["runs"], [[-1.0]] * 6)
+    labels = {family: [point["label"] for point in quality_plot._points(record, 1.0, "wer", family, start)]
+              for family, start, *_ in quality_plot.FAMILIES}  # fmt: skip
+    assert labels == {"sigmoid": ["exact", "1e1"], "typical": [], "budget": ["exact", "0.05", "0.2"]}
+    assert quality_plot.plot([record, record], tmp_path / "both.svg")
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+    only_greedy = record | {"config": record["config"] | {"temperatures": [0.0]}}
+    assert not quality_plot.plot([only_greedy], tmp_path / "none.svg") and not (tmp_path / "none.svg").exists()
 
 
 def test_a_result_of_another_sampler_is_refused():

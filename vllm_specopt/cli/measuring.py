@@ -234,7 +234,7 @@ def quality(
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="target, draft, exact, sigmoid-1e1, sigmoid-1e3, sigmoid-1e4 or sigmoid-1e5; repeat it. (default: all)"
+            help="target, draft, exact, exact-chosen, sigmoid-1e1, budget-0.05 and so on; repeat it. (default: all)"
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Texts per item, arm and temperature above 0.")] = 5,

@@ -57,6 +57,8 @@ def run(options: Options, out: Path, fresh: bool, argv: list[str]) -> int:
                 _add_perplexities(plan, record, folder, Path(scratch), progress)
     for plan, record, folder in zip(asked, records, folders, strict=True):
         _show(console, plan, record, folder)
+    if len(records) > 1:
+        _draw(console, records, out)
     pairs = [(record, arm.name) for plan, record in zip(asked, records, strict=True) for arm in plan.arms]
     failed = any("error" in record["arms"][name] or "perplexity_error" in record for record, name in pairs)
     return int(failed)
@@ -163,13 +165,17 @@ def _write(record: dict, folder: Path) -> None:
 
 
 def _show(console: Console, plan: Plan, record: dict, folder: Path) -> None:
-    from vllm_specopt.cli.quality_plot import plot
-
     left = [folder / RECORD, folder / PAGE]
     (folder / PAGE).write_text(quality_report.markdown(record))
-    if plot(record, folder / PLOT):
-        left.append(folder / PLOT)
     for temperature in record["config"]["temperatures"]:
         console.print(quality_report.table(record, temperature))
     for line in [*quality_report.notes(record), *(f"left: {path}" for path in left)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _draw(console, [record], folder)
+
+
+def _draw(console: Console, records: list[dict], folder: Path) -> None:
+    from vllm_specopt.cli.quality_plot import plot
+
+    if plot(records, folder / PLOT):
+        console.print(f"left: {folder / PLOT}", highlight=False, markup=False, soft_wrap=True)
