@@ -166,30 +166,21 @@ WORKERS = """
 """
 
 
-def test_without_the_option_a_worker_changes_nothing():
-    code = """
-    worker(None)
-    worker(None, speculative=None)
-    from vllm_specopt.integration import plugin
-    from vllm.engine.arg_utils import EngineArgs
-    registered = hasattr(EngineArgs.create_engine_config, "_specopt_wrapper")
-    ours = [f"vllm_specopt.integration.{runner}" in sys.modules for runner in ("v1", "v2")]
-    print(json.dumps([registered, snapshot(), *ours]))
-    """
-    found = python(textwrap.dedent(WORKERS) + textwrap.dedent(code), VLLM_PLUGINS="specopt")
-    assert found == [True, [False] * 4, False, False]
-
-
 @pytest.mark.parametrize(("runner", "hooks"), [("0", [True, True, False, False]), ("1", [False, False, True, True])])
-def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
+def test_a_worker_hooks_its_own_runner_once_and_none_without_the_option(runner, hooks):
     code = """
     from unittest import mock
     from vllm_specopt.integration import plugin
     HAS_TRITON = mock.patch("vllm.config.vllm.HAS_TRITON", True)
     with HAS_TRITON:
+        worker(None)
+        worker(None, speculative=None)
+        from vllm.engine.arg_utils import EngineArgs
+        registered = hasattr(EngineArgs.create_engine_config, "_specopt_wrapper")
+        ours = [f"vllm_specopt.integration.{name}" in sys.modules for name in ("v1", "v2")]
+        without = [registered, snapshot(), *ours]
         worker("exact")
         first = snapshot()
-        from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.worker.worker_base import WorkerBase
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
         from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -201,14 +192,12 @@ def test_with_the_option_a_worker_hooks_its_own_runner_once(runner, hooks):
         worker("exact")
         after = [vars(owner)[name] for owner, name in owners]
         depth = [hasattr(getattr(f, "__wrapped__", None), "_specopt_wrapper") for f in after]
-    print(json.dumps([first, snapshot(), [a is b for a, b in zip(before, after)], depth]))
+    print(json.dumps([without, first, snapshot(), [a is b for a, b in zip(before, after)], depth]))
     """
-    assert python(textwrap.dedent(WORKERS) + textwrap.dedent(code), VLLM_USE_V2_MODEL_RUNNER=runner) == [
-        hooks,
-        hooks,
-        [True] * 4,
-        [False] * 4,
-    ]
+    env = {"VLLM_USE_V2_MODEL_RUNNER": runner, "VLLM_PLUGINS": "specopt"}
+    without, *found = python(textwrap.dedent(WORKERS) + textwrap.dedent(code), **env)
+    assert without == [True, [False] * 4, False, False]
+    assert found == [hooks, hooks, [True] * 4, [False] * 4]
 
 
 @pytest.mark.parametrize(
@@ -278,8 +267,9 @@ def test_an_unknown_vllm_runs_stock_if_asked_to(engine_config, monkeypatch):
 def test_the_allow_list_is_an_off_switch():
     code = """
     import json
-    configure(None)
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+    load_general_plugins()
     print(json.dumps(hasattr(EngineArgs.create_engine_config, "_specopt_wrapper")))
     """
     assert python(code, VLLM_PLUGINS="other") is False
