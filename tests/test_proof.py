@@ -369,6 +369,13 @@ def test_run_writes_its_report_and_resumes(tmp_path, capsys, monkeypatch):
     assert '"why": "biased"' in capsys.readouterr().out
 
 
+def test_only_as_many_draws_as_boundaries_explain_may_be_too_close():
+    job = jobs.Job("equality", "triton", "a case")
+    assert not jobs._counted(job, 750, "requests", 750, 67).passed
+    assert jobs._counted(job, 750, "requests", 750, 67, near=60.0).passed
+    assert not jobs._counted(job, 750, "requests", 750, 76, near=60.0).passed
+
+
 def test_chunks_of_one_row_are_added_up():
     rows = [
         jobs.Row("fuzz", "random batches", "cpu", 10, "batches", extra={"close": 1, "requests": 30}, job="a"),
