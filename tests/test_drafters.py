@@ -87,6 +87,16 @@ def test_the_text_has_tokens_that_the_head_cannot_draft(ran):
     assert not all(draftable[token] for ids in texts for token in ids)
 
 
+def test_the_page_has_a_row_for_each_drafter_and_no_empty_cell():
+    rows = [line for line in (drafters.ROOT / "docs" / "drafters.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert all(len(row) == 4 and all(row[1:]) for row in cells)
+    assert [row[0].split(" (")[0] for row in cells[2:]] == [
+        each.title.split(" (")[0] for each in drafters.DRAFTERS.values()
+    ]
+    assert "**differs**" not in "".join(rows)
+
+
 FOREIGN = (
     ("eagle3", {"target_hidden_size": 640}),
     ("eagle3", {"vocab_size": 640}),

@@ -61,23 +61,41 @@ def parallel_draft(folder: Path) -> str:
     return _write(folder, _config(DRAFT) | {"pard_token": 0}, load_file(DRAFT / WEIGHTS))
 
 
-def dflash(folder: Path) -> str:
-    """The configuration of a DFlash head of one layer, which vLLM fills with random weights if asked to."""
+def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Weights of these shapes in bf16, the same each time; norms are one."""
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    ones = {name: torch.ones(shape) for name, shape in shapes.items() if len(shape) == 1}
+    return {name: weight.to(torch.bfloat16) for name, weight in (made | ones).items()}
+
+
+def dflash(folder: Path, more: dict | None = None, shapes: dict[str, tuple[int, ...]] | None = None) -> str:
+    """A DFlash head of one layer with random weights; ``more`` goes into its configuration, ``shapes`` are added."""
     target = _config(TARGET)
     kept = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps",
             "max_position_embeddings", "rope_parameters", "intermediate_size", "hidden_act", "dtype")  # fmt: skip
     config = {key: target[key] for key in kept} | {"architectures": ["DFlashDraftModel"], "model_type": "qwen3",
               "num_hidden_layers": 1, "tie_word_embeddings": False, "attention_bias": False,
               "dflash_config": {"mask_token_id": 0, "target_layer_ids": [0, 1, 3]}}  # fmt: skip
-    return _write(folder, config)
+    size, between, head = target["hidden_size"], target["intermediate_size"], target["head_dim"]
+    values = target["num_key_value_heads"] * head
+    layer = {
+        **{f"self_attn.{name}_proj": (rows, size) for name, rows in (("q", size), ("k", values), ("v", values))},
+        **{"self_attn.o_proj": (size, size), "self_attn.q_norm": (head,), "self_attn.k_norm": (head,)},
+        **{"mlp.gate_proj": (between, size), "mlp.up_proj": (between, size), "mlp.down_proj": (size, between)},
+        **{"input_layernorm": (size,), "post_attention_layernorm": (size,)},
+    }
+    all_shapes = {f"layers.0.{name}.weight": shape for name, shape in layer.items()}
+    all_shapes |= {"fc.weight": (size, 3 * size), "hidden_norm.weight": (size,), "norm.weight": (size,)}
+    return _write(folder, config | (more or {}), _random(all_shapes | (shapes or {})))
 
 
-def dspark(folder: Path, block: int = 3) -> str:
-    """The configuration of a DSpark head of one layer, to be filled with random weights."""
-    dflash(folder)
-    config = _config(folder) | {"architectures": ["Qwen3DSparkModel"], "block_size": block, "markov_rank": 8,
-                                "markov_head_type": "vanilla", "target_layer_ids": [0, 1, 3]}  # fmt: skip
-    return _write(folder, config)
+def dspark(folder: Path, block: int = 3, rank: int = 8) -> str:
+    """A DSpark head of one layer with random weights."""
+    more = {"architectures": ["Qwen3DSparkModel"], "block_size": block, "markov_rank": rank,
+            "markov_head_type": "vanilla", "target_layer_ids": [0, 1, 3]}  # fmt: skip
+    tokens = _config(TARGET)["vocab_size"]
+    return dflash(folder, more, {f"markov_head.markov_w{i}.weight": (tokens, rank) for i in (1, 2)})
 
 
 def foreign(folder: Path, name: str, **changed: int) -> str:

@@ -17,10 +17,9 @@ TARGET, HEADS = MODELS / "specopt-target", MODELS / "heads"
 NUMBER = 3
 """Draft tokens of a step."""
 NGRAM = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
-RANDOM = {"draft_load_config": {"load_format": "dummy"}}
-NONE_OF_THEM = "not in vLLM: none of the methods of `config/speculative.py:75`"
+NONE_OF_THEM = "not in vLLM: none of the methods of `config/speculative.py:73`"
 NOT_ON_V2 = "not on V2: `config/vllm.py:2928`"
-NO_PARALLEL_V2 = "not on V2: `config/vllm.py:2939`"
+NO_PARALLEL_V2 = "not on V2: `config/vllm.py:2943`"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,11 @@ def both(reason: str) -> dict[str, str]:
 DRAFTERS = {
     "draft model": Drafter("draft model", {"model": str(MODELS / "specopt-draft")}),
     "n-gram": Drafter("n-gram", {"method": "ngram", **NGRAM}),
-    "n-gram GPU": Drafter("n-gram GPU", {"method": "ngram_gpu", **NGRAM}),
+    "n-gram GPU": Drafter(
+        "n-gram GPU",
+        {"method": "ngram_gpu", **NGRAM},
+        absent={"V1": "not on a CPU: needs pinned memory, `v1/worker/gpu_model_runner.py:628`"},
+    ),
     "suffix": Drafter(
         "suffix decoding",
         {"method": "suffix", "suffix_decoding_min_token_prob": 0.0},
@@ -73,10 +76,10 @@ DRAFTERS = {
     ),
     "Hydra": Drafter("Hydra", absent=both(NONE_OF_THEM)),
     "lookahead": Drafter("lookahead decoding", absent=both(NONE_OF_THEM)),
-    "DFlash": Drafter("DFlash", {"method": "dflash", **RANDOM}, model="dflash", note="random weights"),
+    "DFlash": Drafter("DFlash", {"method": "dflash"}, model="dflash", note="random weights"),
     "DSpark": Drafter(
         "DSpark",
-        {"method": "dspark", **RANDOM},
+        {"method": "dspark"},
         model="dspark",
         absent={"V1": "not on V1: `config/vllm.py:2978`"},
         note="random weights",

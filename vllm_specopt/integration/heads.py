@@ -18,11 +18,13 @@ def foreign_head(speculative_config, model_config) -> str | None:
     """
     if getattr(speculative_config, "method", None) not in METHODS:
         return None
-    head = speculative_config.draft_model_config.hf_config
-    name = "hidden_size" if getattr(head, "target_hidden_size", None) is None else "target_hidden_size"
-    sizes = [(name, getattr(head, name), model_config.get_hidden_size())]
+    head = speculative_config.draft_model_config
+    name, own = "target_hidden_size", getattr(head.hf_config, "target_hidden_size", None)
+    if own is None:
+        name, own = "hidden_size", head.get_hidden_size()
+    sizes = [(name, own, model_config.get_hidden_size())]
     if speculative_config.method in OF_ONE_VOCABULARY:
-        sizes.append(("vocab_size", head.vocab_size, model_config.get_vocab_size()))
+        sizes.append(("vocab_size", head.get_vocab_size(), model_config.get_vocab_size()))
     for name, own, target in sizes:
         if own != target:
             return (
