@@ -6,7 +6,7 @@ quick := $(patsubst %,tests/%.py,cpu/test_cache cpu/test_requests test_compat te
   test_setup test_shapes test_triton test_verify)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long prove peer parity bench cost lint clean
+.PHONY: help setup demo check test test-long prove peer parity drafters bench cost lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -34,6 +34,9 @@ peer: setup ## run vLLM's own tests of its rejection sampler on ours, from vLLM'
 
 parity: setup ## run every sampling parameter on both runners, write docs/parity.md (about half an hour)
 	@$(bin)/python tests/parity/run.py $(ARGS)
+
+drafters: setup ## run every drafter that vLLM has here, write docs/drafters.md; ARGS="--runner V1"
+	@$(bin)/python tests/drafters/run.py $(ARGS)
 
 bench: setup ## measure kernels and engines against stock on an idle machine, write reports/bench (26 minutes on 2 cores)
 	@$(bin)/specopt bench --suite $(SUITE) --out reports/bench

@@ -4,7 +4,8 @@ Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists eng
 ``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its samplers' classes, how often
 the stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine
 warms up first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not
-before. With statistics switched on it holds the number of preemptions.
+before. With statistics switched on it holds the number of preemptions, and per batch the steps that verified drafts
+and the draft tokens that they accepted.
 With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
 """
 
@@ -42,6 +43,7 @@ def main(request_path: str, result_path: str) -> None:
         samplers = getattr(runner, "rejection_sampler", None) or runner.sampler, runner.sampler
         names = [f"{type(sampler).__module__}.{type(sampler).__qualname__}" for sampler in samplers]
         result = {"sampler": names[0], "plain_sampler": names[1], "batches": {}}
+        counted = not engine["llm"].get("disable_log_stats", True)
         for batch in engine["batches"]:
             params = batch["sampling"]
             for given in params if isinstance(params, list) else [params]:
@@ -49,6 +51,7 @@ def main(request_path: str, result_path: str) -> None:
                 if bias := given.get("logit_bias"):
                     given["logit_bias"] = {int(token): value for token, value in bias.items()}
             params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
+            before = speculation(llm) if counted else {}
             with contextlib.ExitStack() as stack:
                 if "warm_up" in engine:
                     stack.enter_context(watched_launches(runner, result, engine))
@@ -62,8 +65,11 @@ def main(request_path: str, result_path: str) -> None:
                     for output in outputs
                 ],
             }
+            if counted:
+                after = speculation(llm)
+                result["batches"][batch["name"]] |= {name: after[name] - before[name] for name in after}
         result["stock_calls"] = dict(calls)
-        if not engine["llm"].get("disable_log_stats", True):
+        if counted:
             counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
             result["preemptions"] = sum(counts)
         results[engine["name"]] = result
@@ -71,6 +77,13 @@ def main(request_path: str, result_path: str) -> None:
         gc.collect()
     with open(result_path, "w") as file:
         json.dump(results, file, default=len)
+
+
+def speculation(llm) -> dict[str, int]:
+    """How many steps of requests verified drafts so far, and how many draft tokens they accepted."""
+    names = {"drafts": "vllm:spec_decode_num_drafts", "accepted": "vllm:spec_decode_num_accepted_tokens"}
+    values = llm.get_metrics()
+    return {key: sum(metric.value for metric in values if metric.name == name) for key, name in names.items()}
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from vllm_specopt.integration.config import (
     refusal,
     requested,
 )
+from vllm_specopt.integration.heads import foreign_head
 from vllm_specopt.integration.messages import log_active, log_not_replaced, log_unstable
 from vllm_specopt.rules import BlockConstants
 from vllm_specopt.verify import backend_name
@@ -75,7 +76,8 @@ def validate(vllm_config) -> SpecoptConfig | None:
     Raises:
         ValueError: The option is malformed, contradicts the speculative configuration, or has another method than exact
             where speculative decoding is off; the platform is neither CUDA nor CPU; there are more draft tokens than
-            model runner V1 takes; or this vLLM is unknown and the option does not allow for that.
+            model runner V1 takes; the head that drafts was made for another target; or this vLLM is unknown and the
+            option does not allow for that.
     """
     config = parse(vllm_config.additional_config)
     if config is None:
@@ -97,6 +99,8 @@ def validate(vllm_config) -> SpecoptConfig | None:
             f"specopt: num_speculative_tokens is {drafts}, expected at most {MAX_DRAFT_TOKENS} on model runner V1, "
             "whose own sampler stops at the first request with more"
         )
+    if reason := foreign_head(vllm_config.speculative_config, vllm_config.model_config):
+        raise ValueError(f"specopt: {reason}")
     unknown = _unknown_vllm(vllm_config)
     if unknown and config.on_unknown_vllm == "error":
         raise ValueError(

@@ -1,0 +1,129 @@
+"""Run every drafter that vLLM has here and write docs/drafters.md: is the text the one without speculation?
+
+Usage: ``python tests/drafters/run.py [--runner V1] [--only NAME ...]``. Each engine runs in a process of its own.
+What came out is kept in ``reports/drafters/``; the table is written from there, and says "not run" of what is
+missing. ``--runner`` alone only writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from drafters import DRAFTERS, KINDS, ROOT, acceptance_length, engines, equal_share, plain_name, start  # noqa: E402
+
+REPORTS, PAGE = ROOT / "reports" / "drafters", ROOT / "docs" / "drafters.md"
+SIZES = {"V1": (8, 32), "V2": (4, 10)}
+"""Requests of a batch and their tokens."""
+COLUMNS = {"V1": "V1 on a CPU", "V2": "V2 in Triton's interpreter", "GPU": "GPU"}
+GPU = {"draft model": "V2: [performance.md](performance.md#engines-on-the-h100)"}
+INTRODUCTION = """# Drafters
+
+Written by `make drafters`; do not edit. The verification step gets token ids, and probabilities where drafts are
+sampled; it does not know who drafted. This table shows it for every drafter that vLLM can build at this size: real
+engines ({versions}), single precision, {number} draft tokens a step, the shipped target, heads of
+[models/heads](../models/README.md#heads). Each seeded request must get the text that it gets without speculation:
+
+- *greedy*: `same` if all greedy texts are equal;
+- *seeded*: the share of equal tokens, of requests with T = 1 and with T = 0.8 and top-p 0.9;
+- then the acceptance length (tokens of a step that verified drafts) at T = 0 and at T = 1.
+
+V1: {v1[0]} requests of {v1[1]} tokens for each of the three; V2: {v2[0]} of {v2[1]}. Drafts are chosen, not sampled:
+vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0.
+"""
+NOTES = """
+vLLM 0.33 has neither Medusa nor MLP speculators any more (`config/speculative.py:74` there).
+
+A head that was made for a target of another hidden size, or an EAGLE or EAGLE-3 head of another vocabulary, stops the
+start; the message names both sizes. vLLM itself checks only draft models.
+"""
+
+
+@functools.cache
+def plain(target: str, runner: str) -> dict:
+    """What the batches of an engine without speculation emit. ``target`` as in ``Drafter``."""
+    name = next(name for name, drafter in DRAFTERS.items() if drafter.target == target and drafter.speculative)
+    with tempfile.TemporaryDirectory() as folder:
+        listed = engines([name], Path(folder), *SIZES[runner])[:1]
+        return start(listed, Path(folder), runner)[0][plain_name(name)]["batches"]
+
+
+def run(name: str, runner: str) -> dict:
+    """Run one drafter and compare it with no speculation; what went wrong is kept as "error"."""
+    expected = plain(DRAFTERS[name].target, runner)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            results, _ = start(engines([name], Path(folder), *SIZES[runner])[1:], Path(folder), runner)
+        except AssertionError as error:
+            lines = [line for line in str(error).splitlines() if "Error" in line]
+            return {"error": lines[-1].strip() if lines else str(error)[-300:]}
+    found = results[name]["batches"]
+    ids = {kind: (found[kind]["token_ids"], expected[kind]["token_ids"]) for kind in KINDS}
+    shares = [equal_share(*each) for kind, each in ids.items() if kind != "greedy"]
+    return {
+        "sampler": results[name]["sampler"],
+        "stock_calls": results[name]["stock_calls"],
+        "greedy": ids["greedy"][0] == ids["greedy"][1],
+        "seeded": sum(shares) / len(shares),
+        "acceptance_length": {kind: round(acceptance_length(found[kind]), 3) for kind in KINDS},
+        "drafts": {kind: found[kind]["drafts"] for kind in KINDS},
+    }
+
+
+def cell(name: str, column: str) -> str:
+    """A cell of the table, from what was run, or why nothing was."""
+    drafter = DRAFTERS[name]
+    if column == "GPU":
+        return GPU.get(name, "not run" if drafter.speculative else "not in vLLM")
+    if column in drafter.absent:
+        return drafter.absent[column]
+    path = REPORTS / f"{column} {name}.json"
+    if not path.exists():
+        return "not run"
+    found = json.loads(path.read_text())
+    if "error" in found:
+        return f"does not start: `{found['error']}`"
+    lengths = found["acceptance_length"]
+    ours = "" if found["sampler"].startswith("vllm_specopt") and not found["stock_calls"] else " (stock's sampler)"
+    greedy = "same" if found["greedy"] else "**differs**"
+    return f"greedy {greedy}, seeded {found['seeded']:.1%}; {lengths['greedy']:.2f} / {lengths['T = 1']:.2f}{ours}"
+
+
+def page() -> str:
+    """The document."""
+    versions = f"vLLM 0.32.0, torch {importlib.metadata.version('torch')}"
+    lines = [INTRODUCTION.format(versions=versions, number=3, v1=SIZES["V1"], v2=SIZES["V2"])]
+    lines += ["| drafter | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    for name, drafter in DRAFTERS.items():
+        title = f"{drafter.title} ({drafter.note})" if drafter.note else drafter.title
+        lines.append(f"| {title} | " + " | ".join(cell(name, column) for column in COLUMNS) + " |")
+    return "\n".join(lines) + "\n" + NOTES
+
+
+def main() -> None:
+    """Run what is asked for, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runner", choices=list(SIZES), nargs="*", default=list(SIZES))
+    parser.add_argument("--only", nargs="*", choices=list(DRAFTERS), default=list(DRAFTERS), metavar="NAME")
+    args = parser.parse_args()
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    for runner in args.runner:
+        for name in args.only:
+            if runner not in DRAFTERS[name].absent:
+                found = run(name, runner)
+                (REPORTS / f"{runner} {name}.json").write_text(json.dumps(found, indent=1) + "\n")
+                print(runner, name, json.dumps(found), flush=True)
+                PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
