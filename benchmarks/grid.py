@@ -89,7 +89,7 @@ def _gpu() -> list[Case]:
     drafted = {"draft": LOGITS}
     lines = (plain, filtered, drafted)
     cases = [case for shape in GPU_SHAPES[:2] for case in _variants(Case(*shape), _configurations(0.7))]
-    cases += [Case(*shape, **drafted, noisy=True) for shape in GPU_SHAPES]
+    cases += [Case(*shape, draft=LOGITS, noisy=True) for shape in GPU_SHAPES]
     batches = [Case(batch, 3, **line) for line in lines for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     drafts = [Case(8, num_drafts, **line) for line in lines for num_drafts in DRAFTS]
     vocabs = [Case(32, 5, vocab, **line) for line in lines for vocab in VOCABS]

@@ -11,7 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3}
 cache=${TRITON_CACHE:-}
-most=$((60 << 20))
+most=$((63 << 20))
 stop() { echo "make_bundle: $1" >&2; exit 2; }
 for tool in "$python" unzip strip xz; do command -v "$tool" > /dev/null || stop "$tool is not here: install it."; done
 "$python" -m pip --version > /dev/null 2>&1 || stop "$python has no pip: name another with PYTHON."
@@ -80,4 +80,4 @@ total=$(du -bsc "$out"/* | tail -n 1)
 total=$((${total%%[^0-9]*} + ${tree%%[^0-9]*}))
 du -bs "$out"/* | awk '{printf "%9.2f MiB  %s\n", $1 / 1048576, $2}'
 awk -v t="${tree%%[^0-9]*}" -v s="$total" 'BEGIN {printf "%9.2f MiB  the project\n%9.2f MiB  in all\n", t / 1048576, s / 1048576}'
-((total <= most)) || stop "bundle and project are larger than 60 MiB together: what one call may carry."
+((total <= most)) || stop "bundle and project are larger than 63 MiB together: what one call may carry."

@@ -34,9 +34,9 @@ def plot(records: list[dict], path: Path) -> bool:
     for record in records:
         for temperature in [value for value in record["config"]["temperatures"] if value > 0][:1]:
             score = score_fields(record)[0]
-            panels = ((score, FAMILIES), (score, chosen), ("perplexity", chosen))
+            shown = ((score, list(FAMILIES)), (score, chosen), ("perplexity", chosen))
             if any(_points(record, temperature, score, *family[:2]) for family in FAMILIES):
-                rows.append([(record, temperature, field, families) for field, families in panels])
+                rows.append([(record, temperature, field, families) for field, families in shown])
     if not rows:
         return False
     figure, axes = plt.subplots(len(rows), 3, figsize=(13, 3.6 * len(rows)), layout="constrained", squeeze=False)
