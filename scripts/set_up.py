@@ -61,9 +61,6 @@ def has_nvidia_gpu() -> bool:
 def pip(*arguments: str) -> str:
     """Run pip in .venv and return its output; raise SetUpError with pip's last error if it fails."""
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    if arguments[0] == "install" and "--dry-run" not in arguments:
-        # Most of what these packages hold is never imported: Python compiles what is.
-        command.append("--no-compile")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     with LOG.open("a") as log:
         log.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
