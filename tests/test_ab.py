@@ -175,6 +175,7 @@ def _gone(marker: str, seconds: float) -> bool:
     return not _processes(marker)
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_two_real_arms(tmp_path):
