@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from drafters import DRAFTERS, KINDS, ROOT, acceptance_length, engines, equal_share, plain_name, start  # noqa: E402
+from drafters import DRAFTERS, ROOT, compared, engines, plain_name, start  # noqa: E402
 
 REPORTS, PAGE = ROOT / "reports" / "drafters", ROOT / "docs" / "drafters.md"
 SIZES = {"V1": (8, 32), "V2": (4, 10)}
@@ -65,17 +65,7 @@ def run(name: str, runner: str) -> dict:
         except AssertionError as error:
             lines = [line for line in str(error).splitlines() if "Error" in line]
             return {"error": lines[-1].strip() if lines else str(error)[-300:]}
-    found = results[name]["batches"]
-    ids = {kind: (found[kind]["token_ids"], expected[kind]["token_ids"]) for kind in KINDS}
-    shares = [equal_share(*each) for kind, each in ids.items() if kind != "greedy"]
-    return {
-        "sampler": results[name]["sampler"],
-        "stock_calls": results[name]["stock_calls"],
-        "greedy": ids["greedy"][0] == ids["greedy"][1],
-        "seeded": sum(shares) / len(shares),
-        "acceptance_length": {kind: round(acceptance_length(found[kind]), 3) for kind in KINDS},
-        "drafts": {kind: found[kind]["drafts"] for kind in KINDS},
-    }
+    return compared(results[name], expected)
 
 
 def cell(name: str, column: str) -> str:
