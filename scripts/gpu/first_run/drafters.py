@@ -94,8 +94,11 @@ def on_gpu(llm: dict, kind: str, attention: str | None) -> dict:
     if REHEARSE:
         return llm
     changed = llm | {"dtype": "float32" if kind == "float32" else "bfloat16", "max_num_seqs": REQUESTS,
-                     "enforce_eager": False, "compilation_config": GRAPHS,
+                     "enforce_eager": False,
                      "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}  # fmt: skip
+    # vLLM's n-gram drafter for GPUs is made to be compiled.
+    if (llm["speculative_config"] or {}).get("method") != "ngram_gpu":
+        changed["compilation_config"] = GRAPHS
     return changed | ({"attention_backend": attention} if attention else {})
 
 
