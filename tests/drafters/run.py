@@ -43,7 +43,7 @@ engines ({versions}), single precision, {number} draft tokens a step, the shippe
 V1: {v1[0]} requests of {v1[1]} tokens for each of the three; V2: {v2[0]} of {v2[1]}. Drafts are chosen, not sampled:
 vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0.
 
-On the H100: vLLM 0.33.0, bf16 in its batch-invariant mode (TRITON_ATTN), where logits do not depend on the batch's shape,
+On the H100: vLLM 0.33.0, bf16 in its batch-invariant mode (TRITON_ATTN), where logits do not depend on the batch,
 CUDA graphs, 32 requests of 64 tokens for each of the three, by `ONLY=drafters bash scripts/gpu/first_run.sh`
 ([rows](../benchmarks/results/nvidia-h100/drafters.json)). In float32 instead, where the last bits of the logits differ,
 greedy texts were the same and {float32} of the seeded tokens (draft model, EAGLE-3; V2).
