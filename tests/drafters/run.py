@@ -1,8 +1,8 @@
 """Run every drafter that vLLM has here and write docs/drafters.md: is the text the one without speculation?
 
 Usage: ``python tests/drafters/run.py [--runner V1] [--only NAME ...]``. Each engine runs in a process of its own.
-What came out is kept in ``reports/drafters/``; the table is written from there, and says "not run" of what is
-missing. ``--runner`` alone only writes the table.
+What came out is kept in ``benchmarks/results/drafters/``; the table is written from there, and says "not run" of what
+is missing. ``--runner`` alone only writes the table.
 """
 
 from __future__ import annotations
@@ -18,9 +18,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from drafters import DRAFTERS, KINDS, ROOT, acceptance_length, engines, equal_share, plain_name, start  # noqa: E402
+from drafters import (  # noqa: E402
+    DRAFTERS,
+    KINDS,
+    NUMBER,
+    ROOT,
+    RUNNABLE,
+    acceptance_length,
+    engines,
+    equal_share,
+    plain_name,
+    start,
+)
 
-REPORTS, PAGE = ROOT / "reports" / "drafters", ROOT / "docs" / "drafters.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "drafters", ROOT / "docs" / "drafters.md"
 SIZES = {"V1": (8, 32), "V2": (4, 10)}
 """Requests of a batch and their tokens."""
 COLUMNS = {"V1": "V1 on a CPU", "V2": "V2 in Triton's interpreter", "GPU": "GPU"}
@@ -34,12 +45,23 @@ engines ({versions}), single precision, {number} draft tokens a step, the shippe
 
 - *greedy*: `same` if all greedy texts are equal;
 - *seeded*: the share of equal tokens, of requests with T = 1 and with T = 0.8 and top-p 0.9;
-- then the acceptance length (tokens of a step that verified drafts) at T = 0 and at T = 1.
+- then the acceptance length (tokens of a step that verified drafts) at T = 0 and at T = 1, with 95 % intervals that
+  take steps as independent.
 
 V1: {v1[0]} requests of {v1[1]} tokens for each of the three; V2: {v2[0]} of {v2[1]}. Drafts are chosen, not sampled:
-vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0.
+vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0. What ran is in
+[benchmarks/results/drafters](../benchmarks/results/drafters).
 """
 NOTES = """
+What makes drafts shorter or more:
+
+- *Number by batch size*: `num_speculative_tokens_per_batch_size`, on both runners, 0 switches speculation off; the
+  older `disable_by_batch_size` is not in vLLM 0.32.
+- *Threshold*: suffix decoding leaves out drafts below `suffix_decoding_min_token_prob` (0 here, to draft more).
+  Adaptive verification cuts drafts by the drafter's confidence, on the device and under CUDA graphs only. There stock's
+  sampler stays and the worker says so: log probabilities find their rows through host indices that are stale then.
+- *Stages* (a drafter that is itself sped up by a smaller one): vLLM has none.
+
 vLLM 0.33 has neither Medusa nor MLP speculators any more (`config/speculative.py:74` there).
 
 A head that was made for a target of another hidden size, or an EAGLE or EAGLE-3 head of another vocabulary, stops the
@@ -64,7 +86,7 @@ def run(name: str, runner: str) -> dict:
             results, _ = start(engines([name], Path(folder), *SIZES[runner])[1:], Path(folder), runner)
         except AssertionError as error:
             lines = [line for line in str(error).splitlines() if "Error" in line]
-            return {"error": lines[-1].strip() if lines else str(error)[-300:]}
+            return {"error": lines[-1].strip() if lines else "no error named"}
     found = results[name]["batches"]
     ids = {kind: (found[kind]["token_ids"], expected[kind]["token_ids"]) for kind in KINDS}
     shares = [equal_share(*each) for kind, each in ids.items() if kind != "greedy"]
@@ -73,9 +95,17 @@ def run(name: str, runner: str) -> dict:
         "stock_calls": results[name]["stock_calls"],
         "greedy": ids["greedy"][0] == ids["greedy"][1],
         "seeded": sum(shares) / len(shares),
-        "acceptance_length": {kind: round(acceptance_length(found[kind]), 3) for kind in KINDS},
-        "drafts": {kind: found[kind]["drafts"] for kind in KINDS},
+        "batches": {kind: {name: found[kind][name] for name in ("drafts", "accepted_by_position")} for kind in KINDS},
+        "requests": SIZES[runner][0],
+        "tokens": SIZES[runner][1],
+        "num_speculative_tokens": NUMBER,
+        "versions": {name: importlib.metadata.version(name) for name in ("vllm", "torch", "vllm-specopt")},
     }
+
+
+def path_of(name: str, column: str) -> Path:
+    """Where a cell's results are."""
+    return RESULTS / f"{column}-{name}.json".replace(",", "").replace(" ", "-").lower()
 
 
 def cell(name: str, column: str) -> str:
@@ -85,22 +115,23 @@ def cell(name: str, column: str) -> str:
         return GPU.get(name, "not run" if drafter.speculative else "not in vLLM")
     if column in drafter.absent:
         return drafter.absent[column]
-    path = REPORTS / f"{column} {name}.json"
+    path = path_of(name, column)
     if not path.exists():
         return "not run"
     found = json.loads(path.read_text())
     if "error" in found:
         return f"does not start: `{found['error']}`"
-    lengths = found["acceptance_length"]
+    lengths = (acceptance_length(found["batches"][kind]) for kind in ("greedy", "T = 1"))
+    shown = " / ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in lengths)
     ours = "" if found["sampler"].startswith("vllm_specopt") and not found["stock_calls"] else " (stock's sampler)"
     greedy = "same" if found["greedy"] else "**differs**"
-    return f"greedy {greedy}, seeded {found['seeded']:.1%}; {lengths['greedy']:.2f} / {lengths['T = 1']:.2f}{ours}"
+    return f"greedy {greedy}, seeded {found['seeded']:.1%}; {shown}{ours}"
 
 
 def page() -> str:
     """The document."""
     versions = f"vLLM 0.32.0, torch {importlib.metadata.version('torch')}"
-    lines = [INTRODUCTION.format(versions=versions, number=3, v1=SIZES["V1"], v2=SIZES["V2"])]
+    lines = [INTRODUCTION.format(versions=versions, number=NUMBER, v1=SIZES["V1"], v2=SIZES["V2"])]
     lines += ["| drafter | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     for name, drafter in DRAFTERS.items():
         title = f"{drafter.title} ({drafter.note})" if drafter.note else drafter.title
@@ -114,12 +145,12 @@ def main() -> None:
     parser.add_argument("--runner", choices=list(SIZES), nargs="*", default=list(SIZES))
     parser.add_argument("--only", nargs="*", choices=list(DRAFTERS), default=list(DRAFTERS), metavar="NAME")
     args = parser.parse_args()
-    REPORTS.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for runner in args.runner:
         for name in args.only:
-            if runner not in DRAFTERS[name].absent:
+            if name in RUNNABLE[runner]:
                 found = run(name, runner)
-                (REPORTS / f"{runner} {name}.json").write_text(json.dumps(found, indent=1) + "\n")
+                path_of(name, runner).write_text(json.dumps(found, indent=1) + "\n")
                 print(runner, name, json.dumps(found), flush=True)
                 PAGE.write_text(page(), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
