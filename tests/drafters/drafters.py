@@ -124,7 +124,7 @@ DRAFTERS = {
         "adaptive verification",
         {"method": "dspark", "enable_adaptive_verification": True},
         model="dspark",
-        absent={"V1": "not on V1: `config/vllm.py:2981`", "V2": "needs CUDA graphs, `config/vllm.py:3012`"},
+        absent={"V1": "not on V1: `config/vllm.py:2981`", "V2": "needs CUDA graphs, `config/vllm.py:3013`"},
         note="drafts by the drafter's confidence; [stock's sampler](supported.md)",
     ),
     "custom class": Drafter(
