@@ -98,9 +98,11 @@ def test_eagle3_served_over_http_gives_the_openai_client_the_text_without_specul
     speculative = drafters.DRAFTERS["EAGLE-3"].speculative | {"num_speculative_tokens": drafters.NUMBER}
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(drafters.TARGET), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(speculative)]
+    # One process less to start.
+    command += ["--distributed-executor-backend", "uni", "--speculative-config", json.dumps(speculative)]
     command += ["--additional-config", json.dumps({"specopt": {"method": "exact"}})]
-    environment = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = runpy.run_path(str(TESTS / "engine" / "run_engines.py"))["environment"](run)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     with Server(command, tmp_path / "server.log", environment, port) as server:
         server.wait_ready(lambda: None, timeout=300)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
