@@ -38,8 +38,6 @@ BINS = tl.constexpr(32)
 COLUMNS = tl.constexpr(34)
 """Of the counts: the bins, tokens that cannot have been drawn, tokens that were drawn and not audited."""
 
-_UNALIGNED = (*UNALIGNED, "counts_ptr", "places_ptr", "tile_above_ptr", "tile_equal_ptr")
-
 
 @triton.jit
 def _emitted(token_ids_ptr, token_ids_stride, num_sampled_ptr, request, pos):
@@ -60,7 +58,7 @@ def _token_logit(row_ptr, token, vocab_size):
     return tl.where(logit > float("-inf"), logit, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "token_ids_stride"], do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=["num_tiles", "token_ids_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def audit_sweep_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,
@@ -115,7 +113,7 @@ def _part(tiles, maxima, part_ptr, row, scale, PADDED_TILES: tl.constexpr):
     return tl.sum(masses, axis=0)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "token_ids_stride", "method"], do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=["num_tiles", "token_ids_stride", "method"], do_not_specialize_on_alignment=UNALIGNED)
 def audit_kernel(
     logits_ptr,  # [num_rows, vocab]
     logits_stride,

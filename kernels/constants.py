@@ -67,6 +67,10 @@ UNALIGNED = (
     "bad_row_counter_ptr",
     "tile_list_ptr",
     "candidates_ptr",
+    "tile_above_ptr",
+    "tile_equal_ptr",
+    "counts_ptr",
+    "places_ptr",
 )
 """Pointers that no kernel is specialised on the alignment of.
 
