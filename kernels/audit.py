@@ -17,7 +17,7 @@ from .candidates import Candidates, kept_mass
 from .constants import AUDIT, GREEDY_BELOW, LOG2_E, UNALIGNED
 from .draw import load_tiles, tile_masses
 from .filters import filter_row
-from .launch import KEY_BITS, MOST_REQUESTS, decide_options, row_tiling
+from .launch import KEY_BITS, MOST_REQUESTS, row_tiling
 from .load import (
     Noise,
     Tiles,
@@ -30,7 +30,7 @@ from .load import (
     weights,
 )
 from .noise import draw_uniform
-from .shapes import shapes_of
+from .shapes import Shapes, shapes_of
 from .statistics import BLOCK
 from .variants import Launcher, variant_of
 
@@ -106,9 +106,9 @@ def audit_sweep_kernel(
 
 
 @triton.jit
-def _part(tiles, maxima, part_ptr, row, scale, PADDED_TILES: tl.constexpr):
+def _part(tiles, part_ptr, row, scale, PADDED_TILES: tl.constexpr):
     """What lies in a part of each tile, relative to the row's largest logit, fp64."""
-    _maxima, sums = load_tiles(Tiles(tiles.max_ptr, part_ptr, None, tiles.count), row, PADDED_TILES)
+    maxima, sums = load_tiles(Tiles(tiles.max_ptr, part_ptr, None, tiles.count), row, PADDED_TILES)
     _top, masses = tile_masses(maxima, sums, scale, float("-inf"))
     return tl.sum(masses, axis=0)
 
@@ -161,10 +161,6 @@ def audit_kernel(
     row_ptr = logits_ptr + row * logits_stride
     scale = LOG2_E / request.temperature
     tiles = Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles)
-    maxima, _sums = load_tiles(tiles, row, PADDED_TILES)
-    top = tl.max(maxima, axis=0)
-    above = _part(tiles, maxima, tile_above_ptr, row, scale, PADDED_TILES)
-    equal = _part(tiles, maxima, tile_equal_ptr, row, scale, PADDED_TILES)
     threshold = tl.full((), float("-inf"), tl.float32)
     candidates = Candidates(None, None, None)
     if tile_list_ptr is not None:
@@ -187,13 +183,15 @@ def audit_kernel(
                 PADDED_TILES,
             )
         candidates = Candidates(values_ptr, list_ptr + num_tiles, count)
-    _top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
+    top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
     if ((mass > 0.0) & (mass < float("inf"))) == 0:
         # No usable logit, or some that are too large for single precision at this temperature.
         tl.atomic_add(counts_ptr + BINS + 1, 1, sem="relaxed")
         return
     logit = _token_logit(row_ptr, token, vocab_size)
     is_possible = (logit >= threshold) & (logit > float("-inf")) & ((top < float("inf")) | (logit == top))
+    above = _part(tiles, tile_above_ptr, row, scale, PADDED_TILES)
+    equal = _part(tiles, tile_equal_ptr, row, scale, PADDED_TILES)
     noise = Noise(seeds_ptr, positions_ptr)
     uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), AUDIT)
     place = tl.where(is_possible, (above + uniform * equal) / mass, 1.0)
@@ -208,6 +206,13 @@ def audit_kernel(
 def _method_of(rule_requests_ptr, request, method):
     """A request's row of the counts: ``method``, or that of the exact one."""
     return tl.where(tl.load(rule_requests_ptr + request.state).to(tl.float32) > 0.0, method, 0)
+
+
+def audit_options(shapes: Shapes, is_filtered: bool) -> dict[str, int]:
+    """Launch options of the counting kernel: with filters it holds a few numbers more than the deciding one."""
+    if not is_filtered:
+        return {"num_warps": shapes.decide_warps}
+    return {"num_warps": shapes.filter_warps, "maxnreg": 160}
 
 
 _sweep, _count = Launcher(audit_sweep_kernel), Launcher(audit_kernel)
@@ -262,7 +267,7 @@ def audit_batch(
     _count(
         variant,
         (width, num_reqs),
-        decide_options(shapes, filtered),
+        audit_options(shapes, filtered),
         *rows,
         temperature,
         seeds,

@@ -80,7 +80,7 @@ def variants(with_all: bool):
         if not greedy:
             launches += [
                 (audit.audit_sweep_kernel, {"num_warps": DEFAULTS.statistics_warps}),
-                (audit.audit_kernel, launch.decide_options(DEFAULTS, filtered)),
+                (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered)),
             ]
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}))

@@ -11,23 +11,25 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from vllm_specopt.cpu.backend import KIND, Memory, address_of, ints_of, memory_per_worker, openmp, workers_for
 from vllm_specopt.cpu.cache import compile_entry
 from vllm_specopt.cpu.inputs import position_of, row_of, target_of
-from vllm_specopt.cpu.lanes import WIDTH, largest, load_fp32, total64
+from vllm_specopt.cpu.lanes import WIDTH, add, largest, load_fp32, splat, total64, where_at_least
 from vllm_specopt.cpu.memory import (
     INF,
     ZERO,
     fetch_add,
     jit,
+    load,
     pointer,
     read_bool,
     read_float,
     read_int,
+    size_of,
     write_float,
     write_int,
 )
 from vllm_specopt.cpu.noise import AUDIT, draw_uniform
 from vllm_specopt.cpu.plan import GREEDY_BELOW, scratch_at
 from vllm_specopt.cpu.requests import LOG2_E, WARMEST
-from vllm_specopt.cpu.rows import TILE, value_at, weigh_tile
+from vllm_specopt.cpu.rows import TILE, tile_at, value_at, weigh
 
 BINS, COLUMNS = 32, 34
 # A job, in 64-bit words: requests and workers that have begun, 1 + a request that does not fit; then the plan.
@@ -79,26 +81,24 @@ _JOB = struct.Struct(f"{JOB_PLAN + len(AuditPlan._fields)}q")
 def _at_least(target, logit, scratch):
     """What the logits of a target that are not below a value weigh: in all, and those above it."""
     above, reaching = 0.0, 0.0
-    next_up = np.nextafter(logit, INF)
-    for start in range(0, target.row.vocab, TILE):
+    row, frame = target.row, target.frame
+    bound, beyond = splat(logit), splat(np.nextafter(logit, INF))
+    for start in range(0, row.vocab, TILE):
         # A filter that gathers leaves few tiles, and no maxima of them.
         if target.gathered < 0:
             tops = load_fp32(scratch.left.tops + scratch.left.stride * (start // TILE))
-            if largest(tops) < logit and logit > target.frame.lowest:
+            if largest(tops) < logit and logit > frame.lowest:
                 continue
-        weigh_tile(target.row, target.frame, start, logit, scratch.tile, scratch.weights)
-        reaching += _sum(scratch.weights)
-        weigh_tile(target.row, target.frame, start, next_up, scratch.tile, scratch.weights)
-        above += _sum(scratch.weights)
+        address, kind = tile_at(row, start, scratch.tile)
+        size, tile_above, tile_reaching = size_of(kind), splat(ZERO), splat(ZERO)
+        for i in range(0, TILE, WIDTH):
+            x = load(address + size * i, kind)
+            weights = weigh(x, frame)
+            tile_above = add(tile_above, where_at_least(x, beyond, weights))
+            tile_reaching = add(tile_reaching, where_at_least(x, bound, weights))
+        above += total64(tile_above)
+        reaching += total64(tile_reaching)
     return above, reaching
-
-
-@jit
-def _sum(weights):
-    accumulator = 0.0
-    for i in range(0, TILE, WIDTH):
-        accumulator += total64(load_fp32(weights + 4 * i))
-    return accumulator
 
 
 @jit
