@@ -7,6 +7,7 @@ warms up first and verifies in chunks of at most that many rows; then the result
 before. With statistics switched on it holds the number of preemptions, and per batch the steps that verified drafts
 and the draft tokens that they accepted, together and by their place among the drafts.
 With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
+Engines that audit leave their counts.
 """
 
 import contextlib
@@ -72,6 +73,9 @@ def main(request_path: str, result_path: str) -> None:
                 counted_here = {"drafts": drafts, "accepted": sum(accepted), "accepted_by_position": accepted}
                 result["batches"][batch["name"]] |= counted_here
         result["stock_calls"] = dict(calls)
+        auditor = getattr(getattr(runner.sampler, "account", None), "auditor", None)
+        if auditor is not None:
+            result["audit"] = auditor.counts.tolist()
         if counted:
             counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
             result["preemptions"] = sum(counts)
