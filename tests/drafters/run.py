@@ -38,6 +38,7 @@ ON_GPU = ROOT / "benchmarks" / "results" / "nvidia-h100" / "drafters.json"
 ABSENT_ON_GPU = {
     "n-gram GPU": "not run: the one configuration tried had no compilation mode, which this drafter wants",
     "suffix": "not run: the host has no arctic-inference",
+    **dict.fromkeys(("Medusa", "MLP speculator", "staged"), "not in vLLM 0.33"),
 }
 INTRODUCTION = """# Drafters
 
@@ -113,7 +114,7 @@ def cell(name: str, column: str) -> str:
     drafter = DRAFTERS[name]
     if column == "GPU":
         cells = [f"{each['runner']}: {summary(each)}" for each in on_gpu() if each["drafter"] == name]
-        return "; ".join(cells) or ABSENT_ON_GPU.get(name, "not in vLLM 0.33")
+        return "; ".join(cells) or ABSENT_ON_GPU.get(name, "not run")
     if column in drafter.absent:
         return drafter.absent[column]
     path = path_of(name, column)
