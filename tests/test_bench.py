@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_specopt.benchmarks import gate, grid, inputs, kernel_bench, measure, peers, record, summary
+from vllm_specopt.benchmarks.kernels import bench, gate, grid, inputs, measure, peers, record, report
 from vllm_specopt.cli.main import app
 from vllm_specopt.verify import Verified, verify
 
@@ -136,9 +136,9 @@ def test_record_of_another_version_is_left_alone(tmp_path):
         record.prepare(tmp_path)
 
 
-def options(folder: Path, *cases: grid.Case) -> kernel_bench.Options:
+def options(folder: Path, *cases: grid.Case) -> bench.Options:
     provenance = record.Provenance.of(CPU, "test", "specopt bench", 1, False)
-    return kernel_bench.Options(list(cases), CPU, folder, provenance, repeats=5, seconds=1.0)
+    return bench.Options(list(cases), CPU, folder, provenance, repeats=5, seconds=1.0)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def ours_alone(monkeypatch):
 
 
 def test_a_row_is_consistent(ours_alone, tmp_path):
-    (measured,) = kernel_bench.run(options(tmp_path, small(acceptance=0.9)))
+    (measured,) = bench.run(options(tmp_path, small(acceptance=0.9)))
     assert measured.errors == []
     found, lossy = record.read(tmp_path)
     assert lossy["implementation"] == "ours-sigmoid" and float(lossy["time_us"]) > 0
@@ -173,7 +173,7 @@ def test_tampered_output_leaves_no_number(ours_alone, monkeypatch, tmp_path, cha
         return Verified(token_ids, num_sampled)
 
     monkeypatch.setattr(peers, "verify", tampered)
-    (measured,) = kernel_bench.run(options(tmp_path, small(**changes)))
+    (measured,) = bench.run(options(tmp_path, small(**changes)))
     assert measured.rows == [] and "the reference" in measured.errors[0]
     assert not (tmp_path / record.FILE_NAME).exists()
 
@@ -286,7 +286,7 @@ def test_gpu_measurements_on_a_stand_in(monkeypatch):
     assert measure.extra_memory(both[0], gpu) == 75
 
 
-def bench(folder: Path, *arguments: str) -> list[dict[str, str]]:
+def run_bench(folder: Path, *arguments: str) -> list[dict[str, str]]:
     """Run the command in a process of its own: it changes vLLM and chooses Triton's mode. Return its rows."""
     command = [sys.executable, "-m", "vllm_specopt.cli.main", "bench", "--out", str(folder), *arguments]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -300,7 +300,7 @@ def bench(folder: Path, *arguments: str) -> list[dict[str, str]]:
 @needs_vllm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stock needs no repair on a GPU")
 def test_cpu_run_beside_repaired_stock(tmp_path):
-    rows = bench(tmp_path, "--case", "v32000-b1-.*topp0.9", "--repeats", "5", "--device", "cpu")
+    rows = run_bench(tmp_path, "--case", "v32000-b1-.*topp0.9", "--repeats", "5", "--device", "cpu")
     assert [found["implementation"] for found in rows] == ["ours", "ours-sigmoid", "ours-v1", "stock-repaired"]
     for found in rows:
         assert float(found["time_us"]) > 0 and float(found["speedup_over_stock_v1"]) > 0
@@ -311,7 +311,7 @@ def test_cpu_run_beside_repaired_stock(tmp_path):
 @needs_vllm
 @pytest.mark.parametrize("pattern", ["t0.7", pytest.param(".", marks=pytest.mark.long)])
 def test_rehearsal_runs_every_peer_end_to_end(tmp_path, pattern):
-    rows = bench(tmp_path, "--suite", "rehearsal", "--repeats", "5", "--case", pattern)
+    rows = run_bench(tmp_path, "--suite", "rehearsal", "--repeats", "5", "--case", pattern)
     names = [case.name for case in grid.suite("rehearsal", pattern)]
     assert [name for name in dict.fromkeys(found["case"] for found in rows)] == names
     one_hot = [found["implementation"] for found in rows if found["case"] == names[0]]
@@ -329,17 +329,17 @@ def write_rows_along_batch(folder):
 
 def test_plots_come_from_the_csv_alone(tmp_path):
     pytest.importorskip("matplotlib")
-    from vllm_specopt.benchmarks import plot
+    from vllm_specopt.benchmarks.kernels import plots
 
     write_rows_along_batch(tmp_path)
-    names = {path.name for path in plot.draw(tmp_path)}
+    names = {path.name for path in plots.draw(tmp_path)}
     assert names == {"time_by_batch.svg", "time_by_batch.png", "roofline.svg", "roofline.png"}
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
 
 def test_the_page_comes_from_the_csv_alone(tmp_path):
     write_rows_along_batch(tmp_path)
-    lines = [line for line in summary.write(tmp_path).read_text().splitlines() if line.startswith("| stock-v2 |")]
+    lines = [line for line in report.write(tmp_path).read_text().splitlines() if line.startswith("| stock-v2 |")]
     assert len(lines) == 3
     assert all("**2.5x**" in line and "0.005 (0.004 - 0.009)" in line for line in lines)
     assert [line.split("|")[11].strip() for line in lines] == ["3.33", "1.67", "0.833"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specopt.benchmarks.grid import Case
 from vllm_specopt.benchmarks.kernels import budgets, cost, cost_model
 from vllm_specopt.benchmarks.kernels.counting import Count
+from vllm_specopt.benchmarks.kernels.grid import Case
 from vllm_specopt.benchmarks.kernels.steps import OURS, STOCK, Step
 from vllm_specopt.cli.main import app
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from vllm_specopt.benchmarks import grid
+from vllm_specopt.benchmarks.kernels import grid
 from vllm_specopt.cli.errors import CliError
 
 SEED = 1
@@ -52,7 +52,7 @@ def run(
 
     import torch
 
-    from vllm_specopt.benchmarks import kernel_bench, measure, peers, record
+    from vllm_specopt.benchmarks.kernels import bench, measure, peers, record
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +69,7 @@ def run(
     chosen = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     command = shlex.join(["specopt", "bench", *_arguments(suite, pattern, out, device, repeats, threads, minutes)])
     provenance = record.Provenance.of(chosen, suite, command, SEED, peers.interpreted())
-    options = kernel_bench.Options(cases, chosen, out, provenance, repeats, grid.SUITES[suite].seconds, minutes)
+    options = bench.Options(cases, chosen, out, provenance, repeats, grid.SUITES[suite].seconds, minutes)
     if not console.is_terminal:
         console.width = max(console.width, 140)
     for line in (
@@ -86,7 +86,7 @@ def run(
             soft_wrap=True,
         )
     try:
-        return _measure(console, kernel_bench.run(options), cases, out)
+        return _measure(console, bench.run(options), cases, out)
     except record.RecordError as error:
         raise CliError(str(error), 1) from error
 
@@ -143,13 +143,13 @@ def _measure(console: Console, results, cases: list[grid.Case], out: Path) -> in
         console.print(f"{len(failed)} checks failed; what failed has no number.", highlight=False)
     paths = [path for path in [out / "kernel_bench.csv"] if path.exists()]
     if paths:
-        from vllm_specopt.benchmarks import summary
+        from vllm_specopt.benchmarks.kernels import report
 
-        paths.append(summary.write(out))
+        paths.append(report.write(out))
     if paths and importlib.util.find_spec("matplotlib"):
-        from vllm_specopt.benchmarks import plot
+        from vllm_specopt.benchmarks.kernels import plots
 
-        paths += plot.draw(out)
+        paths += plots.draw(out)
     elif paths:
         console.print("No plots: matplotlib is not installed (pip install 'vllm-specopt[bench]').", markup=False)
     for path in paths:

@@ -1,6 +1,6 @@
 """A record as a Markdown page, from its CSV alone: per case the stock classes, ours in their place, and the ratio.
 
-Usage: ``python -m vllm_specopt.benchmarks.summary FOLDER``, or at the end of `specopt bench`.
+Usage: ``python -m vllm_specopt.benchmarks.kernels.report FOLDER``, or at the end of `specopt bench`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from vllm_specopt.benchmarks import record
+from vllm_specopt.benchmarks.kernels import record
 
 FILE_NAME = "kernel_bench.md"
 # Who stands in whose place.

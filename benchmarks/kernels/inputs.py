@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_specopt.benchmarks.grid import LOGITS, ONE_HOT, PROBS, Case
+from vllm_specopt.benchmarks.kernels.grid import LOGITS, ONE_HOT, PROBS, Case
 from vllm_specopt.testing import Batch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

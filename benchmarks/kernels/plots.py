@@ -1,6 +1,6 @@
 """Figures of a record, from its CSV alone: time along each parameter that varies, and GB/s against a copy's.
 
-Usage: ``python -m vllm_specopt.benchmarks.plot FOLDER``, or at the end of `specopt bench`. Needs matplotlib.
+Usage: ``python -m vllm_specopt.benchmarks.kernels.plots FOLDER``, or at the end of `specopt bench`. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from vllm_specopt.benchmarks import record
+from vllm_specopt.benchmarks.kernels import record
 
 AXES = {"batch": "requests in the batch", "vocab": "vocabulary", "num_drafts": "draft tokens per request"}
 CONFIGURATION = ("draft", "temperature", "filters", "dtype", "acceptance_asked", "device", "threads")

@@ -21,8 +21,8 @@ import torch
 
 import vllm_specopt
 from vllm_specopt.benchmarks.folders import make_writable
-from vllm_specopt.benchmarks.grid import LOGITS, ONE_HOT, PROBS, Case
 from vllm_specopt.benchmarks.host import cpu_name
+from vllm_specopt.benchmarks.kernels.grid import LOGITS, ONE_HOT, PROBS, Case
 
 # A record has a column called torch.
 Device = torch.device

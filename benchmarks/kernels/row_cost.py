@@ -1,7 +1,7 @@
 """What a row costs the CPU backend, against merely reading it: one thread, cold caches, in turns.
 
-Usage: ``python -m vllm_specopt.benchmarks.row_cost [--out FILE]``. A ``verified`` row is one of a request whose drafts
-all survive; an ``emitting`` one is the only row of a request without drafts. Reading adds up a row's 8-byte words.
+Usage: ``python -m vllm_specopt.benchmarks.kernels.row_cost [--out FILE]``. A ``verified`` row is one of a request whose
+drafts all survive; an ``emitting`` one is the only row of a request without drafts. Reading adds up 8-byte words.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_specopt.benchmarks.measure import cache_flusher, load_average
+from vllm_specopt.benchmarks.kernels.measure import cache_flusher, load_average
 from vllm_specopt.verify import verify
 
 VOCAB, BATCH, NUM_DRAFTS = 151_936, 32, 4

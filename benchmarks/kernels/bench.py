@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from vllm_specopt.benchmarks import gate, measure, peers, record
-from vllm_specopt.benchmarks.grid import Case
-from vllm_specopt.benchmarks.inputs import Inputs, make_inputs
-from vllm_specopt.benchmarks.measure import Samples
-from vllm_specopt.benchmarks.peers import Implementation
+from vllm_specopt.benchmarks.kernels import gate, measure, peers, record
+from vllm_specopt.benchmarks.kernels.grid import Case
+from vllm_specopt.benchmarks.kernels.inputs import Inputs, make_inputs
+from vllm_specopt.benchmarks.kernels.measure import Samples
+from vllm_specopt.benchmarks.kernels.peers import Implementation
 
 
 @dataclass

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_specopt.benchmarks.grid import LOGITS, PROBS
-from vllm_specopt.benchmarks.inputs import NUM_ROUNDS, Inputs
+from vllm_specopt.benchmarks.kernels.grid import LOGITS, PROBS
+from vllm_specopt.benchmarks.kernels.inputs import NUM_ROUNDS, Inputs
 from vllm_specopt.rules import PAPER, BlockConstants, Constants
 from vllm_specopt.verify import Verified, verify
 

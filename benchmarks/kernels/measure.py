@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_specopt.benchmarks.peers import Implementation
+from vllm_specopt.benchmarks.kernels.peers import Implementation
 
 MIN_ROUNDS = 5
 WARM_UPS = 3

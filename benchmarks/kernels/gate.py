@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from vllm_specopt.benchmarks.inputs import Inputs
-from vllm_specopt.benchmarks.peers import Implementation
+from vllm_specopt.benchmarks.kernels.inputs import Inputs
+from vllm_specopt.benchmarks.kernels.peers import Implementation
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.testing import MARGIN
 from vllm_specopt.verify import Verified
