@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_specopt.benchmarks import quality_scores
-from vllm_specopt.benchmarks.engine_ab import ENV
+from vllm_specopt.benchmarks.serve.engine_ab import ENV
 
 TARGET, DRAFT, EXACT, EXACT_CHOSEN = "target", "draft", "exact", "exact-chosen"
 SCALES = (1e0, 1e1, 1e4)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_specopt.benchmarks.engine_run import counters
+from vllm_specopt.benchmarks.serve.engine import counters
 
 WARMUP_ITEMS, WARMUP_LEN = 8, 8
 SEED_STRIDE = 1_000_003

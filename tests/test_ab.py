@@ -14,13 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_specopt.benchmarks import serving_run
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import changed_settings
-from vllm_specopt.benchmarks.serving_workloads import workload
-from vllm_specopt.cli import ab, ab_settings
+from vllm_specopt.benchmarks.processes import Server, free_port
+from vllm_specopt.benchmarks.serve import command, servers, settings
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.plan import changed_settings
+from vllm_specopt.benchmarks.serve.workloads import workload
 from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import Server, free_port
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from ab_records import PROMPTS, make_cell
@@ -69,7 +68,7 @@ RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2"
 )
 def test_bad_input_is_one_sentence_before_anything_starts(tmp_path, changed, sentence):
     with pytest.raises(CliError, match=re.escape(sentence)) as caught:
-        ab_settings.checked(**(INPUT | {"out": tmp_path / "out"} | changed))
+        settings.checked(**(INPUT | {"out": tmp_path / "out"} | changed))
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
 
@@ -83,7 +82,7 @@ def test_prompt_files_without_prompts_are_refused(tmp_path):
         path = tmp_path / name
         path.write_text(content)
         with pytest.raises(CliError, match=sentence):
-            ab_settings.checked(**(INPUT | {"out": tmp_path, "spec": str(path)}))
+            settings.checked(**(INPUT | {"out": tmp_path, "spec": str(path)}))
     share = tmp_path / "share.json"
     share.write_text(json.dumps([{"conversations": [{"value": "a"}, {"value": "b"}]}]))
     assert workload(f"sharegpt:{share}", 8, PROMPTS, 512, 0).prompts == ("a",)
@@ -121,29 +120,29 @@ def test_a_port_in_use_is_refused(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(CliError, match="cannot be used"):
-            ab_settings.checked(**(INPUT | {"out": tmp_path, "port": taken.getsockname()[1]}))
+            settings.checked(**(INPUT | {"out": tmp_path, "port": taken.getsockname()[1]}))
 
 
 def test_a_record_is_continued_under_the_same_settings_only(tmp_path):
-    def settings(**changed):
-        return ab_settings.checked(**(INPUT | {"out": tmp_path} | changed))
+    def asked(**changed):
+        return settings.checked(**(INPUT | {"out": tmp_path} | changed))
 
-    record, resumed = ab.begin(settings(), [])
+    record, resumed = command.begin(asked(), [])
     assert not resumed
     record["cells"]["stock|T0|c1|r0"] = make_cell(1)
     record["arms"]["exact"] = {"error": "it died"}
     (tmp_path / "ab.json").write_text(json.dumps(record))
-    again, resumed = ab.begin(settings(), [])
+    again, resumed = command.begin(asked(), [])
     assert resumed and list(again["cells"]) == ["stock|T0|c1|r0"]
     assert "error" not in again["arms"]["exact"]
     with pytest.raises(CliError, match="output_len: 8 there, 9 now") as caught:
-        ab.begin(settings(output_len=9), [])
+        command.begin(asked(output_len=9), [])
     assert caught.value.exit_code == 2
     assert (tmp_path / "ab.json").exists()
-    assert not ab.begin(settings(output_len=9, fresh=True), [])[1]
+    assert not command.begin(asked(output_len=9, fresh=True), [])[1]
     (tmp_path / "ab.json").write_text("{")
     with pytest.raises(CliError, match="no record of specopt ab"):
-        ab.begin(settings(), [])
+        command.begin(asked(), [])
     assert changed_settings({"a": 1}, {"a": 1, "b": 2}) == ["b: None there, 2 now"]
 
 
@@ -256,9 +255,9 @@ def test_running_servers_a_timeout_a_death_and_going_on(tmp_path):
     def server(name: str) -> Server:
         option = ["--additional-config", json.dumps(settings[name])] if settings[name] else []
         speculation = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
-        serve = [serving_run.vllm_script(), "serve", str(MODELS / "specopt-target"), "--host", "127.0.0.1"]
+        serve = [servers.vllm_script(), "serve", str(MODELS / "specopt-target"), "--host", "127.0.0.1"]
         serve += ["--port", str(ports[name]), "--enforce-eager", "--speculative-config", json.dumps(speculation)]
-        env = serving_run.ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        env = servers.ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         return Server([*serve, *option], tmp_path / f"{name}.log", env, ports[name])
 
     def run(*more: str) -> tuple[subprocess.CompletedProcess, dict]:

@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specopt.benchmarks import (
-    serving_client,
-    serving_fit,
-    serving_page,
-    serving_report,
-    serving_run,
-    serving_stats,
-)
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import with_repaired
-from vllm_specopt.cli import ab_ray
+from vllm_specopt.benchmarks.serve import client, fit, page, placements, report, servers, stats
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.plan import with_repaired
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from ab_records import EXACT, REPAIRED, make_cell, make_plan, make_record
@@ -38,30 +30,30 @@ def test_arms_take_turns_there_and_back():
 
 def test_servers_differ_by_their_arm_only():
     plan = make_plan()
-    base, again = (serving_run.server_command(plan, arm, 1, Path("p")) for arm in (plan.baseline, plan.noise))
-    exact = serving_run.server_command(plan, EXACT, 1, Path("p"))
+    base, again = (servers.server_command(plan, arm, 1, Path("p")) for arm in (plan.baseline, plan.noise))
+    exact = servers.server_command(plan, EXACT, 1, Path("p"))
     assert base == again
-    assert base[:3] == [sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"]
+    assert base[:3] == [sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"]
     at = exact.index("--additional-config")
     assert json.loads(exact[at + 1]) == {"specopt": {"method": "exact"}}
     assert exact[1:at] + exact[at + 2 :] == base[3:]
     on_gpu = make_plan(on_cpu=False, arms=(Arm("stock"), EXACT))
-    command = serving_run.server_command(on_gpu, EXACT, 1, Path("p"))
+    command = servers.server_command(on_gpu, EXACT, 1, Path("p"))
     assert command[command.index("--gpu-memory-utilization") + 1] == "0.300"
     own = make_plan(on_cpu=False, arms=(Arm("stock"), EXACT), serve_args=("--gpu-memory-utilization=0.2",))
-    assert sum("gpu-memory" in part for part in serving_run.server_command(own, EXACT, 1, Path("p"))) == 1
+    assert sum("gpu-memory" in part for part in servers.server_command(own, EXACT, 1, Path("p"))) == 1
 
 
 def test_the_client_gets_the_same_prompts_in_every_arm():
     plan = make_plan()
     cells = [cell for cell in plan.cells() if cell.repeat == 1 and cell.concurrency == 8]
-    commands = {tuple(serving_client.command(plan, c, "URL", Path("r.json"))) for c in cells if c.temperature == 1}
+    commands = {tuple(client.command(plan, c, "URL", Path("r.json"))) for c in cells if c.temperature == 1}
     assert len(commands) == 1
     command = list(*commands)
     assert command[command.index("--seed") + 1] == "6"
     assert command[command.index("--top-p") + 1] == "0.9"
     assert command[command.index("--num-prompts") + 1] == "32"
-    greedy = serving_client.command(plan, next(c for c in cells if c.temperature == 0), "URL", Path("r.json"))
+    greedy = client.command(plan, next(c for c in cells if c.temperature == 0), "URL", Path("r.json"))
     assert "--top-p" not in greedy
 
 
@@ -76,43 +68,43 @@ def test_stock_is_replaced_on_a_cpu_where_it_is_broken():
 
 
 def test_a_real_difference_is_found_and_none_is_not_invented():
-    rows = serving_stats.compare(make_record(make_plan()))
+    rows = stats.compare(make_record(make_plan()))
     words = {(row["metric"], row["words"]) for row in rows if row["arm"] == "exact"}
     assert words == {("output tokens/s", "better"), ("TTFT median", "better"), ("TPOT median", "better"),
                      ("ITL p99", "better")}  # fmt: skip
     speeds = [row["ratio"] for row in rows if row["arm"] == "exact" and row["metric"] == "output tokens/s"]
     assert all(1.9 < each["low"] <= each["ratio"] <= each["high"] < 2.1 for each in speeds)
-    same = [row for row in serving_stats.compare(make_record(make_plan(), exact=1.0)) if row["arm"] == "exact"]
+    same = [row for row in stats.compare(make_record(make_plan(), exact=1.0)) if row["arm"] == "exact"]
     assert {row["words"] for row in same} == {"no difference"}
 
 
 def test_a_ratio_within_the_noise_is_no_difference():
     clear = {"ratio": 1.03, "low": 1.02, "high": 1.04, "pairs": 4}
-    assert serving_stats.verdict(clear, {"ratio": 1.0, "low": 0.99, "high": 1.01, "pairs": 4}, True) == "better"
-    assert serving_stats.verdict(clear, {"ratio": 1.0, "low": 0.99, "high": 1.01, "pairs": 4}, False) == "worse"
+    assert stats.verdict(clear, {"ratio": 1.0, "low": 0.99, "high": 1.01, "pairs": 4}, True) == "better"
+    assert stats.verdict(clear, {"ratio": 1.0, "low": 0.99, "high": 1.01, "pairs": 4}, False) == "worse"
     # Noise of 0.96 one way could as well have been 1.04 the other way.
     noise = {"ratio": 0.98, "low": 0.96, "high": 0.999, "pairs": 4}
-    assert serving_stats.verdict(clear, noise, True) == "no difference"
-    assert serving_stats.verdict({**clear, "low": 0.99}, None, True) == "no difference"
-    assert serving_stats.verdict({**clear, "low": None}, noise, True).startswith("one pair")
-    assert serving_stats.verdict(None, noise, True) == "not measured"
+    assert stats.verdict(clear, noise, True) == "no difference"
+    assert stats.verdict({**clear, "low": 0.99}, None, True) == "no difference"
+    assert stats.verdict({**clear, "low": None}, noise, True).startswith("one pair")
+    assert stats.verdict(None, noise, True) == "not measured"
 
 
 def test_pairs_follow_the_repeat_and_a_missing_cell_costs_its_pair_only():
     record = make_record(make_plan(), wobble=0.0)
     del record["cells"]["exact|T0|c1|r2"]
-    found = serving_stats.ratio(record, "exact", 0.0, 1, "output tokens/s")
+    found = stats.ratio(record, "exact", 0.0, 1, "output tokens/s")
     assert found["pairs"] == 3
     assert found["ratio"] == pytest.approx(2.0)
 
 
 def test_acceptance_is_pooled_by_drafts():
     short = make_cell(1) | {"num_drafts": 30, "draft_tokens": 60, "accepted_tokens": 6, "accepted_per_position": [0.2]}
-    found = serving_stats.acceptance([make_cell(1), short])
+    found = stats.acceptance([make_cell(1), short])
     assert found["rate"] == pytest.approx(26 / 100)
     assert found["length"] == pytest.approx(1 + 26 / 40)
     assert found["positions"] == pytest.approx([(8 + 6) / 40, 6 / 40, 4 / 40, 2 / 40])
-    assert serving_stats.acceptance([{}])["rate"] is None
+    assert stats.acceptance([{}])["rate"] is None
 
 
 def test_the_client_result_is_kept_as_rates_and_quantiles():
@@ -121,7 +113,7 @@ def test_the_client_result_is_kept_as_rates_and_quantiles():
         "output_throughput": 7.0, "ttfts": [0.1, 0.3], "itls": [[0.2, 0.2], [0.4]], "output_lens": [5, 2],
         **{f"{key}_{name}_ms": 1.0 for name in ("ttft", "tpot", "itl") for key in ("mean", "median", "p99")},
     }  # fmt: skip
-    found = serving_client.summarise(bench)
+    found = client.summarise(bench)
     assert found["quantiles"]["ttft"][0] == 0.1 and found["quantiles"]["ttft"][-1] == 0.3
     # Tokens that arrive together count in the time per token, not in the gaps between arrivals.
     assert found["quantiles"]["tpot"][0] == pytest.approx(0.1)
@@ -139,9 +131,9 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_its_figures_do_not_collide():
-    page = serving_page.page(make_record(make_plan()))
+    text = page.page(make_record(make_plan()))
     tags = _Tags()
-    tags.feed(page)
+    tags.feed(text)
     for tag, attrs in tags.found:
         assert tag not in ("script", "link", "img", "iframe")
         for name in ("src", "href", "xlink:href"):
@@ -149,27 +141,27 @@ def test_the_page_needs_nothing_else_and_its_figures_do_not_collide():
     assert sum(tag == "svg" for tag, _ in tags.found) == 5
     clips = [attrs["id"] for tag, attrs in tags.found if tag == "clippath"]
     assert clips and len(clips) == len(set(clips))
-    assert len(page) < 500_000
+    assert len(text) < 500_000
 
 
 def test_the_views_say_what_failed_and_what_differs():
     record = make_record(make_plan())
-    assert serving_report.exit_code(record) == 0
-    text = serving_report.markdown(record)
+    assert report.exit_code(record) == 0
+    text = report.markdown(record)
     assert "2 of 2 completions identical" in text
     assert "expected by chance" in text
     record["arms"]["exact"]["greedy"] = [[1, 2], [3, 5]]
-    assert serving_report.exit_code(record) == 1
-    assert "first difference: prompt 1, position 1" in serving_report.markdown(record)
+    assert report.exit_code(record) == 1
+    assert "first difference: prompt 1, position 1" in report.markdown(record)
     record["arms"]["exact"]["greedy"] = [[1, 2], [3, 4]]
     record["arms"]["exact"]["error"] = "it died"
-    assert serving_report.exit_code(record) == 1
-    assert "exact: FAILED: it died" in serving_page.page(record)
+    assert report.exit_code(record) == 1
+    assert "exact: FAILED: it died" in page.page(record)
 
 
 def test_stock_as_it_comes_is_marked_on_a_cpu():
     plan = make_plan(arms=(REPAIRED, Arm("stock"), EXACT))
-    marked = {row[:3] for row in serving_report.rows(make_record(plan)) if "*" in row[4]}
+    marked = {row[:3] for row in report.rows(make_record(plan)) if "*" in row[4]}
     assert marked == {("1", "1", "stock"), ("1", "8", "stock")}
 
 
@@ -179,14 +171,14 @@ def test_parts_from_a_cluster_make_one_record():
     nodes = [{"host": f"host-{n}", "address": f"10.0.0.{n}", "node": f"{n}", "gpus": ["0"]} for n in range(2)]
 
     def arrive(arm: str, repeat: int, node: dict, failures: tuple = (), lost: bool = False) -> None:
-        part = ab_ray.rebuilt(json.loads(json.dumps(asdict(plan))), arm, repeat)
+        part = placements.rebuilt(json.loads(json.dumps(asdict(plan))), arm, repeat)
         assert {cell.arm for cell in part.cells()} == {arm} == {each.name for each in part.all_arms()}
         own = {"arms": {arm: whole["arms"][arm]}, "cells": {c.key: whole["cells"][c.key] for c in part.cells()}}
         assert {cell.repeat for cell in part.cells()} == {repeat} and len(own["cells"]) == 4
         entry = {"arm": arm, "repeat": repeat, "attempts": len(failures) + (not lost), "failures": list(failures),
                  "node": node, "result": None if lost else own}  # fmt: skip
-        ab_ray.add(plan, record, entry)
-        line = ab_ray.described(entry)
+        placements.add(plan, record, entry)
+        line = placements.described(entry)
         assert line.startswith(f"{arm}, repeat {repeat + 1}: {'lost' if lost else 'done'} on {node['host']}, GPU 0")
 
     for repeat in range(4):
@@ -195,27 +187,27 @@ def test_parts_from_a_cluster_make_one_record():
             gone = (arm.name, repeat) == ("exact", 3)
             failures = ("the worker was lost\nwith a log",) * (moved + 2 * gone)
             arrive(arm.name, repeat, nodes[(repeat + moved) % 2], failures, gone)
-    row = next(row for row in serving_stats.compare(record) if row["arm"] == "exact")
+    row = next(row for row in stats.compare(record) if row["arm"] == "exact")
     # Four repeats, less the one that moved to another device and the one that was lost.
     assert row["ratio"]["pairs"] == 2 and row["noise"]["pairs"] == 4
-    assert len(record["failed_cells"]) == 4 and serving_report.exit_code(record) == 1
-    text = serving_report.markdown(record)
+    assert len(record["failed_cells"]) == 4 and report.exit_code(record) == 1
+    text = report.markdown(record)
     assert "| 2 | exact | host-0, 10.0.0.0, GPU 0 | 2 | done | the worker was lost |" in text
     assert "| 4 | exact | host-1, 10.0.0.1, GPU 0 | 2 | lost | the worker was lost; the worker was lost |" in text
     assert "on the Ray cluster each arm of each repeat had a server of its own" in text
-    assert "Ray" not in serving_report.markdown(whole)
+    assert "Ray" not in report.markdown(whole)
 
 
 def test_an_empty_record_has_views_too():
     record = make_record(make_plan()) | {"cells": {}, "arms": {}}
-    assert "not measured" in serving_report.markdown(record)
-    assert "<svg" not in serving_page.page(record)
+    assert "not measured" in report.markdown(record)
+    assert "<svg" not in page.page(record)
 
 
-def rehearsals(plan, load: float, overhead: float = 2.0) -> list[serving_fit.Rehearsal]:
+def rehearsals(plan, load: float, overhead: float = 2.0) -> list[fit.Rehearsal]:
     """As if one request in flight took `load` seconds and more at once a little longer."""
     return [
-        serving_fit.Rehearsal(temperature, slots, serving_fit.rehearsal_requests(slots), load * 4, overhead)
+        fit.Rehearsal(temperature, slots, fit.rehearsal_requests(slots), load * 4, overhead)
         for temperature in plan.temperatures
         for slots in plan.concurrency
     ]
@@ -223,26 +215,26 @@ def rehearsals(plan, load: float, overhead: float = 2.0) -> list[serving_fit.Reh
 
 def test_a_plan_fits_into_the_minutes_asked_for():
     plan = make_plan(minutes=10.0, concurrency=(1, 8, 32))
-    quick = serving_fit.fit(plan, rehearsals(plan, 0.01), 600)
+    quick = fit.fit(plan, rehearsals(plan, 0.01), 600)
     assert quick["requests"] == {slots: plan.full_requests(slots) for slots in plan.concurrency}
     assert quick["repeats"] == plan.repeats
-    slower = serving_fit.fit(plan, rehearsals(plan, 0.5), 600)
+    slower = fit.fit(plan, rehearsals(plan, 0.5), 600)
     assert slower["repeats"] == plan.repeats and slower["seconds"] <= 540
     assert all(slots <= slower["requests"][slots] < plan.full_requests(slots) for slots in (8, 32))
     assert all(requests % slots == 0 for slots, requests in slower["requests"].items())
-    slow = serving_fit.fit(plan, rehearsals(plan, 2.4), 600)
+    slow = fit.fit(plan, rehearsals(plan, 2.4), 600)
     assert slow["repeats"] == 2 and slow["requests"] == {1: 8, 8: 8, 32: 32}
     # The least there is may still be too long, which the caller says.
-    assert serving_fit.fit(plan, rehearsals(plan, 20.0), 600)["seconds"] > 600
+    assert fit.fit(plan, rehearsals(plan, 20.0), 600)["seconds"] > 600
 
 
 def test_a_record_keeps_the_sizes_chosen_for_it():
     plan = make_plan(minutes=10.0)
-    found = serving_fit.fit(plan, rehearsals(plan, 1.0), 300)
-    record = json.loads(json.dumps({"fit": found | {"asked": serving_fit.asked(plan)}}))
-    again = serving_fit.fitted(plan, record)
+    found = fit.fit(plan, rehearsals(plan, 1.0), 300)
+    record = json.loads(json.dumps({"fit": found | {"asked": fit.asked(plan)}}))
+    again = fit.fitted(plan, record)
     assert again.describe() == plan.fitted(found).describe() != plan.describe()
     assert again.requests(8) == found["requests"][8] and again.repeats == found["repeats"]
     other = make_plan(minutes=20.0)
-    assert serving_fit.fitted(other, record) == other
-    assert serving_fit.fitted(plan, {}) == plan
+    assert fit.fitted(other, record) == other
+    assert fit.fitted(plan, {}) == plan

@@ -17,12 +17,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import vllm_specopt
-from vllm_specopt.benchmarks.serving_stats import compare_completions
-from vllm_specopt.cli import report, scopes
+from vllm_specopt.benchmarks.processes import ChildProcess, Server, free_port
+from vllm_specopt.benchmarks.serve import scopes
+from vllm_specopt.benchmarks.serve.stats import compare_completions
+from vllm_specopt.cli import report
 from vllm_specopt.cli.demo import WORKLOADS, Arm, Settings, read_prompts
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.main import app
-from vllm_specopt.cli.process import ChildProcess, Server, free_port
 
 IGNORES_SIGTERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 LEAVES_A_CHILD = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {IGNORES_SIGTERM!r}]); "
@@ -180,7 +181,7 @@ def settings(tmp_path: Path) -> Settings:
 def test_arms_differ_by_our_option_and_the_repair_only(tmp_path: Path) -> None:
     names = ("stock", "exact", "plain")
     stock, exact, plain = (Arm(name, settings(tmp_path), tmp_path).command for name in names)
-    assert stock[:3] == [sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"] and exact[0] == "vllm"
+    assert stock[:3] == [sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"] and exact[0] == "vllm"
     assert exact[1:-2] == [part.replace("/stock", "/exact") for part in stock[3:]]
     assert exact[-2:] == ["--additional-config", '{"specopt": {"method": "exact"}}']
     at = exact.index("--speculative-config")
@@ -257,7 +258,7 @@ def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
 
 
 def test_stop_reaches_what_the_server_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_specopt.cli.process.STOP_SECONDS", 1.0)
+    monkeypatch.setattr("vllm_specopt.benchmarks.processes.STOP_SECONDS", 1.0)
     command = [sys.executable, "-c", LEAVES_A_CHILD + "print('ready', flush=True); time.sleep(600)"]
     with pytest.raises(ZeroDivisionError), ChildProcess(command, tmp_path / "log", {}) as child:
         while "ready" not in child.last_lines():
@@ -275,8 +276,8 @@ def test_a_signal_stops_the_server(tmp_path: Path, number: signal.Signals) -> No
     script = """
 import sys
 from pathlib import Path
-from vllm_specopt.cli.demo import stopped_by_signals
-from vllm_specopt.cli.process import ChildProcess
+from vllm_specopt.benchmarks.processes import stopped_by_signals
+from vllm_specopt.benchmarks.processes import ChildProcess
 command = [sys.executable, "-c", "import time; time.sleep(600)"]
 with stopped_by_signals(), ChildProcess(command, Path(sys.argv[1]), {}) as child:
     print(child.process.pid, flush=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vllm_specopt.benchmarks import engine_ab, engine_report, engine_stats, host
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.engine_ab import Plan
+from vllm_specopt.benchmarks import host
+from vllm_specopt.benchmarks.serve import engine_ab, engine_report, engine_stats
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.engine_ab import Plan
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models"
@@ -26,7 +27,7 @@ WIDE, TAIL_MASS = 600, 0.01
 def pair(tmp_path_factory):
     """A pair extended to 600 tokens, and what was measured on it."""
     pytest.importorskip("transformers")
-    from vllm_specopt.benchmarks.wide_pair import make_pair
+    from vllm_specopt.benchmarks.serve.wide_pair import make_pair
 
     def make(name: str, **options) -> tuple[Path, dict]:
         out = tmp_path_factory.mktemp(name)
@@ -112,7 +113,7 @@ def test_extra_layers_and_widths_change_nothing(pair):
 )
 def test_bad_arguments_of_a_pair(tmp_path, options, message):
     pytest.importorskip("transformers")
-    from vllm_specopt.benchmarks.wide_pair import make_pair
+    from vllm_specopt.benchmarks.serve.wide_pair import make_pair
 
     arguments = {"prompts": PROMPTS, "vocab_size": WIDE} | options
     with pytest.raises(ValueError, match=message):

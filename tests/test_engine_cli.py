@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specopt.benchmarks import engine_ab, engine_report
+from vllm_specopt.benchmarks.serve import engine_ab, engine_report
 from vllm_specopt.cli import engine
 from vllm_specopt.cli.errors import CliError
 from vllm_specopt.cli.main import app

@@ -33,11 +33,11 @@ for module in modules:
 after = snapshot()
 changed = [where for where, value in before.items() if after.get(where) is not value]
 assert not changed, changed
-assert {"vllm_specopt.integration.plugin", "vllm_specopt.benchmarks.serving_repaired"} <= set(modules)
+assert {"vllm_specopt.integration.plugin", "vllm_specopt.benchmarks.serve.repaired"} <= set(modules)
 assert any(module.startswith("vllm_specopt.kernels.") for module in modules)
 assert len(before) > 5000, len(before)
 if "repair" in sys.argv:
-    from vllm_specopt.benchmarks.engine_run import repair_expand_kernel
+    from vllm_specopt.benchmarks.serve.engine import repair_expand_kernel
     repair_expand_kernel()
     assert snapshot() != before
 """

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from vllm_specopt.cli import progress
+from vllm_specopt.benchmarks import progress
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("vllm")
 
-from vllm_specopt.benchmarks import serving_ray
+from vllm_specopt.benchmarks.serve import cluster
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
@@ -202,10 +202,10 @@ def test_server_that_fits_nowhere_is_one_sentence(spread):
 
 
 def test_missing_ray_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(serving_ray.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with (
-        pytest.raises(serving_ray.ClusterError, match=r"Ray is not installed .*pip install 'vllm-specopt\[ray\]'"),
-        serving_ray.connected(),
+        pytest.raises(cluster.ClusterError, match=r"Ray is not installed .*pip install 'vllm-specopt\[ray\]'"),
+        cluster.connected(),
     ):
         pass
 
@@ -220,8 +220,8 @@ def test_missing_cluster_is_one_sentence(monkeypatch, tmp_path, address):
             address = f"127.0.0.1:{unused.getsockname()[1]}"
         began = time.monotonic()
         with (
-            pytest.raises(serving_ray.ClusterError, match=f"no Ray cluster answers at {address}") as raised,
-            serving_ray.connected(address),
+            pytest.raises(cluster.ClusterError, match=f"no Ray cluster answers at {address}") as raised,
+            cluster.connected(address),
         ):
             pass
     assert "\n" not in str(raised.value)

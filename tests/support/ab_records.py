@@ -5,9 +5,9 @@ import math
 import random
 from pathlib import Path
 
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import Plan
-from vllm_specopt.benchmarks.serving_workloads import workload
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.plan import Plan
+from vllm_specopt.benchmarks.serve.workloads import workload
 
 PROMPTS = Path(__file__).parents[2] / "models" / "prompts.jsonl"
 REPAIRED, EXACT = Arm("stock-repaired", repair=True), Arm("exact", {"method": "exact"})

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from ray_cluster import local_cluster
 
-from vllm_specopt.benchmarks import serving_ray
+from vllm_specopt.benchmarks.serve import cluster
 
 
 def main(request_path: str, result_path: str) -> None:
@@ -36,11 +36,11 @@ def main(request_path: str, result_path: str) -> None:
         os.kill(worker.pid, signal.SIGKILL)
         found["killed"] = ids | {"worker": worker.pid}
 
-    slot = serving_ray.Slot(**request["slot"])
-    placements = [serving_ray.Placement(**each) for each in request["placements"]]
-    with local_cluster(request["nodes"]), serving_ray.connected():
+    slot = cluster.Slot(**request["slot"])
+    placements = [cluster.Placement(**each) for each in request["placements"]]
+    with local_cluster(request["nodes"]), cluster.connected():
         start = time.monotonic()
-        found["entries"] = serving_ray.run(
+        found["entries"] = cluster.run(
             placements,
             request["function"],
             slot,
@@ -49,8 +49,8 @@ def main(request_path: str, result_path: str) -> None:
         )
         if "too_large" in request:
             try:
-                serving_ray.capacity(serving_ray.Slot(**request["too_large"]))
-            except serving_ray.ClusterError as error:
+                cluster.capacity(cluster.Slot(**request["too_large"]))
+            except cluster.ClusterError as error:
                 found["too_large"] = str(error)
         found["seconds"] = time.monotonic() - start
     found["alive"] = [pid for pid in found["killed"].values() if psutil.pid_exists(pid)]

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from vllm_specopt.cli.process import Server, free_port
+from vllm_specopt.benchmarks.processes import Server, free_port
 
 SPECULATION = {"num_speculative_tokens": 4, "draft_sample_method": "probabilistic"}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_specopt.benchmarks.serving_ray import stop_with_parent
+from vllm_specopt.benchmarks.serve.cluster import stop_with_parent
 
 OBJECT_STORE_BYTES = 100 * 2**20
 # Not 127.0.0.1, which Ray replaces by the address of the machine when it connects.

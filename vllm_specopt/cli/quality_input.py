@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specopt.benchmarks import quality, quality_scores
-from vllm_specopt.benchmarks.engine_ab import CHECKOUT, installed
 from vllm_specopt.benchmarks.quality import Arm, Plan
+from vllm_specopt.benchmarks.record import CHECKOUT, installed
 from vllm_specopt.cli.errors import CliError
 
 TASKS_FOLDER = CHECKOUT / "models" / "tasks"

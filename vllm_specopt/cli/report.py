@@ -6,7 +6,7 @@ import shlex
 
 from rich.table import Table
 
-from vllm_specopt.benchmarks.serving_stats import compare_completions
+from vllm_specopt.benchmarks.serve.stats import compare_completions
 
 ARMS = ("stock", "exact")
 COMPARED = {"stock": ("T = 0",), "plain": ("T = 1", "T = 0.8, top-p 0.9")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from html import escape
 
-from vllm_specopt.benchmarks import serving_plots, serving_report
+from vllm_specopt.benchmarks.serve import plots, report
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -23,15 +23,13 @@ figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; } figca
 def page(record: dict) -> str:
     """Return the page as text."""
     parts = [f"<h1>Served models, arm against arm</h1><pre>{escape(record['command'])}</pre><h2>Outcome</h2>"]
-    parts.append(_items(serving_report.outcome(record)))
-    for caption, svg in serving_plots.figures(record):
+    parts.append(_items(report.outcome(record)))
+    for caption, svg in plots.figures(record):
         parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
-    for title, headings, rows in serving_report.tables(record):
+    for title, headings, rows in report.tables(record):
         parts.append(f"<h2>{escape(title)}</h2>{_table(headings, rows)}")
-    parts.append(f"<h2>How to read this</h2>{_items(serving_report.notes(record))}")
-    parts.append(
-        f"<h2>Conditions</h2>{_table(('', ''), serving_report.conditions(record), plain=True)}<h2>Servers</h2>"
-    )
+    parts.append(f"<h2>How to read this</h2>{_items(report.notes(record))}")
+    parts.append(f"<h2>Conditions</h2>{_table(('', ''), report.conditions(record), plain=True)}<h2>Servers</h2>")
     for arm, settings in record["config"]["arms"].items():
         command = record["arms"].get(arm, {}).get("command")
         shown = shlex.join(command) if command else str(settings["url"])
@@ -46,7 +44,7 @@ def _items(lines: list[str]) -> str:
 
 def _table(headings, rows, plain: bool = False) -> str:
     def cell(tag: str, heading: str, text: str) -> str:
-        classes = ["text"] if plain or heading in serving_report.TEXT_COLUMNS else []
+        classes = ["text"] if plain or heading in report.TEXT_COLUMNS else []
         classes += [text] if text in ("better", "worse") else []
         return f'<{tag} class="{" ".join(classes)}">{escape(text)}</{tag}>'
 

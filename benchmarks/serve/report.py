@@ -7,7 +7,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specopt.benchmarks import serving_stats as stats
+from vllm_specopt.benchmarks.serve import stats as stats
 
 HEADINGS = (
     "T",

@@ -1,6 +1,6 @@
 """The `vllm` command with the one stock function replaced that is broken on CPUs: the arm ``stock-repaired``.
 
-Usage: ``python -m vllm_specopt.benchmarks.serving_repaired serve ...``. vLLM spawns its engine processes from the main
+Usage: ``python -m vllm_specopt.benchmarks.serve.repaired serve ...``. vLLM spawns its engine processes from the main
 module, so the replacement takes place in every one of them, and says so in the log. Importing it replaces nothing.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from vllm_specopt.benchmarks.engine_run import repair_expand_kernel
-from vllm_specopt.benchmarks.serving_plan import REPAIRED_LINE
+from vllm_specopt.benchmarks.serve.engine import repair_expand_kernel
+from vllm_specopt.benchmarks.serve.plan import REPAIRED_LINE
 
 # The second is the main module's name in a spawned process.
 if __name__ in ("__main__", "__mp_main__"):

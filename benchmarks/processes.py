@@ -10,14 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 import httpx
 
-from vllm_specopt.cli.errors import CliError
+from vllm_specopt.benchmarks.errors import CliError
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
@@ -141,3 +141,18 @@ def free_port(wanted: int = 0) -> int:
         except OSError as error:
             raise CliError(f"port {wanted} cannot be used ({error.strerror}): name another with --port.", 2) from error
         return probe.getsockname()[1]
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that the servers are stopped."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

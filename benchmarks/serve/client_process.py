@@ -12,14 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
-from vllm_specopt.cli.process import ChildProcess, end_with_parent
+from vllm_specopt.benchmarks.processes import ChildProcess, end_with_parent
 
 
 class Client(ChildProcess):
-    """vLLM's client, imported once (see serving_client.py): each call is one `vllm bench serve`."""
+    """vLLM's client, imported once (see client.py): each call is one `vllm bench serve`."""
 
     def __init__(self, log: Path, env: dict[str, str]) -> None:
-        super().__init__([sys.executable, "-m", "vllm_specopt.benchmarks.serving_client"], log, env)
+        super().__init__([sys.executable, "-m", "vllm_specopt.benchmarks.serve.client"], log, env)
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:

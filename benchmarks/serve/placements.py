@@ -10,14 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_specopt.benchmarks import serving_ray
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import Cell, Plan
-from vllm_specopt.benchmarks.serving_workloads import Workload
-from vllm_specopt.cli.ab_comparison import Comparison, stages
-from vllm_specopt.cli.ab_settings import Settings
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.progress import Stages
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.serve import cluster
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.comparison import Comparison, stages
+from vllm_specopt.benchmarks.serve.plan import Cell, Plan
+from vllm_specopt.benchmarks.serve.settings import Settings
+from vllm_specopt.benchmarks.serve.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Cluster:
     """
 
     address: str
-    slot: serving_ray.Slot
+    slot: cluster.Slot
 
     def stages(self, plan: Plan) -> list[tuple[str, float]]:
         """Return one stage: placements overlap, and how many do is known only once the cluster answers."""
@@ -64,7 +64,7 @@ class Cluster:
         """
         missing = {(cell.arm, cell.repeat) for cell in plan.cells() if cell.key not in record["cells"]}
         wanted = [
-            serving_ray.Placement(arm.name, repeat, {"plan": asdict(plan), "arm": arm.name, "repeat": repeat})
+            cluster.Placement(arm.name, repeat, {"plan": asdict(plan), "arm": arm.name, "repeat": repeat})
             for repeat in range(plan.repeats)
             for arm in plan.all_arms()[:: 1 if repeat % 2 == 0 else -1]
             if (arm.name, repeat) in missing
@@ -76,9 +76,9 @@ class Cluster:
             progress.say(described(entry))
 
         try:
-            with progress.next(), serving_ray.connected(self.address):
-                serving_ray.run(wanted, f"{__name__}:measure", self.slot, keep, progress.tick)
-        except serving_ray.ClusterError as error:
+            with progress.next(), cluster.connected(self.address):
+                cluster.run(wanted, f"{__name__}:measure", self.slot, keep, progress.tick)
+        except cluster.ClusterError as error:
             raise CliError(str(error), 2) from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from itertools import zip_longest
 
-from vllm_specopt.benchmarks.engine_stats import differs, paired_ratio
+from vllm_specopt.benchmarks.serve.engine_stats import differs, paired_ratio
 
 # name: (unit, whether more is better)
 METRICS = {

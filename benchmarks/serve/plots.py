@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import matplotlib
 import numpy as np
 
-from vllm_specopt.benchmarks import serving_stats as stats
-from vllm_specopt.benchmarks.serving_client import QUANTILES
+from vllm_specopt.benchmarks.serve import stats as stats
+from vllm_specopt.benchmarks.serve.client import QUANTILES
 
 matplotlib.use("Agg")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_specopt.benchmarks.serving_plan import Plan
+from vllm_specopt.benchmarks.serve.plan import Plan
 
 # What the rehearsal cannot see: how far an hour's speed on a shared machine wanders.
 MARGIN = 0.9

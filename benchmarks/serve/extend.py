@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import ChildProcess
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.processes import ChildProcess
 
 SECONDS = 12.0
 
@@ -26,13 +26,13 @@ def extend(
         env: Environment variables to add for it.
         tick: Called while it runs.
         prompts: The prompts to measure on; None takes the shipped ones.
-        extension: What ``python -m vllm_specopt.benchmarks.wide_pair`` takes: ``vocab_size``, ``width``,
+        extension: What ``python -m vllm_specopt.benchmarks.serve.wide_pair`` takes: ``vocab_size``, ``width``,
             ``extra_target_layers``.
 
     Raises:
         CliError: The process failed.
     """
-    command = [sys.executable, "-m", "vllm_specopt.benchmarks.wide_pair", str(made)]
+    command = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.wide_pair", str(made)]
     command += [part for name, value in extension.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     for name, value in (("target", folders[0]), ("draft", folders[1]), ("prompts", prompts)):
         command += [f"--{name}", str(value.resolve())] if value else []

@@ -14,13 +14,14 @@ from typing import Protocol
 
 from rich.console import Console
 
-from vllm_specopt.benchmarks import engine_ab, serving_fit, serving_page, serving_report
-from vllm_specopt.benchmarks.serving_plan import Plan, changed_settings
-from vllm_specopt.cli.ab_comparison import RECORD, Comparison, stages
-from vllm_specopt.cli.ab_settings import Settings, wide_pair
-from vllm_specopt.cli.demo import stopped_by_signals
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.progress import Stages
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.processes import stopped_by_signals
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.record import conditions
+from vllm_specopt.benchmarks.serve import fit, page, report
+from vllm_specopt.benchmarks.serve.comparison import RECORD, Comparison, stages
+from vllm_specopt.benchmarks.serve.plan import Plan, changed_settings
+from vllm_specopt.benchmarks.serve.settings import Settings, wide_pair
 
 
 class Elsewhere(Protocol):
@@ -36,7 +37,7 @@ class Elsewhere(Protocol):
 def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
     """Return the record to go on with and whether it is an old one; raise CliError (2) if that has other settings."""
     path = settings.out / RECORD
-    now = engine_ab.conditions(argv)
+    now = conditions(argv)
     try:
         if settings.fresh and settings.out.is_dir():
             path.unlink(missing_ok=True)
@@ -50,7 +51,7 @@ def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
         ) from error
     except ValueError as error:
         raise CliError(f"{path} is no record of specopt ab: --fresh starts over.", 2) from error
-    now["config"] = serving_fit.fitted(settings.plan, old or {}).describe()
+    now["config"] = fit.fitted(settings.plan, old or {}).describe()
     if old is None:
         return now | {"arms": {}, "cells": {}, "failed_cells": {}}, False
     changed = changed_settings(old.get("config", {}), now["config"])
@@ -81,7 +82,7 @@ def run(settings: Settings, argv: list[str], elsewhere: Elsewhere | None = None)
     if not console.is_terminal:
         console.width = max(console.width, 140)
     record, resumed = begin(settings, argv)
-    settings = replace(settings, plan=serving_fit.fitted(settings.plan, record))
+    settings = replace(settings, plan=fit.fitted(settings.plan, record))
     for notice in settings.notices:
         console.print(f"notice: {notice}", highlight=False, markup=False)
     if resumed:
@@ -106,14 +107,14 @@ def run(settings: Settings, argv: list[str], elsewhere: Elsewhere | None = None)
         if settings.extended and finished(record, comparison.plan):
             shutil.rmtree(wide_pair(settings.out)[0].parent, ignore_errors=True)
     written = write_reports(record, settings.out)
-    serving_report.show(record, console)
+    report.show(record, console)
     for path in written:
         console.print(f"left: {path}", highlight=False, markup=False, soft_wrap=True)
-    return serving_report.exit_code(record)
+    return report.exit_code(record)
 
 
 def write_reports(record: dict, out: Path) -> list[Path]:
     """Write the views of a record beside it and return the paths of all three."""
-    (out / "report.md").write_text(serving_report.markdown(record))
-    (out / "report.html").write_text(serving_page.page(record))
+    (out / "report.md").write_text(report.markdown(record))
+    (out / "report.html").write_text(page.page(record))
     return [out / RECORD, out / "report.md", out / "report.html"]

@@ -12,12 +12,12 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vllm_specopt.benchmarks.arms import REPAIRED, STOCK, Arm
-from vllm_specopt.benchmarks.engine_ab import CHECKOUT
-from vllm_specopt.benchmarks.serving_workloads import Workload
+from vllm_specopt.benchmarks.record import CHECKOUT
+from vllm_specopt.benchmarks.serve.arms import REPAIRED, STOCK, Arm
+from vllm_specopt.benchmarks.serve.workloads import Workload
 
 NOISE_SUFFIX = " (again)"
-# What serving_repaired.py says in the log of every process it is in.
+# What repaired.py says in the log of every process it is in.
 REPAIRED_LINE = "specopt ab: expand_kernel repaired"
 REQUESTS_PER_SLOT = 4
 MIN_REQUESTS = 24

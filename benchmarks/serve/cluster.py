@@ -264,7 +264,7 @@ class _Worker:
         with tempfile.TemporaryDirectory(prefix="specopt-ray-") as folder:
             asked, answered, log = (Path(folder) / name for name in ("settings.json", "result.json", "log"))
             asked.write_text(json.dumps(settings))
-            command = [sys.executable, "-m", "vllm_specopt.benchmarks.serving_ray", function, asked, answered]
+            command = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.cluster", function, asked, answered]
             with log.open("wb") as out:
                 # Nothing is written to its standard input: that this end closes tells the child to stop.
                 child = subprocess.Popen(

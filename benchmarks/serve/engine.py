@@ -1,6 +1,6 @@
 """One run of the engine benchmark: one vLLM engine in this process, every workload timed in it.
 
-Usage: ``python engine_run.py REQUEST.json RESULT.json``, started by ``engine_ab.py``. All arms are run and timed by the
+Usage: ``python engine.py REQUEST.json RESULT.json``, started by ``engine_ab.py``. All arms are run and timed by the
 same code; only the option (and, where the request says so, the repair of one stock function) differs.
 """
 

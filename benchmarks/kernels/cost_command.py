@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specopt.cli.errors import CliError
+from vllm_specopt.benchmarks.errors import CliError
 
 
 def run(out: Path, pattern: str | None, architectures: list[int]) -> int:

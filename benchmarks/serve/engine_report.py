@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from vllm_specopt.benchmarks.engine_stats import CONFIDENCE, PARTS, differs, identical_greedy, summarise
+from vllm_specopt.benchmarks.serve.engine_stats import CONFIDENCE, PARTS, differs, identical_greedy, summarise
 
 HEADINGS = (
     "drafting",

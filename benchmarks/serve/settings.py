@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 
-from vllm_specopt.benchmarks.arms import Arm
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.host import small_model_dtype
-from vllm_specopt.benchmarks.serving_plan import Plan, with_repaired
-from vllm_specopt.benchmarks.serving_workloads import workload
-from vllm_specopt.cli.demo import CHECKOUT, installed
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import free_port
+from vllm_specopt.benchmarks.processes import free_port
+from vllm_specopt.benchmarks.record import CHECKOUT, installed
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.plan import Plan, with_repaired
+from vllm_specopt.benchmarks.serve.workloads import workload
 
 # Greedy drafting, vLLM's default, finds little acceptance at T = 1 with models as small as the shipped ones.
 SPECULATION = {"num_speculative_tokens": 4, "draft_sample_method": "probabilistic"}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_specopt.benchmarks.serving_plan import Cell, Plan
-from vllm_specopt.cli.process import end_with_parent
+from vllm_specopt.benchmarks.processes import end_with_parent
+from vllm_specopt.benchmarks.serve.plan import Cell, Plan
 
 PERCENTILES = (50, 90, 99)
 LATENCIES = ("ttft", "tpot", "itl")

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.kernels import grid
-from vllm_specopt.cli.errors import CliError
 
 SEED = 1
 HEADINGS = (

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import httpx
 
-from vllm_specopt.benchmarks import serving_client
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import REPAIRED_LINE, Cell, Plan
-from vllm_specopt.cli import scopes
-from vllm_specopt.cli.errors import CliError
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.serve import client, scopes
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.plan import REPAIRED_LINE, Cell, Plan
 
 GREEDY_PROMPTS, GREEDY_TOKENS = 32, 24
 PROFILED_REQUESTS, PROFILED_TOKENS, PROFILED_STEPS = 8, 24, 8
@@ -34,7 +33,7 @@ def server_command(plan: Plan, arm: Arm, port: int, profiles: Path) -> list[str]
     """Return the command of an arm's server. Arms differ by the option, the repair, the port and the folder only."""
     profiler = {"profiler": "torch", "torch_profiler_dir": str(profiles), "torch_profiler_with_stack": False,
                 "ignore_frontend": True}  # fmt: skip
-    vllm = [sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"] if arm.repair else [vllm_script()]
+    vllm = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"] if arm.repair else [vllm_script()]
     option = ["--additional-config", json.dumps({"specopt": arm.option})] if arm.option else []
     device = ["--enforce-eager"] if plan.on_cpu else []
     if not plan.on_cpu and not any(part.startswith("--gpu-memory-utilization") for part in plan.serve_args):
@@ -185,10 +184,10 @@ def run_cell(plan: Plan, cell: Cell, url: str, call: Callable[[list[str], Path, 
     """
     result, log = scratch / "client.json", scratch / "client.log"
     result.unlink(missing_ok=True)
-    status = call(serving_client.command(plan, cell, url, result), log, plan.timeout)
+    status = call(client.command(plan, cell, url, result), log, plan.timeout)
     bench = json.loads(result.read_text()) if result.exists() else {}
     if status or not bench or bench["failed"]:
         failed = f"{bench['failed']} requests failed" if bench else f"it ended with status {status}"
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
         raise CliError(f"vllm bench serve failed ({failed}); the end of its log:\n{lines}")
-    return serving_client.summarise(bench)
+    return client.summarise(bench)

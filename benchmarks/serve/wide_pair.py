@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_specopt.benchmarks.wide_shape import widen
+from vllm_specopt.benchmarks.record import CHECKOUT
+from vllm_specopt.benchmarks.serve.wide_shape import widen
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Standard deviation of the noise in the new tokens' logits, about that of the logits among rare tokens.
@@ -194,7 +195,7 @@ def rounded(value: float) -> float:
 
 def main() -> None:
     """Write a pair to the folder named, with what was measured in ``wide_pair.json``, and print that."""
-    models = Path(__file__).parents[1] / "models"
+    models = CHECKOUT / "models"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--target", type=Path, default=models / "specopt-target")

@@ -12,15 +12,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from vllm_specopt.benchmarks import serving_fit, serving_run
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import Cell, Plan, portable
-from vllm_specopt.cli import wide
-from vllm_specopt.cli.ab_client import Client
-from vllm_specopt.cli.ab_settings import Settings, wide_pair
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import Server, free_port
-from vllm_specopt.cli.progress import Stages
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.processes import Server, free_port
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.serve import extend, fit, servers
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.client_process import Client
+from vllm_specopt.benchmarks.serve.plan import Cell, Plan, portable
+from vllm_specopt.benchmarks.serve.settings import Settings, wide_pair
 
 RECORD = "ab.json"
 MAX_CELL_FAILURES = 2
@@ -36,7 +35,7 @@ class Comparison:
         self.settings, self.plan, self.record = settings, settings.plan, record
         self.started = time.monotonic()
         self.scratch, self.stages = scratch, stages
-        self.servers: dict[str, serving_run.Endpoint] = {}
+        self.servers: dict[str, servers.Endpoint] = {}
         self.processes: dict[str, Server] = {}
         self.client: Client | None = None
         self.failures: dict[str, int] = {}
@@ -100,37 +99,37 @@ class Comparison:
     def _start(self, arm: Arm, number: int, stack: ExitStack) -> None:
         found = self.record["arms"][arm.name]
         if arm.url:
-            self.servers[arm.name] = server = serving_run.Endpoint(arm.url, self.plan.served_name)
+            self.servers[arm.name] = server = servers.Endpoint(arm.url, self.plan.served_name)
             if not server.healthy():
                 raise CliError(f"no vLLM server answers at {arm.url}.")
         else:
             port = free_port(self.settings.port + number if self.settings.port else 0)
             profiles = self.scratch / f"profiles-{number}"
-            command = serving_run.server_command(self.plan, arm, port, profiles)
+            command = servers.server_command(self.plan, arm, port, profiles)
             log = self.settings.out / (re.sub(r"[^\w.-]+", "-", arm.name).strip("-") + ".log")
             process = stack.enter_context(Server(command, log, environment(self.plan.on_cpu), port))
             self.processes[arm.name] = process
             process.wait_ready(self.stages.tick)
-            if wrong := serving_run.worker_problem(arm, log.read_text(errors="replace")):
+            if wrong := servers.worker_problem(arm, log.read_text(errors="replace")):
                 raise CliError(f"{wrong} ({log}).")
             found["command"] = [portable(part).replace(str(self.scratch), "SCRATCH") for part in command]
-            self.servers[arm.name] = serving_run.Endpoint(process.url, self.plan.served_name)
+            self.servers[arm.name] = servers.Endpoint(process.url, self.plan.served_name)
         server = self.servers[arm.name]
         found["kv_cache_tokens"] = server.kv_cache_tokens()
         for temperature in self.plan.temperatures:
-            serving_run.burst(server, self.plan, temperature)
+            servers.burst(server, self.plan, temperature)
 
     def _greedy(self, arm: Arm) -> None:
         found = self.record["arms"][arm.name]
         if "greedy" not in found:
-            found["greedy"] = serving_run.greedy_completions(self.servers[arm.name], self.plan, self.stages.tick)
+            found["greedy"] = servers.greedy_completions(self.servers[arm.name], self.plan, self.stages.tick)
 
     def _extend(self, folders: tuple[Path, Path], vocab_size: int) -> None:
         made = wide_pair(self.settings.out)[0].parent
         # Written last, so that an interrupted process leaves nothing that looks whole.
         if not (made / "wide_pair.json").exists():
             log, env = self.scratch / "pair.log", environment(self.plan.on_cpu)
-            wide.extend(folders, made, log, env, self.stages.tick, vocab_size=vocab_size)
+            extend.extend(folders, made, log, env, self.stages.tick, vocab_size=vocab_size)
 
     def _fit(self, minutes: float) -> None:
         """Rehearse every point on the baseline, then choose the requests and repeats that fit into the time left."""
@@ -147,35 +146,35 @@ class Comparison:
             return
         later = PROFILE_SECONDS * len(self.plan.all_arms()) * len(self.plan.temperatures)
         left = 60 * minutes - (time.monotonic() - self.started) - later
-        fit = serving_fit.fit(self.plan, found, left)
-        self.record["fit"] = fit | {
-            "asked": serving_fit.asked(self.plan),
+        chosen = fit.fit(self.plan, found, left)
+        self.record["fit"] = chosen | {
+            "asked": fit.asked(self.plan),
             "rehearsals": [asdict(each) for each in found],
         }
-        self.plan = self.plan.fitted(fit)
+        self.plan = self.plan.fitted(chosen)
         self.record["config"] = json.loads(json.dumps(self.plan.describe()))
         self.save()
-        self.stages.replan(cell_stages(self.plan, fit["seconds"] / len(self.plan.cells())))
-        sizes = ", ".join(f"{requests} at {slots} in flight" for slots, requests in fit["requests"].items())
-        over = "" if fit["seconds"] <= left else ": the least there is, and more than the minutes asked for"
-        lasts = f"about {fit['seconds'] / 60:.0f} min{over}"
-        self.stages.say(f"{fit['repeats']} repeats, requests per run: {sizes}; {lasts}")
+        self.stages.replan(cell_stages(self.plan, chosen["seconds"] / len(self.plan.cells())))
+        sizes = ", ".join(f"{requests} at {slots} in flight" for slots, requests in chosen["requests"].items())
+        over = "" if chosen["seconds"] <= left else ": the least there is, and more than the minutes asked for"
+        lasts = f"about {chosen['seconds'] / 60:.0f} min{over}"
+        self.stages.say(f"{chosen['repeats']} repeats, requests per run: {sizes}; {lasts}")
 
-    def _rehearse(self, arm: str, temperature: float, slots: int) -> serving_fit.Rehearsal:
-        count, started = serving_fit.rehearsal_requests(slots), time.monotonic()
+    def _rehearse(self, arm: str, temperature: float, slots: int) -> fit.Rehearsal:
+        count, started = fit.rehearsal_requests(slots), time.monotonic()
         plan, cell = replace(self.plan, num_prompts=count), Cell(arm, temperature, slots, 0)
-        one = serving_run.run_cell(plan, cell, self.servers[arm].url, self._call, self.scratch)
+        one = servers.run_cell(plan, cell, self.servers[arm].url, self._call, self.scratch)
         overhead = time.monotonic() - started - one["duration"]
-        return serving_fit.Rehearsal(temperature, slots, count, round(one["duration"], 3), round(overhead, 3))
+        return fit.Rehearsal(temperature, slots, count, round(one["duration"], 3), round(overhead, 3))
 
     def _profile(self, arm: Arm) -> None:
         found = self.record["arms"][arm.name]
         if process := self.processes.get(arm.name):
-            found["peak_mib"] = serving_run.peak_mib(process.process.pid)
-            found["gpu_mib"] = None if self.plan.on_cpu else serving_run.gpu_mib(process.process.pid)
+            found["peak_mib"] = servers.peak_mib(process.process.pid)
+            found["gpu_mib"] = None if self.plan.on_cpu else servers.gpu_mib(process.process.pid)
             number = [each.name for each in self.plan.all_arms()].index(arm.name)
             found["scopes"] = {
-                f"{temperature:g}": serving_run.sampler_share(
+                f"{temperature:g}": servers.sampler_share(
                     self.servers[arm.name], self.plan, temperature, self.scratch / f"profiles-{number}"
                 )
                 for temperature in self.plan.temperatures
@@ -187,7 +186,7 @@ class Comparison:
         try:
             url = self.servers[cell.arm].url
             load = os.getloadavg()[0]
-            found = serving_run.run_cell(self.plan, cell, url, self._call, self.scratch)
+            found = servers.run_cell(self.plan, cell, url, self._call, self.scratch)
             self.record["cells"][cell.key] = found | {"load_average": round(load, 2)}
             self.record["failed_cells"].pop(cell.key, None)
         except CliError as error:
@@ -238,13 +237,13 @@ class Comparison:
 def environment(on_cpu: bool) -> dict[str, str]:
     """Return the variables of servers and client; what the user has set for the CPU cache wins."""
     cpu = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-    return serving_run.ENV | (cpu if on_cpu else {})
+    return servers.ENV | (cpu if on_cpu else {})
 
 
 def stages(plan: Plan, extended: bool = False) -> list[tuple[str, float]]:
     """Return the parts of a run in order, with the seconds each is expected to take."""
     names = [arm.name for arm in plan.all_arms()]
-    found = [("extending the vocabulary", wide.SECONDS)] if extended else []
+    found = [("extending the vocabulary", extend.SECONDS)] if extended else []
     found += [(f"starting {name}", START_SECONDS) for name in names]
     found += [(f"greedy completions: {name}", GREEDY_SECONDS) for name in names]
     # The sizes are chosen once the servers have been heard; until then the minutes are what there is to show.
