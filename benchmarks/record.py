@@ -23,7 +23,7 @@ def save(path: Path, record: dict, indent: int | None = None) -> None:
     fresh.replace(path)
 
 
-def conditions(argv: list[str]) -> dict:
+def conditions(argv: list[str], program: str = "specopt") -> dict:
     """Return where, when and with what a record is made, without host names or paths outside the checkout."""
 
     def output(*command: str) -> str:
@@ -38,7 +38,7 @@ def conditions(argv: list[str]) -> dict:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
-        "command": " ".join(["specopt", *argv]),
+        "command": " ".join([program, *argv]),
         "machine": {
             "device": "cpu" if on_cpu else "cuda",
             "name": cpu_name() if on_cpu else gpu,

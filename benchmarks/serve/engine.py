@@ -15,6 +15,8 @@ import zlib
 from collections import defaultdict
 from pathlib import Path
 
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
+       "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
 SPEC_DECODE = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.benchmarks.serve.arms import REPAIRED, STOCK, Arm
+from vllm_specopt.benchmarks.serve.engine import ENV
 
 DRAFTING = ("greedy", "ngram", "probabilistic")
 # The longest and the shortest run of tokens that vLLM's n-gram drafter looks up in a request's own text.
@@ -27,8 +28,6 @@ KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel")
 ENTRY_POINTS = "vllm.general_plugins"
 WARMUP_LEN = 6
 MAX_MODEL_LEN = 1024
-ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-       "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ app.command()(measuring.bench)
 app.command()(measuring.cost)
 app.command()(measuring.bench_engine)
 app.command()(measuring.ab)
-app.command()(measuring.quality)
 
 
 @app.command()

@@ -10,49 +10,48 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specopt.benchmarks import quality, quality_scores
-from vllm_specopt.benchmarks.quality import Arm, Plan
-from vllm_specopt.benchmarks.quality_law import Rows, rule, total_variation
-from vllm_specopt.cli import quality_report
-from vllm_specopt.cli.main import app
-from vllm_specopt.cli.quality import is_done, key
-from vllm_specopt.cli.quality_input import Options, plans, read_items
+from research.quality import arms, report, scores
+from research.quality.__main__ import app
+from research.quality.arms import Arm, Plan
+from research.quality.command import is_done, key
+from research.quality.law import Rows, rule, total_variation
+from research.quality.settings import Options, plans, read_items
 from vllm_specopt.integration.config import SpecoptConfig, parse
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "models" / "tasks"
 PAIR = [str(TASKS / "summary" / role) for role in ("target", "draft")]
 
 
 def test_word_error_rate_counts_all_words_together():
     references, texts = ["one two three", "four"], ["one too three more", ""]
-    assert quality_scores.scores(["wer"], references, texts) == {"wer": 75.0}
+    assert scores.scores(["wer"], references, texts) == {"wer": 75.0}
 
 
 def test_rouge():
-    same = quality_scores.rouge(["the cat sat", "a dog"], ["the cat sat", "a dog"])
+    same = scores.rouge(["the cat sat", "a dog"], ["the cat sat", "a dog"])
     assert same == {"rouge1": 100, "rouge2": 100, "rougeL": 100}
-    swapped = quality_scores.rouge(["a b c d"], ["c d a b"])
+    swapped = scores.rouge(["a b c d"], ["c d a b"])
     assert swapped["rouge1"] == 100 and swapped["rouge2"] == pytest.approx(200 / 3) and swapped["rougeL"] == 50
 
 
 def test_repetition_rate():
-    assert quality_scores.repetition_rate(["a b c a b c", "x"], 3) == 0.25
-    assert quality_scores.repetition_rate(["a b a b", "a b"], 2) == 0.25
-    assert quality_scores.repetition_rate(["a b", ""], 3) is None
+    assert scores.repetition_rate(["a b c a b c", "x"], 3) == 0.25
+    assert scores.repetition_rate(["a b a b", "a b"], 2) == 0.25
+    assert scores.repetition_rate(["a b", ""], 3) is None
 
 
 def test_perplexity():
-    assert quality_scores.perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4)
-    assert quality_scores.perplexity([-1.0, -math.inf]) == math.inf
-    assert quality_scores.perplexity([]) is None
+    assert scores.perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4)
+    assert scores.perplexity([-1.0, -math.inf]) == math.inf
+    assert scores.perplexity([]) is None
 
 
 def test_intervals_are_students():
-    found = quality_scores.interval([1, 2, 3, 4, 5])
+    found = scores.interval([1, 2, 3, 4, 5])
     assert found["mean"] == 3 and found["half_width"] == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
-    assert quality_scores.interval([7])["half_width"] is None
-    assert quality_scores.interval([1, None]) is None
+    assert scores.interval([7])["half_width"] is None
+    assert scores.interval([1, None]) is None
 
 
 def some_rows(vocab=48, rows=12):
@@ -79,7 +78,7 @@ def test_laws_of_the_rules(form):
 def plan(**changes) -> Plan:
     values = {
         "name": "n", "target": "a/t", "draft": "a/d", "items": (("p", "one two"), ("q", "three")), "metrics": ("wer",),
-        "arms": quality.arms(), "temperatures": (0.0, 1.0), "seeds": 2, "max_tokens": 4, "stop": (),
+        "arms": arms.arms(), "temperatures": (0.0, 1.0), "seeds": 2, "max_tokens": 4, "stop": (),
         "dtype": "auto", "draft_tokens": 4, "max_model_len": 64, "max_num_seqs": 2, "law_items": 1, "ngram": 3,
         "threads": 1, "on_cpu": True,
     }  # fmt: skip
@@ -97,17 +96,17 @@ def result(texts, law=None):
 
 
 def test_arms_are_the_methods_at_several_settings():
-    arms = {arm.name: arm for arm in quality.arms()}
-    assert list(arms)[:6] == ["target", "draft", "exact", "sigmoid-1e0", "sigmoid-1e1", "sigmoid-1e4"]
-    assert arms["sigmoid-1e4"].option == {"method": "sigmoid", "sigmoid": {"alpha": -1e4, "beta": 1e4}}
-    assert arms["budget-0.05"].option == {"method": "budget", "budget": {"delta": 0.05}}
-    assert arms["typical-0.09"].option == {"method": "typical", "typical": {"epsilon": 0.09, "delta": 0.3}}
-    for arm in arms.values():
+    known = {arm.name: arm for arm in arms.arms()}
+    assert list(known)[:6] == ["target", "draft", "exact", "sigmoid-1e0", "sigmoid-1e1", "sigmoid-1e4"]
+    assert known["sigmoid-1e4"].option == {"method": "sigmoid", "sigmoid": {"alpha": -1e4, "beta": 1e4}}
+    assert known["budget-0.05"].option == {"method": "budget", "budget": {"delta": 0.05}}
+    assert known["typical-0.09"].option == {"method": "typical", "typical": {"epsilon": 0.09, "delta": 0.3}}
+    for arm in known.values():
         parse({"specopt": arm.option or "exact"})
-    asked = {name: plan().request(arm) for name, arm in arms.items()}
+    asked = {name: plan().request(arm) for name, arm in known.items()}
     requests = {name: each["llm"] for name, each in asked.items()}
     drafting = {name: llm.get("speculative_config", {}).get("draft_sample_method") for name, llm in requests.items()}
-    assert {name for name, how in drafting.items() if how == "greedy"} == set(list(arms)[6:])
+    assert {name for name, how in drafting.items() if how == "greedy"} == set(list(known)[6:])
     assert asked["exact"]["law_items"] == 1 and asked["budget-0.05"]["law_items"] == 0
     assert requests["draft"]["model"] == "a/d" and requests["target"]["model"] == requests["exact"]["model"] == "a/t"
     assert [name for name, llm in requests.items() if "speculative_config" not in llm] == ["target", "draft"]
@@ -126,7 +125,7 @@ def test_texts_that_fill_the_context_are_scored_short_of_a_token():
 
 
 def test_no_two_requests_share_a_seed():
-    from vllm_specopt.benchmarks.quality_run import request_seed
+    from research.quality.engine import request_seed
 
     assert len({request_seed(seed, line) for seed in range(5) for line in range(1000)}) == 5000
 
@@ -138,47 +137,47 @@ def test_the_table_holds_means_over_seeds_and_what_failed():
         "config": asked.describe(), "machine": {"load_average_before": 0.1, "cores": 2}, "versions": {}, "command": "c",
         "git": {"commit": None, "dirty": True}, "time": "t",
         "arms": {
-            "draft": {"option": "null"} | quality.summarised(asked, result(["one", "three"])),
-            "exact": {"option": key(exact)} | quality.summarised(asked, result(["one two", "three"], law)),
+            "draft": {"option": "null"} | arms.summarised(asked, result(["one", "three"])),
+            "exact": {"option": key(exact)} | arms.summarised(asked, result(["one two", "three"], law)),
             "sigmoid-1e1": {"option": "x", "error": "status 1; the end of its log: boom"},
         },
     }  # fmt: skip
-    quality.add_perplexities(record["arms"]["exact"]["runs"], [[-1.0]] * 4 + [[-2.0]] * 2)
-    draft, row, failed = quality_report.rows(record, 1.0)
+    arms.add_perplexities(record["arms"]["exact"]["runs"], [[-1.0]] * 4 + [[-2.0]] * 2)
+    draft, row, failed = report.rows(record, 1.0)
     assert row[:3] == ["exact", "0.0 ± 0.0", "0.750 ± 0.000"] and row[3] == "4.00 ± 0.00" and row[5] == "0.000 ± 0.000"
     # Perplexity e by the first seed, e squared by the second: Student's t with one degree of freedom is wide.
     assert row[6] == f"{(math.e + math.e**2) / 2:.2f} ± {12.7062 * (math.e**2 - math.e) / 2:.2f}"
     assert draft[1] == "33.3 ± 0.0" and draft[5] == "0.250 ± 0.000"
     assert failed[:2] == ["sigmoid-1e1", "failed"]
-    assert quality_report.rows(record, 0.0)[1][1] == "0.0"
-    page = quality_report.markdown(record)
+    assert report.rows(record, 0.0)[1][1] == "0.0"
+    page = report.markdown(record)
     assert "boom" in page
     assert is_done(record, exact) and not is_done(record, asked.arms[3]) and not is_done(record, asked.arms[4])
 
 
 def test_the_picture_has_a_line_per_family_from_the_exact_arm_on(tmp_path):
-    from vllm_specopt.cli import quality_plot
+    from research.quality import plot
 
     asked = plan()
-    measured = quality.summarised(asked, result(["one two", "three"]))
+    measured = arms.summarised(asked, result(["one two", "three"]))
     names = ("target", "exact", "sigmoid-1e1", "exact-chosen", "budget-0.05", "budget-0.2")
     record = {"config": asked.describe(), "arms": {name: json.loads(json.dumps(measured)) for name in names}}
     record["arms"]["typical-0.09"] = {"option": "x", "error": "boom"}
     for arm in names:
-        quality.add_perplexities(record["arms"][arm]["runs"], [[-1.0]] * 6)
-    labels = {family: [point["label"] for point in quality_plot._points(record, 1.0, "wer", family, start)]
-              for family, start, *_ in quality_plot.FAMILIES}  # fmt: skip
+        arms.add_perplexities(record["arms"][arm]["runs"], [[-1.0]] * 6)
+    labels = {family: [point["label"] for point in plot._points(record, 1.0, "wer", family, start)]
+              for family, start, *_ in plot.FAMILIES}  # fmt: skip
     assert labels == {"sigmoid": ["exact", "1e1"], "typical": [], "budget": ["exact", "0.05", "0.2"]}
-    assert quality_plot.plot([record, record], tmp_path / "both.svg")
+    assert plot.plot([record, record], tmp_path / "both.svg")
     assert "<svg" in (tmp_path / "both.svg").read_text()
     only_greedy = record | {"config": record["config"] | {"temperatures": [0.0]}}
-    assert not quality_plot.plot([only_greedy], tmp_path / "none.svg") and not (tmp_path / "none.svg").exists()
+    assert not plot.plot([only_greedy], tmp_path / "none.svg") and not (tmp_path / "none.svg").exists()
 
 
 def test_a_result_of_another_sampler_is_refused():
-    exact, target = quality.arms()[2], quality.arms()[0]
-    assert "ran the sampler" in quality.problem(target, result([]))
-    assert quality.problem(exact, result([])) is None
+    exact, target = arms.arms()[2], arms.arms()[0]
+    assert "ran the sampler" in arms.problem(target, result([]))
+    assert arms.problem(exact, result([])) is None
 
 
 GOOD = json.dumps({"prompt": "p", "reference": "r"})
@@ -199,7 +198,7 @@ GOOD = json.dumps({"prompt": "p", "reference": "r"})
 def test_bad_data_is_refused_with_its_line(tmp_path, content, message):
     path = tmp_path / "data.jsonl"
     path.write_text(content)
-    ran = CliRunner().invoke(app, ["quality", *PAIR, "--data", str(path), "--metric", "wer"])
+    ran = CliRunner().invoke(app, [*PAIR, "--data", str(path), "--metric", "wer"])
     assert ran.exit_code == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
 
 
@@ -231,7 +230,7 @@ def test_data_is_read_line_by_line(tmp_path):
 def test_bad_input_is_refused(tmp_path, arguments, message):
     (tmp_path / "data.jsonl").write_text(GOOD)
     arguments = [str(tmp_path / "data.jsonl") if argument == "DATA" else argument for argument in arguments]
-    ran = CliRunner().invoke(app, ["quality", *arguments, "-o", str(tmp_path / "out")])
+    ran = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
     assert ran.exit_code == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -241,8 +240,8 @@ def test_a_missing_package_is_named(monkeypatch):
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jiwer" else found(name))
-    ran = CliRunner().invoke(app, ["quality", "--task", "transcription"])
-    assert ran.exit_code == 2 and "jiwer is not installed" in ran.stderr and "vllm-specopt[bench]" in ran.stderr
+    ran = CliRunner().invoke(app, ["--task", "transcription"])
+    assert ran.exit_code == 2 and "jiwer is not installed" in ran.stderr and "vllm-specopt[research]" in ran.stderr
 
 
 def test_a_record_of_other_settings_is_kept(tmp_path):
@@ -250,7 +249,7 @@ def test_a_record_of_other_settings_is_kept(tmp_path):
     folder = tmp_path / "summary"
     folder.mkdir()
     (folder / "quality.json").write_text(json.dumps({"config": asked.describe() | {"seeds": 7}, "arms": {}}))
-    arguments = ["quality", "--task", "summary", "--limit", "2", "--seeds", "2", "-o", str(tmp_path)]
+    arguments = ["--task", "summary", "--limit", "2", "--seeds", "2", "-o", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 2 and "made with other settings (seeds)" in ran.stderr
 
@@ -308,16 +307,16 @@ def test_the_readme_states_what_was_measured(name):
 @pytest.mark.engine
 def test_shipped_models_write_and_are_scored(tmp_path, monkeypatch):
     refused = Arm("refused", {"method": "sigmoid", "sigmoid": {"alpha": 1, "beta": 1}})
-    known = quality.arms()
-    monkeypatch.setattr(quality, "arms", lambda: (*known, refused))
-    arguments = ["quality", "--task", "summary", "--limit", "4", "--seeds", "2", "--max-tokens", "10", "--law-prompts"]
+    known = arms.arms()
+    monkeypatch.setattr(arms, "arms", lambda: (*known, refused))
+    arguments = ["--task", "summary", "--limit", "4", "--seeds", "2", "--max-tokens", "10", "--law-prompts"]
     arguments += ["3", "-o", str(tmp_path / "out"), "--arm", "exact", "--arm", "sigmoid-1e4"]
     ran = CliRunner().invoke(app, [*arguments, "--arm", "refused"])
     assert ran.exit_code == 1 and "the arm refused failed" in ran.output, ran.output
     folder = tmp_path / "out" / "summary"
-    arms = json.loads((folder / "quality.json").read_text())["arms"]
-    assert "specopt.sigmoid.alpha is 1.0, expected less than" in arms.pop("refused")["error"]
-    for name, arm in arms.items():
+    found = json.loads((folder / "quality.json").read_text())["arms"]
+    assert "specopt.sigmoid.alpha is 1.0, expected less than" in found.pop("refused")["error"]
+    for name, arm in found.items():
         assert [run["seed"] for run in arm["runs"]] == [0, 1]
         for run in arm["runs"]:
             assert 0 < run["tokens"] <= 40 and 1 < run["perplexity"] < 1000 and run["law"]["rows"] > 3
@@ -327,7 +326,7 @@ def test_shipped_models_write_and_are_scored(tmp_path, monkeypatch):
                 assert run["num_accepted_tokens"] < drafted
             else:
                 assert law["tv"] == pytest.approx(law["draft_tv"], abs=1e-3)
-                assert run["acceptance_rate"] > 0.95 > arms["exact"]["runs"][0]["acceptance_rate"]
+                assert run["acceptance_rate"] > 0.95 > found["exact"]["runs"][0]["acceptance_rate"]
     assert (folder / "quality.svg").stat().st_size > 1000
     before = (folder / "quality.json").read_bytes()
     again = CliRunner().invoke(app, arguments)

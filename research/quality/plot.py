@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from vllm_specopt.benchmarks.quality import DRAFT, EXACT, EXACT_CHOSEN, TARGET
-from vllm_specopt.cli.quality_report import SCORE_NAMES, score_fields, values
+from research.quality.arms import DRAFT, EXACT, EXACT_CHOSEN, TARGET
+from research.quality.report import SCORE_NAMES, score_fields, values
 
 # The arms of a family begin with the exact method on the same kind of drafts: what they gain, they gain over it.
 FAMILIES = (

@@ -1,4 +1,4 @@
-"""Views of the record that `specopt quality` leaves: table, notes and Markdown. Nothing here measures."""
+"""Views of the record that `python -m research.quality` leaves: table, notes and Markdown. Nothing here measures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from vllm_specopt.benchmarks.quality import DRAFT, EXACT, TARGET
-from vllm_specopt.benchmarks.quality_scores import LOWER_IS_BETTER, METRICS, interval
+from research.quality.arms import DRAFT, EXACT, TARGET
+from research.quality.scores import LOWER_IS_BETTER, METRICS, interval
 
 NONE = "–"
 SCORE_NAMES = {"wer": "WER, %", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}

@@ -1,6 +1,6 @@
 """One arm of the quality benchmark: one vLLM engine in this process writes all texts of all seeds.
 
-Usage: ``python quality_run.py REQUEST.json RESULT.json``, started by ``specopt quality``. With ``"score"`` in the
+Usage: ``python engine.py REQUEST.json RESULT.json``, started by ``python -m research.quality``. With ``"score"`` in the
 request the engine writes nothing and tells instead what log probabilities it gives to texts that are there.
 """
 
@@ -54,8 +54,8 @@ def measure(llm, request: dict, temperature: float, seed: int) -> dict:
 
 def measure_law(llm, request: dict, sampler: type, temperature: float, seed: int) -> dict | None:
     """Write some of the items again, not timed, and compute the law that they were drawn from."""
-    from vllm_specopt.benchmarks.quality_law import law
-    from vllm_specopt.benchmarks.quality_rows import verified_rows
+    from research.quality.law import law
+    from research.quality.rows import verified_rows
     from vllm_specopt.integration.config import parse
 
     vocab_size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
