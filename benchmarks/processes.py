@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import random
 import signal
@@ -86,6 +87,23 @@ class ChildProcess:
     def last_lines(self, count: int = 15) -> str:
         """Return the end of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+
+def answer(
+    module: str, request: dict, scratch: Path, env: dict[str, str], tick: Callable[[], None]
+) -> tuple[dict, str]:
+    """Run a module on a request in a process of its own; return the result it leaves and what it logged.
+
+    Raises:
+        CliError: It ended with another status than 0.
+    """
+    asked, answered, log = (scratch / name for name in ("request.json", "result.json", "run.log"))
+    answered.unlink(missing_ok=True)
+    asked.write_text(json.dumps(request))
+    with ChildProcess([sys.executable, "-m", module, str(asked), str(answered)], log, env) as child:
+        if status := child.wait(tick):
+            raise CliError(f"its process failed (status {status}); the end of its log:\n{child.last_lines()}")
+    return json.loads(answered.read_text()), log.read_text(errors="replace")
 
 
 class Server(ChildProcess):

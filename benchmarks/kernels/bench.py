@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vllm_specopt.benchmarks.kernels import gate, measure, peers, record
@@ -160,7 +161,7 @@ def _problem(name: str, check: Callable[[], None]) -> str | None:
 
 
 def _times(samples: Samples) -> dict:
-    p20, median, p80 = (_percentile(samples.time_us, share) for share in (0.2, 0.5, 0.8))
+    p20, median, p80 = np.percentile(samples.time_us, (20, 50, 80)).tolist()
     times: dict[str, float | None] = {"time_us": median, "p20_us": p20, "p80_us": p80}
     times |= {
         name: statistics.median(values) if values else None
@@ -168,14 +169,6 @@ def _times(samples: Samples) -> dict:
     }
     rounded = {name: None if value is None else round(value, 2) for name, value in times.items()}
     return rounded | {"repeats": len(samples.time_us)}
-
-
-def _percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _ratio(stock: list[float], ours: list[float]) -> float | None:

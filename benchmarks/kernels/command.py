@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.kernels import grid
+from vllm_specopt.benchmarks.progress import Stages
 
 SEED = 1
 HEADINGS = (
@@ -62,10 +61,7 @@ def run(
         raise CliError("--device cuda: PyTorch sees no GPU on this machine; take --device cpu.", 2)
     if threads:
         torch.set_num_threads(threads)
-    try:
-        record.prepare(out)
-    except record.RecordError as error:
-        raise CliError(str(error), 2) from error
+    record.prepare(out)
     chosen = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     command = shlex.join(["specopt", "bench", *_arguments(suite, pattern, out, device, repeats, threads, minutes)])
     provenance = record.Provenance.of(chosen, suite, command, SEED, peers.interpreted())
@@ -85,10 +81,7 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
-    try:
-        return _measure(console, bench.run(options), cases, out)
-    except record.RecordError as error:
-        raise CliError(str(error), 1) from error
+    return _measure(console, bench.run(options), cases, out)
 
 
 def _arguments(suite, pattern, out, device, repeats, threads, minutes) -> list[str]:
@@ -112,31 +105,21 @@ def _heading(provenance, has_vllm: bool, device) -> str:
 
 def _measure(console: Console, results, cases: list[grid.Case], out: Path) -> int:
     """Show results as they come, then what is left behind; return the exit status."""
-    weights = [2e7 + case.batch * (case.num_drafts + 1) * case.vocab for case in cases]
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    failed, done, began = [], 0, time.monotonic()
-    with bar:
-        task = bar.add_task(cases[0].name, total=sum(weights), left="")
-        for measured in results:
+    # Seconds on two quiet cores, for the progress bar only.
+    seconds = [1 + case.batch * (case.num_drafts + 1) * case.vocab / 2e7 for case in cases]
+    failed, done = [], 0
+    with Stages(console, list(zip([case.name for case in cases], seconds, strict=True))) as progress:
+        for _ in cases:
+            with progress.next():
+                measured = next(results, None)
+            if measured is None:
+                break
             done += 1
-            share = sum(weights[:done]) / sum(weights)
-            left = f"about {(time.monotonic() - began) * (1 - share) / share:.0f} s left"
-            upcoming = cases[done].name if done < len(cases) else "done"
-            bar.update(task, completed=sum(weights[:done]), description=upcoming, left=left)
             if measured.rows:
                 console.print(table(measured.case.name, measured.rows))
             failed += measured.errors
             for error in measured.errors:
-                console.print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
-            if not console.is_terminal:
-                console.print(f"{done}/{len(cases)} cases, {left}", highlight=False, markup=False)
+                progress.say(f"failed: {error}")
     if done < len(cases):
         console.print(f"Time is up: {len(cases) - done} cases were not begun, {cases[done].name} and after it.")
     if failed:

@@ -9,7 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from vllm_specopt.benchmarks import tables
 from vllm_specopt.benchmarks.errors import CliError
+
+KERNEL_HEADINGS = ("setting", "who", "kernel", "programs", "registers", "warps/SM", "spilled", "shared",
+                   "instr./element", "MB", "pipes")  # fmt: skip
+STEP_HEADINGS = ("setting", "B", "K", "who", "launches", "instr./element", "MB", "x floor")
 
 
 def run(out: Path, pattern: str | None, architectures: list[int]) -> int:
@@ -43,57 +48,36 @@ def run(out: Path, pattern: str | None, architectures: list[int]) -> int:
 def _kernels(counted: list, architecture: int) -> Table:
     from vllm_specopt.benchmarks.kernels.cost import MORE
 
-    table = Table(title=f"sm_{architecture}: kernels, B = {MORE[0]}, K = {MORE[1]}", title_justify="left")
-    for name in ("setting", "who", "kernel"):
-        table.add_column(name)
-    for name in ("programs", "registers", "warps/SM", "spilled", "shared", "instr./element", "MB", "pipes"):
-        table.add_column(name, justify="right")
+    cells = []
     for step in counted:
         if (step.step.case.batch, step.step.case.num_drafts) != MORE:
             continue
         for count in step.counts:
             most = sorted(count.pipes.items(), key=lambda item: -item[1])[:4]
             total = count.warp_instructions or 1.0
-            table.add_row(
-                step.setting,
-                step.step.who,
-                count.kernel,
-                f"{count.programs:,}" if count.num_warps else "",
-                *([str(count.registers), str(count.warps), str(count.spilled), str(count.shared)] if count.num_warps
-                  else [""] * 4),
-                f"{count.warp_instructions * 32 / step.elements:.2f}" if count.num_warps else "",
-                f"{count.bytes / 1e6:.1f}",
-                " ".join(f"{name} {100 * number / total:.0f}%" for name, number in most),
-            )  # fmt: skip
-    return table
+            own = [f"{count.programs:,}", *map(str, (count.registers, count.warps, count.spilled, count.shared))]
+            own.append(f"{count.warp_instructions * 32 / step.elements:.2f}")
+            cells.append((
+                step.setting, step.step.who, count.kernel, *(own if count.num_warps else [""] * len(own)),
+                f"{count.bytes / 1e6:.1f}", " ".join(f"{name} {100 * number / total:.0f}%" for name, number in most),
+            ))  # fmt: skip
+    title = f"sm_{architecture}: kernels, B = {MORE[0]}, K = {MORE[1]}"
+    return tables.terminal(title, KERNEL_HEADINGS, cells, KERNEL_HEADINGS[:3])
 
 
 def _steps(counted: list, architecture: int) -> Table:
     from vllm_specopt.benchmarks.kernels.cost_model import CARDS
 
     cards = [card for card in CARDS if card.architecture == architecture]
-    table = Table(title=f"sm_{architecture}: steps; times are a model, not a measurement", title_justify="left")
-    for name in ("setting", "B", "K", "who"):
-        table.add_column(name)
-    for name in ("launches", "instr./element", "MB", "x floor"):
-        table.add_column(name, justify="right")
-    for card in cards:
-        table.add_column(f"{card.name}: floor", justify="right")
-        table.add_column(f"{card.name}: model, us", justify="right")
+    cells = []
     for step in counted:
-        times = []
-        for card in cards:
-            modelled = step.modelled(card)
-            times += [f"{modelled.floor:.1f}", f"{modelled.low:.0f} - {modelled.high:.0f}"]
-        table.add_row(
-            step.setting,
-            str(step.step.case.batch),
-            str(step.step.case.num_drafts),
-            step.step.who,
-            str(len(step.counts)),
-            f"{step.per_element:.1f}",
-            f"{step.bytes / 1e6:.1f}",
+        modelled = [step.modelled(card) for card in cards]
+        cells.append((
+            step.setting, str(step.step.case.batch), str(step.step.case.num_drafts), step.step.who,
+            str(len(step.counts)), f"{step.per_element:.1f}", f"{step.bytes / 1e6:.1f}",
             f"{step.bytes / step.floor_bytes:.2f}",
-            *times,
-        )
-    return table
+            *(text for each in modelled for text in (f"{each.floor:.1f}", f"{each.low:.0f} - {each.high:.0f}")),
+        ))  # fmt: skip
+    headings = [*STEP_HEADINGS, *(f"{card.name}: {what}" for card in cards for what in ("floor", "model, us"))]
+    title = f"sm_{architecture}: steps; times are a model, not a measurement"
+    return tables.terminal(title, headings, cells, STEP_HEADINGS[:4])

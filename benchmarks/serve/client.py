@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Self
 
 import numpy as np
 
-from vllm_specopt.benchmarks.processes import end_with_parent
+from vllm_specopt.benchmarks.processes import ChildProcess, end_with_parent
 from vllm_specopt.benchmarks.serve.plan import Cell, Plan
 
+MOST_WARMUPS = 8
 PERCENTILES = (50, 90, 99)
 LATENCIES = ("ttft", "tpot", "itl")
 # A latency's distribution is kept as these quantiles of its values in seconds.
@@ -26,13 +33,13 @@ COUNTS = ("num_drafts", "draft_tokens", "accepted_tokens")
 
 def command(plan: Plan, cell: Cell, url: str, result: Path) -> list[str]:
     """Return the arguments of `vllm` for one cell; the prompts depend on the repeat, not on the arm."""
-    sampling = plan.sampling(cell.temperature)
+    sampling = plan.sampling(cell.point)
     return [
         "bench", "serve", "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", url,
-        "--model", plan.target, "--served-model-name", plan.served_name, "--tokenizer", plan.tokenizer,
+        "--model", plan.target, "--served-model-name", plan.served_name, "--tokenizer", plan.target,
         *plan.workload.args, "--seed", str(plan.seed + cell.repeat),
         "--num-prompts", str(plan.requests(cell.concurrency)), "--max-concurrency", str(cell.concurrency),
-        "--num-warmups", str(min(cell.concurrency, 8)), "--ignore-eos", "--disable-tqdm",
+        "--num-warmups", str(min(cell.concurrency, MOST_WARMUPS)), "--ignore-eos", "--disable-tqdm",
         *(part for key, value in sampling.items() for part in (f"--{key.replace('_', '-')}", f"{value:g}")),
         "--percentile-metrics", ",".join(LATENCIES),
         "--metric-percentiles", ",".join(map(str, PERCENTILES)), "--save-result", "--save-detailed",
@@ -63,6 +70,47 @@ def summarise(bench: dict) -> dict:
         found |= {key: bench[f"spec_decode_{key}"] for key in COUNTS}
         found["accepted_per_position"] = bench["spec_decode_per_position_acceptance_rates"]
     return found
+
+
+class Client(ChildProcess):
+    """vLLM's client, imported once: each call is one `vllm bench serve`."""
+
+    def __init__(self, log: Path, env: dict[str, str]) -> None:
+        super().__init__([sys.executable, "-m", "vllm_specopt.benchmarks.serve.client"], log, env)
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env={**os.environ, **self.env}, start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin: IO[bytes] = self.process.stdin
+        self.stdout: IO[bytes] = self.process.stdout
+        return self
+
+    def send(self, line: str) -> None:
+        """Write a line to it; BrokenPipeError if it has ended."""
+        self.stdin.write(f"{line}\n".encode())
+        self.stdin.flush()
+
+    def line(self, timeout: float, tick: Callable[[], None]) -> str | None:
+        """Return the next line it prints, "" if it has ended, or None after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.stdout, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                tick()
+                if ready.select(0.2):
+                    return self.stdout.readline().decode()
+        return None
+
+    def stop(self) -> None:
+        """End it with whatever command it runs."""
+        with suppress(BrokenPipeError):
+            self.stdin.close()
+        super().stop()
+        self.stdout.close()
 
 
 def serve_commands() -> None:

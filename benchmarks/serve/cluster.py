@@ -1,306 +1,154 @@
-"""Spread the served runs of an A/B over a Ray cluster.
+"""`specopt ab --ray`: every repeat of a comparison is one task on a running Ray cluster; the record is the same.
 
-A *placement* is one arm in one repeat: one server and every cell measured on it. The placements of one repeat run one
-after another in one Ray actor, which keeps its GPU (or CPU slots) throughout: arms are compared on the same device, and
-repeats spread over the cluster. What fails is run once more and marked; the other placements go on.
-
-The measurement itself runs in a child of the actor that ends, with its servers, as soon as the actor is gone: Ray does
-not stop what a killed worker has started.
+A task keeps its GPU or CPU slots throughout, so all arms of a repeat are measured on one device; repeats spread over
+the cluster. Its servers run one after another, and end with the worker that started them. Ray places the tasks, queues
+them, and runs once more what it loses with a worker.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import json
 import logging
-import os
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-ATTEMPTS = 2
-POLL_SECONDS = 0.5
-CONNECT_SECONDS = 5.0
-# A lost worker's server has this long to end and to free its memory before the placement starts again.
-SETTLE_SECONDS = 12.0
-LOG_LINES = 15
+from rich.console import Console
 
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.serve import comparison
+from vllm_specopt.benchmarks.serve.plan import Plan
+from vllm_specopt.benchmarks.serve.settings import Settings
 
-class ClusterError(Exception):
-    """Ray or a cluster that can hold a server is missing; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One arm in one repeat.
-
-    Args:
-        arm: Name of the arm.
-        repeat: Number of the repeat; placements of the same repeat share a device.
-        settings: What the measuring function is called with, as JSON can hold it. Paths must exist on every node.
-    """
-
-    arm: str
-    repeat: int
-    settings: dict
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What one server takes of the cluster."""
-
-    num_gpus: float = 1
-    num_cpus: float = 1
-
-    def __str__(self) -> str:
-        return f"{self.num_gpus:g} GPU and {self.num_cpus:g} CPU" if self.num_gpus else f"{self.num_cpus:g} CPU"
+RETRIES = 1
+POLL_SECONDS, CONNECT_SECONDS = 0.5, 5.0
 
 
 @contextmanager
 def connected(address: str = "auto") -> Iterator[None]:
-    """Connect this process to a running cluster, unless it is connected, and leave it again; raise ClusterError."""
+    """Connect this process to a running cluster, unless it is connected, and leave it again; raise CliError (2)."""
     if importlib.util.find_spec("ray") is None:
-        raise ClusterError(f"Ray is not installed beside {sys.executable}: pip install 'vllm-specopt[ray]'.")
+        raise CliError(f"Ray is not installed beside {sys.executable}: pip install 'vllm-specopt[ray]'.", 2)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    _check_address(address)
+    wanted = "start one with `ray start --head`, or give the address that it printed"
     try:
+        host, _, port = address.rpartition(":")
+        if host and "://" not in address:
+            # Where nothing listens, Ray itself would try for minutes.
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address}: start one with `ray start --head`, or give the address of one."
-        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CliError(f"no Ray cluster answers at {address}: {wanted}.", 2) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _check_address(address: str) -> None:
-    """Raise ClusterError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or "://" in address:
-        return
-    try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address} ({error}): give the address that `ray start --head` printed."
-        ) from error
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray cluster as the place of a comparison (``command.Elsewhere``).
 
-
-def capacity(slot: Slot) -> int:
-    """Return how many servers the connected cluster can hold at once; raise ClusterError if that is none."""
-    import ray
-
-    wanted = {name: amount for name, amount in (("GPU", slot.num_gpus), ("CPU", slot.num_cpus)) if amount}
-    fits = [
-        min((int(node["Resources"].get(name, 0) // amount) for name, amount in wanted.items()), default=1)
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    if not sum(fits):
-        raise ClusterError(f"none of the cluster's {len(fits)} nodes has {slot} for a server.")
-    return sum(fits)
-
-
-def run(
-    placements: list[Placement],
-    function: str,
-    slot: Slot,
-    on_result: Callable[[dict], None] = lambda result: None,
-    tick: Callable[[], None] = lambda: None,
-) -> list[dict]:
-    """Run every placement on the connected cluster.
-
-    Args:
-        placements: In the order in which those of one repeat are to run.
-        function: ``module:name`` of what measures one placement, importable on every node: called with the
-            placement's settings, it starts the server, measures all cells, stops the server and returns a dict that
-            JSON can hold.
-        slot: What one server takes.
-        on_result: Called with each finished placement's entry, for a record that survives an interruption.
-        tick: Called about twice a second.
-
-    Returns:
-        One entry per placement, in their order: ``arm``, ``repeat``, ``result`` (what the function returned, None if
-        both attempts failed), ``attempts``, ``failures`` (one sentence or log excerpt per failed attempt) and
-        ``node`` (address, host and GPU ids the last attempt ran on).
-
-    Raises:
-        ClusterError: No node can hold a server.
-    """
-    import ray
-
-    waiting = [_Repeat(found, slot, function) for found in _by_repeat(placements).values()]
-    free = capacity(slot)
-    running: dict[Any, _Repeat] = {}
-    entries: dict[tuple[str, int], dict] = {}
-    try:
-        while waiting or running:
-            while waiting and free:
-                repeat = waiting.pop(0)
-                running[repeat.submit()] = repeat
-                free -= 1
-            done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
-            tick()
-            for reference in done:
-                repeat = running.pop(reference)
-                entry = repeat.take(reference, tick)
-                if entry is not None:
-                    entries[entry["arm"], entry["repeat"]] = entry
-                    on_result(entry)
-                if repeat.placements:
-                    running[repeat.submit()] = repeat
-                else:
-                    repeat.release()
-                    free += 1
-    finally:
-        for repeat in running.values():
-            repeat.release()
-    return [entries[placement.arm, placement.repeat] for placement in placements]
-
-
-def _by_repeat(placements: list[Placement]) -> dict[int, list[Placement]]:
-    found: dict[int, list[Placement]] = {}
-    for placement in placements:
-        found.setdefault(placement.repeat, []).append(placement)
-    return found
-
-
-@dataclass
-class _Repeat:
-    """The placements of one repeat that are still to run, and the actor that runs them."""
-
-    placements: list[Placement]
-    slot: Slot
-    function: str
-    actor: Any = None
-    where: Any = None
-    node: dict = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    def submit(self):
-        """Start the first placement, in the actor there is or a new one; return the reference of its result."""
-        import ray
-
-        if self.actor is None:
-            options = {"num_gpus": self.slot.num_gpus, "num_cpus": self.slot.num_cpus, "max_restarts": 0}
-            self.actor = ray.remote(_Worker).options(**options).remote()
-            self.where = self.actor.where.remote()
-        return self.actor.run.remote(self.function, self.placements[0].settings)
-
-    def take(self, reference, tick: Callable[[], None]) -> dict | None:
-        """Return the entry of a placement that is through; None if it has failed and is to run once more."""
-        import ray
-
-        result, lost = None, False
-        try:
-            result = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            self.failures.append(str(error.cause))
-        except ray.exceptions.RayError as error:
-            lost = True
-            self.failures.append(f"the worker was lost ({str(error).strip().splitlines()[0]})")
-        try:
-            self.node = ray.get(self.where)
-        except ray.exceptions.RayError:
-            self.node = self.node or {}
-        if lost:
-            self.release()
-            _wait(SETTLE_SECONDS if len(self.failures) < ATTEMPTS else 0, tick)
-        if result is None and len(self.failures) < ATTEMPTS:
-            return None
-        placement = self.placements.pop(0)
-        attempts = len(self.failures) + (result is not None)
-        entry = {"arm": placement.arm, "repeat": placement.repeat, "attempts": attempts, "failures": self.failures,
-                 "node": self.node, "result": result}  # fmt: skip
-        self.failures = []
-        return entry
-
-    def release(self) -> None:
-        """End the actor and give its slot back."""
-        import ray
-
-        if self.actor is not None:
-            ray.kill(self.actor)
-            self.actor = None
-
-
-def _wait(seconds: float, tick: Callable[[], None]) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        tick()
-        time.sleep(POLL_SECONDS)
-
-
-class _Worker:
-    """Holds one slot of the cluster and measures placements in it, each in a child process."""
-
-    def where(self) -> dict:
-        """Return where this slot is."""
-        import ray
-
-        context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
-        return {"address": ray.util.get_node_ip_address(), "host": socket.gethostname(), "gpus": gpus,
-                "node": context.get_node_id()}  # fmt: skip
-
-    def run(self, function: str, settings: dict) -> dict:
-        """Measure one placement; raise RuntimeError with the end of the log if that fails."""
-        with tempfile.TemporaryDirectory(prefix="specopt-ray-") as folder:
-            asked, answered, log = (Path(folder) / name for name in ("settings.json", "result.json", "log"))
-            asked.write_text(json.dumps(settings))
-            command = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.cluster", function, asked, answered]
-            with log.open("wb") as out:
-                # Nothing is written to its standard input: that this end closes tells the child to stop.
-                child = subprocess.Popen(
-                    list(map(str, command)), stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
-                )
-                status = child.wait()
-            if status:
-                end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-                raise RuntimeError(f"status {status}, the end of its log:\n{end}")
-            return json.loads(answered.read_text())
-
-
-def stop_with_parent() -> None:
-    """End this process in order, so that whatever it has started is stopped, once its standard input closes.
-
-    The parent keeps the other end of a pipe open: it closes however the parent ends.
+    address: As ``ray.init`` takes it.
+    gpus, cpus: What one server takes.
     """
 
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
+    address: str
+    gpus: float
+    cpus: float
 
-    def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def stages(self, plan: Plan) -> list[tuple[str, float]]:
+        """Return one stage: repeats overlap, and how many do is known only once the cluster answers."""
+        seconds = sum(seconds for _, seconds in comparison.stages(plan))
+        return [(f"{plan.repeats} repeats on the Ray cluster at {self.address}", seconds)]
 
-    signal.signal(signal.SIGTERM, leave)
-    threading.Thread(target=watch, daemon=True).start()
+    def run(
+        self, plan: Plan, record: dict, save: Callable[[], None], progress: Stages, measure: Callable | None = None
+    ) -> None:
+        """Run the repeats of which a cell is missing, adding each to the record as it arrives.
+
+        Args:
+            plan: The comparison.
+            record: Its record; ``record["placements"]`` says where each repeat ran.
+            save: Called after each repeat.
+            progress: Shows where the run is.
+            measure: What a task runs: (plan, repeat) to (where it ran, its part of the record).
+
+        Raises:
+            CliError: Ray, a cluster, or a node that can hold a server is missing.
+        """
+        with progress.next(), connected(self.address):
+            import ray
+
+            self.check_capacity()
+            task = ray.remote(measure or measure_repeat)
+            task = task.options(num_gpus=self.gpus, num_cpus=self.cpus, max_retries=RETRIES)
+            missing = {cell.repeat for cell in plan.cells() if cell.key not in record["cells"]}
+            waiting = {task.remote(plan, repeat): repeat for repeat in sorted(missing)}
+            while waiting:
+                done, _ = ray.wait(list(waiting), timeout=POLL_SECONDS)
+                progress.tick()
+                for reference in done:
+                    repeat = waiting.pop(reference)
+                    entry: dict = {"repeat": repeat, "host": "unknown", "gpus": [], "outcome": "done"}
+                    try:
+                        where, part = ray.get(reference)
+                        entry |= where
+                        add(record, part)
+                    except ray.exceptions.RayError as error:
+                        entry["outcome"] = f"lost: {str(error).strip().splitlines()[-1].strip()}"
+                        lost = [cell.key for cell in plan.cells() if cell.repeat == repeat]
+                        record["failed_cells"] |= dict.fromkeys(lost, entry["outcome"])
+                    record.setdefault("placements", []).append(entry)
+                    save()
+                    progress.say(f"repeat {repeat + 1}: {entry['outcome']} on {entry['host']}")
+
+    def check_capacity(self) -> None:
+        """Raise CliError where no node of the connected cluster can hold a server: Ray would wait for one."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("GPU", 0) >= self.gpus and node.get("CPU", 0) >= self.cpus for node in nodes):
+            wanted = f"{self.gpus:g} GPU and {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
+            raise CliError(f"none of the cluster's {len(nodes)} nodes has {wanted} for a server.", 2)
 
 
-def main(function: str, settings: str, result: str) -> None:
-    """Measure one placement: the child's side of `_Worker.run`."""
-    stop_with_parent()
-    module, _, name = function.partition(":")
-    measured = getattr(importlib.import_module(module), name)(json.loads(Path(settings).read_text()))
-    Path(result).write_text(json.dumps(measured))
+def add(record: dict, part: dict) -> None:
+    """Add what one repeat brought to the record of the whole comparison."""
+    for arm, found in part["arms"].items():
+        # Every repeat brings its own texts, profile and memory: the first to arrive stands for the arm.
+        record["arms"][arm] = found | record["arms"].get(arm, {})
+    record["cells"] |= part["cells"]
+    failed = record["failed_cells"] | part["failed_cells"]
+    record["failed_cells"] = {key: why for key, why in failed.items() if key not in record["cells"]}
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def here() -> dict:
+    """Return where a task runs."""
+    import ray
+
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return {"host": f"{socket.gethostname()} ({ray.util.get_node_ip_address()})", "gpus": gpus}
+
+
+def measure_repeat(plan: Plan, repeat: int) -> tuple[dict, dict]:
+    """Measure one repeat where this runs, arm after arm; an arm that fails is told in its part of the record."""
+    record: dict[str, dict] = {"arms": {}, "cells": {}, "failed_cells": {}}
+    for arm in plan.timed_arms()[:: 1 if repeat % 2 == 0 else -1]:
+        part = replace(plan, only=(arm.name, repeat))
+        with tempfile.TemporaryDirectory(prefix="specopt-ab-") as folder:
+            out, scratch = Path(folder, "out"), Path(folder, "scratch")
+            out.mkdir()
+            scratch.mkdir()
+            with Stages(Console(width=140), comparison.stages(part)) as progress:
+                comparison.Served(Settings(part, out, True, 0, ()), record, scratch, progress).run()
+    return here(), record

@@ -1,9 +1,8 @@
-"""`specopt ab`: served models, arm against arm; this module keeps the record and leaves its views."""
+"""`specopt ab`: keeps the record, has what is missing in it run, and leaves its views."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -14,12 +13,13 @@ from typing import Protocol
 
 from rich.console import Console
 
+from vllm_specopt.benchmarks import record as records
 from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.folders import make_writable
 from vllm_specopt.benchmarks.processes import stopped_by_signals
 from vllm_specopt.benchmarks.progress import Stages
-from vllm_specopt.benchmarks.record import conditions
-from vllm_specopt.benchmarks.serve import fit, page, report
-from vllm_specopt.benchmarks.serve.comparison import RECORD, Comparison, stages
+from vllm_specopt.benchmarks.serve import comparison, fit, offline, plots, report
+from vllm_specopt.benchmarks.serve.comparison import RECORD
 from vllm_specopt.benchmarks.serve.plan import Plan, changed_settings
 from vllm_specopt.benchmarks.serve.settings import Settings, wide_pair
 
@@ -37,13 +37,11 @@ class Elsewhere(Protocol):
 def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
     """Return the record to go on with and whether it is an old one; raise CliError (2) if that has other settings."""
     path = settings.out / RECORD
-    now = conditions(argv)
+    now = records.conditions(argv)
     try:
         if settings.fresh and settings.out.is_dir():
             path.unlink(missing_ok=True)
-        settings.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(settings.out, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        make_writable(settings.out)
         old = json.loads(path.read_text()) if path.exists() else None
     except OSError as error:
         raise CliError(
@@ -66,7 +64,7 @@ def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
 def finished(record: dict, plan: Plan) -> bool:
     """Whether nothing is missing in a record."""
     return all(cell.key in record["cells"] for cell in plan.cells()) and all(
-        "scopes" in record["arms"].get(arm.name, {}) or arm.url for arm in plan.all_arms()
+        "scopes" in record["arms"].get(arm.name, {}) or arm.url for arm in plan.timed_arms()
     )
 
 
@@ -88,33 +86,39 @@ def run(settings: Settings, argv: list[str], elsewhere: Elsewhere | None = None)
     if resumed:
         done = f"{len(record['cells'])} of {len(settings.plan.cells())} cells are done in {settings.out}"
         console.print(f"going on: {done} (--fresh starts over)", highlight=False, markup=False)
-    started = time.monotonic()
     record["notices"] = list(settings.notices)
     if not finished(record, settings.plan):
-        parts = elsewhere.stages(settings.plan) if elsewhere else stages(settings.plan, settings.extended is not None)
-        with (
-            stopped_by_signals(),
-            tempfile.TemporaryDirectory(prefix="specopt-ab-") as scratch,
-            Stages(console, parts) as progress,
-        ):
-            comparison = Comparison(settings, record, Path(scratch), progress)
-            if elsewhere:
-                elsewhere.run(settings.plan, record, comparison.save, progress)
-            else:
-                comparison.run()
-            record["seconds"] = round(record.get("seconds", 0) + time.monotonic() - started)
-            comparison.save()
-        if settings.extended and finished(record, comparison.plan):
-            shutil.rmtree(wide_pair(settings.out)[0].parent, ignore_errors=True)
-    written = write_reports(record, settings.out)
+        measure(settings, record, console, elsewhere)
     report.show(record, console)
-    for path in written:
+    for path in write_reports(record, settings.out):
         console.print(f"left: {path}", highlight=False, markup=False, soft_wrap=True)
     return report.exit_code(record)
+
+
+def measure(settings: Settings, record: dict, console: Console, elsewhere: Elsewhere | None) -> None:
+    """Add to a record what is missing in it."""
+    started, plan = time.monotonic(), settings.plan
+    parts = (elsewhere or (offline if plan.offline else comparison)).stages(plan)
+    parts = [("extending the vocabulary", comparison.EXTENSION_SECONDS)] * bool(settings.extended) + parts
+    kind = offline.Offline if plan.offline else comparison.Served
+    with (
+        stopped_by_signals(),
+        tempfile.TemporaryDirectory(prefix="specopt-ab-") as scratch,
+        Stages(console, parts) as progress,
+    ):
+        running = kind(settings, record, Path(scratch), progress)
+        if elsewhere:
+            elsewhere.run(plan, record, running.save, progress)
+        else:
+            running.run()
+        record["seconds"] = round(record.get("seconds", 0) + time.monotonic() - started)
+        running.save()
+    if settings.extended and finished(record, running.plan):
+        shutil.rmtree(wide_pair(settings.out)[0].parent, ignore_errors=True)
 
 
 def write_reports(record: dict, out: Path) -> list[Path]:
     """Write the views of a record beside it and return the paths of all three."""
     (out / "report.md").write_text(report.markdown(record))
-    (out / "report.html").write_text(page.page(record))
-    return [out / RECORD, out / "report.md", out / "report.html"]
+    plots.draw(record, out / "report.png")
+    return [out / RECORD, out / "report.md", out / "report.png"]

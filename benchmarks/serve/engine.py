@@ -1,6 +1,6 @@
-"""One run of the engine benchmark: one vLLM engine in this process, every workload timed in it.
+"""One vLLM engine in this process, every workload timed in it: an arm of `specopt ab --offline`, or of the GPU run.
 
-Usage: ``python engine.py REQUEST.json RESULT.json``, started by ``engine_ab.py``. All arms are run and timed by the
+Usage: ``python -m vllm_specopt.benchmarks.serve.engine REQUEST.json RESULT.json``. All arms are run and timed by the
 same code; only the option (and, where the request says so, the repair of one stock function) differs.
 """
 
@@ -8,59 +8,41 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import time
 import zlib
-from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_specopt.benchmarks.repair import repair_expand_kernel
+
+if TYPE_CHECKING:
+    from vllm_specopt.benchmarks.serve.arms import Arm
+
+KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel")
 
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
 SPEC_DECODE = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
-class Timers:
-    """Seconds and calls by label. A call within another of the same label is part of it."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was timed so far."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.calls: defaultdict[str, int] = defaultdict(int)
-        self._depth: defaultdict[str, int] = defaultdict(int)
-
-    def wrap(self, owner: object, name: str, label: str) -> None:
-        """Time every call of an attribute of an object or class."""
-        original = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            self._depth[label] += 1
-            started = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._depth[label] -= 1
-                if not self._depth[label]:
-                    self.seconds[label] += time.perf_counter() - started
-                    self.calls[label] += 1
-
-        setattr(owner, name, timed)
+def problem(arm: Arm, result: dict) -> str | None:
+    """Why the result of a run is not one of its arm, if it is not."""
+    ours = result["sampler"].startswith("vllm_specopt.")
+    if ours != (arm.option is not None):
+        return f"the arm {arm.name} ran the sampler {result['sampler']}"
+    if ours := set(result.get("compiled_in_flight", ())).intersection(KERNELS):
+        return f"the arm {arm.name} compiled {', '.join(sorted(ours))} while it served"
+    if arm.repair and not result["expands_parameters"]:
+        return f"the arm {arm.name} is not repaired: vLLM's expand_kernel still leaves its output unwritten"
+    return None
 
 
-def repair_expand_kernel() -> None:
-    """Replace the function that on a CPU leaves the expanded temperature, top-k and top-p unwritten."""
-    import torch
-    from vllm.utils import cpu_triton_utils
-
-    def expand(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-        values = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
-        output.copy_(values.repeat_interleave(counts.long(), output_size=output.shape[0]))
-
-    cpu_triton_utils._expand_kernel_impl = expand
+def compiled_in_flight(log: str) -> list[str]:
+    """Names of the kernels that vLLM's monitor saw compiled while an engine served; some of vLLM's own are normal."""
+    return sorted({name.split(".")[-1] for name in re.findall(r"compilation during inference: ([\w.]*\w)", log)})
 
 
 def expands_parameters() -> bool:
@@ -70,18 +52,6 @@ def expands_parameters() -> bool:
 
     found = expand_batch_to_tokens(torch.tensor([0.5, 0.75]), torch.tensor([2, 5], dtype=torch.int32), 5)
     return found.tolist() == [0.5, 0.5, 0.75, 0.75, 0.75]
-
-
-def time_parts(runner, timers: Timers) -> None:
-    """Time the parts of model runner V1's step. The samplers' classes are wrapped, as both are called through them."""
-    for sampler in {type(runner.sampler), type(runner.rejection_sampler)}:
-        timers.wrap(sampler, "__call__", "sampler")
-    timers.wrap(runner, "execute_model", "target")
-    timers.wrap(runner.model, "compute_logits", "target LM head")
-    timers.wrap(runner.drafter, "propose", "drafting")
-    if hasattr(runner.drafter, "model"):
-        timers.wrap(runner.drafter.model, "compute_logits", "draft LM head")
-        timers.wrap(runner.drafter, "_sample_draft_tokens", "draft LM head and sampling")
 
 
 def reset_peak() -> bool:
@@ -124,7 +94,7 @@ def counters(llm) -> dict[str, int]:
     return {name: found.get(f"vllm:spec_decode_{name}", 0) for name in SPEC_DECODE}
 
 
-def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timers: Timers | None) -> dict:
+def timed_generate(llm, prompts: list, sampling: dict, request: dict) -> dict:
     """Warm up, generate once, and return what was measured."""
     import torch
     from vllm import SamplingParams
@@ -136,8 +106,6 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
     before = counters(llm)
     resets = reset_peak()
     device = GpuMemory() if torch.cuda.is_available() else None
-    if timers:
-        timers.reset()
     started, cpu_started = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, params(request["output_len"]), use_tqdm=False)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
@@ -148,12 +116,9 @@ def timed_generate(llm, prompts: list[str], sampling: dict, request: dict, timer
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "tokens": sum(map(len, token_ids)),
-        "tail_tokens": sum(token >= request["original_vocab_size"] for ids in token_ids for token in ids),
         "drafts": drafts,
         "draft_tokens": drafted,
         "accepted_tokens": accepted,
-        "steps": timers.calls["target"] if timers else None,
-        "parts": dict(timers.seconds) if timers else None,
         "peak_mib": peak_mib(),
         "peak_is_of_workload": resets,
         "gpu_peak_mib": device and device.above(),
@@ -181,6 +146,17 @@ def gpu_kernels(llm, prompts: list[str], sampling: dict, length: int) -> dict:
     return {"drafts": counters(llm)["num_drafts"] - before["num_drafts"], "kernels": kernels}
 
 
+def trace(llm, request: dict) -> None:
+    """Generate under vLLM's own profiler, a few steps per workload; its traces go where the engine was told."""
+    from vllm import SamplingParams
+
+    for number, sampling in enumerate(request["workloads"].values()):
+        llm.start_profile(f"P{number}", max_iterations=request["traced"]["steps"])
+        params = SamplingParams(**sampling, max_tokens=request["traced"]["tokens"], ignore_eos=True)
+        llm.generate(request["prompts"], params, use_tqdm=False)
+        llm.stop_profile()
+
+
 def main(request_path: str, result_path: str) -> None:
     """Build the engine of the request, run its workloads, write the result."""
     request = json.loads(Path(request_path).read_text())
@@ -196,14 +172,12 @@ def main(request_path: str, result_path: str) -> None:
     # An engine that does not speculate has one sampler only.
     sampler = getattr(runner, "rejection_sampler", None) or runner.sampler
     on_cpu = runner.device.type == "cpu"
-    # On a GPU the host runs ahead of the device, so that host time does not tell what a step spends.
-    timers = Timers() if on_cpu and hasattr(runner, "drafter") else None
-    if timers:
-        time_parts(runner, timers)
     workloads = {
-        name: timed_generate(llm, request["prompts"], sampling, request, timers)
+        name: timed_generate(llm, request["prompts"], sampling, request)
         for name, sampling in request["workloads"].items()
     }
+    if "traced" in request:
+        trace(llm, request)
     profiled = {
         name: gpu_kernels(llm, request["prompts"], request["workloads"][name], request["profiled_len"])
         for name in request.get("profiled", ())
@@ -215,7 +189,7 @@ def main(request_path: str, result_path: str) -> None:
         "cudagraph_mode": getattr(config.compilation_config.cudagraph_mode, "name", None),
         "engine_seconds": round(loaded, 1),
         "sampler": f"{type(sampler).__module__}.{type(sampler).__qualname__}",
-        "expands_parameters": expands_parameters() if timers else None,
+        "expands_parameters": expands_parameters() if on_cpu and hasattr(runner, "drafter") else None,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "workloads": workloads,

@@ -21,7 +21,7 @@ SHARES = tuple(share / 50 for share in range(50, 0, -1))
 class Rehearsal:
     """One short run at a point: its requests, the seconds they took, and the client's own seconds around them."""
 
-    temperature: float
+    point: str
     concurrency: int
     requests: int
     load: float
@@ -42,13 +42,13 @@ def fit(plan: Plan, rehearsals: list[Rehearsal], seconds: float) -> dict:
 
     Args:
         plan: The comparison; its own repeats are the most that are run.
-        rehearsals: One for each temperature and concurrency.
+        rehearsals: One for each point and concurrency.
         seconds: What the cells may take.
     """
 
     def expected(sizes: dict[int, int], repeats: int) -> float:
         once = sum(each.seconds(sizes[each.concurrency]) for each in rehearsals)
-        return once * repeats * len(plan.all_arms())
+        return once * repeats * len(plan.timed_arms())
 
     def waves(slots: int, requests: float) -> int:
         """Whole waves: with a rest of one, most of a cell would be a request by itself."""

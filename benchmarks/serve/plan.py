@@ -1,8 +1,9 @@
-"""Arms, cells and order of the serving comparison: what `specopt ab` runs. Nothing here measures.
+"""Arms, points, cells and order of a comparison: what `specopt ab` runs. Nothing here measures.
 
-A cell is one `vllm bench serve` of one arm at one temperature and concurrency. All arms are served at once, and idle
-servers cost nothing, so the arms take turns without a restart: A B C in one repeat, C B A in the next. The baseline is
-served twice, by two processes that know nothing of each other; the ratio of these two is the noise.
+A cell is one run of one arm at one point (temperature and top-p) and concurrency: one `vllm bench serve` on a server,
+or one generation in an offline engine. The arms take turns: A B C in one repeat, C B A in the next. Served, all are up
+at once, and idle servers cost nothing. The baseline runs twice, in two processes that know nothing of each other; the
+ratio of these two is the noise.
 """
 
 from __future__ import annotations
@@ -17,40 +18,65 @@ from vllm_specopt.benchmarks.serve.arms import REPAIRED, STOCK, Arm
 from vllm_specopt.benchmarks.serve.workloads import Workload
 
 NOISE_SUFFIX = " (again)"
+GREEDY = "T = 0"
 # What repaired.py says in the log of every process it is in.
 REPAIRED_LINE = "specopt ab: expand_kernel repaired"
 REQUESTS_PER_SLOT = 4
 MIN_REQUESTS = 24
+PLAIN = Arm("no speculation", {"method": "exact"}, speculates=False)
+"""The drop-in without drafts: seeded texts have to be the same there. It is not timed."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The sampling parameters of a cell."""
+
+    temperature: float
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        return f"T = {self.temperature:g}" + (f", top-p {self.top_p:g}" if self.top_p < 1 else "")
+
+    def sampling(self) -> dict:
+        """Return them as requests take them; top-p means nothing at temperature 0."""
+        found = {"temperature": self.temperature}
+        return found | ({"top_p": self.top_p} if self.temperature and self.top_p < 1 else {})
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the client: ``repeat`` counts from 0."""
+    """One run: ``point`` as text, ``repeat`` counts from 0."""
 
     arm: str
-    temperature: float
+    point: str
     concurrency: int
     repeat: int
 
     @property
     def key(self) -> str:
         """The name of the cell in the record."""
-        return f"{self.arm}|T{self.temperature:g}|c{self.concurrency}|r{self.repeat}"
+        return f"{self.arm}|{self.point}|c{self.concurrency}|r{self.repeat}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one comparison runs; the first of ``arms`` is the baseline. Times are in seconds."""
+    """What one comparison runs; the first of ``arms`` is the baseline. Times are in seconds.
+
+    noise: Whether the baseline runs twice.
+    plain: Whether seeded texts are compared with those of the drop-in without speculation.
+    offline: Whether the arms are engines without a server.
+    minutes: To fit into: the cells' sizes are then known once the servers have been heard.
+    only: The arm and the repeat that a part of the comparison is of.
+    name: The models for readers; empty: the target's.
+    """
 
     arms: tuple[Arm, ...]
     target: str
     served_name: str
-    tokenizer: str
     speculation: dict | None
     workload: Workload
     concurrency: tuple[int, ...]
-    temperatures: tuple[float, ...]
-    top_p: float
+    points: tuple[Point, ...]
     num_prompts: int | None
     output_len: int
     repeats: int
@@ -58,9 +84,13 @@ class Plan:
     serve_args: tuple[str, ...]
     timeout: float
     on_cpu: bool
-    # To fit into: the cells' sizes are then known once the servers have been heard.
+    noise: bool = True
+    plain: bool = False
+    offline: bool = False
     minutes: float | None = None
     sizes: tuple[tuple[int, int], ...] | None = None
+    only: tuple[str, int] | None = None
+    name: str = ""
 
     @property
     def baseline(self) -> Arm:
@@ -68,28 +98,45 @@ class Plan:
         return self.arms[0]
 
     @property
-    def noise(self) -> Arm:
-        """The baseline once more: a server of its own, or the same one where the servers were running already."""
-        base = self.baseline
-        return Arm(base.name + NOISE_SUFFIX, base.option, base.repair, base.url)
+    def noise_name(self) -> str:
+        """The name of the baseline's second process."""
+        return self.baseline.name + NOISE_SUFFIX
+
+    def timed_arms(self) -> list[Arm]:
+        """Return the arms with the noise arm at the end; a server that runs already is asked twice."""
+        found = [*self.arms, *([replace(self.baseline, name=self.noise_name)] if self.noise else [])]
+        return [arm for arm in found if not self.only or arm.name == self.only[0]]
 
     def all_arms(self) -> list[Arm]:
-        """Return the arms with the noise arm at the end."""
-        return [*self.arms, self.noise]
+        """Return the arms that are started."""
+        return [*self.timed_arms(), *([PLAIN] if self.plain else [])]
 
     def cells(self) -> list[Cell]:
         """Return every cell in the order of running: whole repeats, and in each the arms side by side."""
-        names = [arm.name for arm in self.all_arms()]
+        names = [arm.name for arm in self.timed_arms()]
         return [
-            Cell(name, temperature, concurrency, repeat)
+            Cell(name, str(point), concurrency, repeat)
             for repeat in range(self.repeats)
-            for temperature in self.temperatures
+            if not self.only or repeat == self.only[1]
+            for point in self.points
             for concurrency in self.concurrency
             for name in (names if repeat % 2 == 0 else names[::-1])
         ]
 
+    def sampling(self, point: str) -> dict:
+        """Return the sampling parameters of a point by its text."""
+        return next(each.sampling() for each in (*self.points, Point(0.0)) if str(each) == point)
+
+    def compared(self, arm: Arm) -> list[str]:
+        """Return the points at which an arm's texts are compared: greedily with the baseline's, else with `PLAIN`'s."""
+        greedy = [GREEDY] if arm != PLAIN else []
+        seeded = [str(point) for point in self.points if point.temperature] if self.plain else []
+        return greedy + (seeded if arm.option == PLAIN.option else [])
+
     def requests(self, concurrency: int) -> int:
-        """Return the requests of a cell: as asked or as fitted, else the full number."""
+        """Return the requests of a cell: as asked or as fitted, else the full number; offline, all are in flight."""
+        if self.offline:
+            return self.num_prompts or concurrency
         return self.num_prompts or dict(self.sizes or ()).get(concurrency) or self.full_requests(concurrency)
 
     def full_requests(self, concurrency: int) -> int:
@@ -97,26 +144,23 @@ class Plan:
         return max(MIN_REQUESTS, REQUESTS_PER_SLOT * concurrency)
 
     def fitted(self, found: dict) -> Plan:
-        """Return the plan with the sizes and repeats of ``serving_fit.fit``, which may have been through JSON."""
+        """Return the plan with the sizes and repeats of ``fit.fit``, which may have been through JSON."""
         sizes = tuple((int(slots), requests) for slots, requests in found["requests"].items())
         return replace(self, sizes=sizes, repeats=found["repeats"])
-
-    def sampling(self, temperature: float) -> dict:
-        """Return the sampling parameters of a cell; top-p means nothing at temperature 0."""
-        return {"temperature": temperature} | ({"top_p": self.top_p} if temperature and self.top_p < 1 else {})
 
     def describe(self) -> dict:
         """Return the configuration for the record; a run is continued only under an equal one."""
         return {
-            "arms": {arm.name: asdict(arm) for arm in self.all_arms()},
+            "arms": {arm.name: asdict(arm) for arm in self.timed_arms()},
             "baseline": self.baseline.name,
-            "noise": self.noise.name,
-            "target": portable(self.target),
+            "noise": self.noise_name if self.noise else None,
+            "plain": self.plain,
+            "offline": self.offline,
+            "target": self.name or portable(self.target),
             "speculation": json.loads(portable(json.dumps(self.speculation))),
             "workload": self.workload.name,
             "concurrency": list(self.concurrency),
-            "temperatures": list(self.temperatures),
-            "top_p": self.top_p,
+            "points": {str(point): point.sampling() for point in self.points},
             "requests": {str(slots): self.requests(slots) for slots in self.concurrency},
             "minutes": self.minutes,
             "output_len": self.output_len,
@@ -138,14 +182,14 @@ def changed_settings(old: dict, new: dict) -> list[str]:
     return [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in keys if old.get(key) != new.get(key)]
 
 
-def with_repaired(arms: list[Arm], by_default: bool, temperatures: tuple[float, ...]) -> tuple[list[Arm], str | None]:
+def with_repaired(arms: list[Arm], by_default: bool, points: tuple[Point, ...]) -> tuple[list[Arm], str | None]:
     """Return the arms to run on a CPU, the baseline first, and the notice to print, if any.
 
     Above temperature 0 stock's speculation on a CPU draws from another distribution, so ``stock-repaired`` takes the
     place of ``stock``, or stands beside it where ``stock`` was asked for.
     """
     names = [arm.name for arm in arms]
-    if STOCK not in names or not any(temperatures):
+    if STOCK not in names or not any(point.temperature for point in points):
         return sorted(arms, key=lambda arm: arm.name != REPAIRED), None
     kept = [arm for arm in arms if arm.name not in ((STOCK, REPAIRED) if by_default else (REPAIRED,))]
     how = "in the place of" if by_default else "beside"

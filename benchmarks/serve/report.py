@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 
 from rich.console import Console
-from rich.table import Table
 
-from vllm_specopt.benchmarks.serve import stats as stats
+from vllm_specopt.benchmarks import tables
+from vllm_specopt.benchmarks.serve import stats
+from vllm_specopt.benchmarks.serve.plan import GREEDY
+from vllm_specopt.benchmarks.serve.stats import SPEED
 
 HEADINGS = (
-    "T",
+    "sampling",
     "in flight",
     "arm",
     "requests/s",
@@ -23,17 +25,12 @@ HEADINGS = (
     "accepted / drafted",
     "runs",
 )
-RATIO_HEADINGS = ("T", "in flight", "metric", "arm", "ratio", "95 % interval", "noise", "noise interval", "outcome")
-ARM_HEADINGS = (
-    "arm",
-    "sampling, share of step",
-    "peak resident MiB",
-    "GPU MiB",
-    "KV cache, tokens",
-    "greedy completions",
-)
-PLACEMENT_HEADINGS = ("repeat", "arm", "node", "attempts", "outcome", "failures")
-TEXT_COLUMNS = {"arm", "metric", "outcome", "node", "failures"}
+RATIO_HEADINGS = (
+    "sampling", "in flight", "metric", "arm", "ratio", "95 % interval", "noise", "noise interval", "outcome",
+)  # fmt: skip
+ARM_HEADINGS = ("arm", "peak resident MiB", "GPU MiB", "KV cache, tokens")
+PLACEMENT_HEADINGS = ("repeat", "node", "outcome")
+TEXT_COLUMNS = {"arm", "sampling", "metric", "outcome", "node"}
 
 
 def number(value: float | None, form: str) -> str:
@@ -41,27 +38,27 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def mark(record: dict, arm: str, temperature: float) -> str:
+def mark(record: dict, arm: str, point: str) -> str:
     """Return an asterisk for stock as it comes on a CPU above temperature 0, whose numbers are no comparison."""
-    return "*" if record["machine"]["device"] == "cpu" and arm == "stock" and temperature > 0 else ""
+    return "*" if record["machine"]["device"] == "cpu" and arm == "stock" and point != GREEDY else ""
 
 
 def rows(record: dict) -> list[tuple[str, ...]]:
-    """Return the medians, one row per temperature, concurrency and arm."""
+    """Return the medians, one row per point, concurrency and arm."""
     config = record["config"]
     found: list[tuple[str, ...]] = []
-    for temperature in config["temperatures"]:
+    for point in config["points"]:
         for slots in config["concurrency"]:
             for arm in config["arms"]:
-                if not (one := stats.medians(record, arm, temperature, slots)):
+                if not (one := stats.medians(record, arm, point, slots)):
                     continue
                 pair = [f"{number(one[f'{name} median'], '.1f')} / {number(one[f'{name} p99'], '.1f')}"
                         for name in ("TTFT", "TPOT", "ITL")]  # fmt: skip
-                note = mark(record, arm, temperature)
+                note = mark(record, arm, point)
                 found.append((
-                    f"{temperature:g}", f"{slots}", arm, f"{one['requests/s']:.2f}",
-                    f"{one['output tokens/s']:.0f}{note}", f"{one['slowest']:.0f} – {one['fastest']:.0f}", *pair,
-                    number(one["length"], ".2f") + note, number(one["rate"], ".3f") + note, str(one["runs"]),
+                    point, f"{slots}", arm, f"{one['requests/s']:.2f}", f"{one[SPEED]:.0f}{note}",
+                    f"{one['slowest']:.0f} – {one['fastest']:.0f}", *pair, number(one["length"], ".2f") + note,
+                    number(one["rate"], ".3f") + note, str(one["runs"]),
                 ))  # fmt: skip
     return found
 
@@ -78,36 +75,52 @@ def ratio_rows(record: dict) -> list[tuple[str, ...]]:
         if row["arm"] == record["config"]["noise"]:
             continue
         ratio, noise = row["ratio"], row["noise"]
-        note = mark(record, row["arm"], row["temperature"])
+        note = mark(record, row["arm"], row["point"])
         found.append((
-            f"{row['temperature']:g}", f"{row['concurrency']}", row["metric"], row["arm"],
+            row["point"], f"{row['concurrency']}", row["metric"], row["arm"],
             number(ratio and ratio["ratio"], ".3f") + note, interval(ratio), number(noise and noise["ratio"], ".3f"),
             interval(noise), row["words"] + note,
         ))  # fmt: skip
     return found
 
 
+def step_rows(record: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return headings and rows of where a step's time goes: milliseconds by scope, and the share of sampling."""
+    profiled = {
+        (point, arm): found
+        for point in record["config"]["points"]
+        for arm in record["config"]["arms"]
+        if (found := record["arms"].get(arm, {}).get("scopes", {}).get(point))
+    }
+    parts = list(dict.fromkeys(part for found in profiled.values() for part in found["milliseconds"]))
+    headings = ("sampling", "arm", "steps", "ms per step", *parts, "share of sample", "ratio if it were free")
+    cells = []
+    for (point, arm), found in profiled.items():
+        steps, spent = found["steps"], found["milliseconds"]
+        cells.append((
+            point, arm, f"{steps}", f"{sum(spent.values()) / steps:.1f}",
+            *(number(spent[part] / steps if part in spent else None, ".1f") for part in parts),
+            f"{100 * found['sampling_share']:.1f} %", f"{1 / (1 - found['sampling_share']):.2f}",
+        ))  # fmt: skip
+    return headings, cells
+
+
 def arm_rows(record: dict) -> list[tuple[str, ...]]:
     """Return what belongs to an arm as a whole."""
-    matches = stats.greedy_matches(record)
-    found: list[tuple[str, ...]] = []
-    for arm in record["config"]["arms"]:
-        one = record["arms"].get(arm, {})
-        shares = [
-            f"T = {key}: {100 * each['sampling_share']:.1f} %" for key, each in one.get("scopes", {}).items() if each
-        ]
-        match = matches.get(arm)
-        said = f"{match['identical']} of {match['prompts']} identical" if match else "–"
-        said = (
-            f"{len(one['greedy'])}, the reference"
-            if arm == record["config"]["baseline"] and one.get("greedy")
-            else said
-        )
-        found.append((
-            arm, ", ".join(shares) or "not measured", number(one.get("peak_mib"), ".0f"),
-            number(one.get("gpu_mib"), ".0f"), number(one.get("kv_cache_tokens"), ","), said,
-        ))  # fmt: skip
-    return found
+    arms = [(arm, record["arms"].get(arm, {})) for arm in record["config"]["arms"]]
+    return [
+        (arm, number(one.get("peak_mib"), ".0f"), number(one.get("gpu_mib"), ".0f"),
+         number(one.get("kv_cache_tokens"), ","))
+        for arm, one in arms
+    ]  # fmt: skip
+
+
+def placement_rows(record: dict) -> list[tuple[str, ...]]:
+    """Return where each repeat of a comparison on a Ray cluster ran."""
+    return [
+        (f"{entry['repeat'] + 1}", ", ".join([entry["host"], *map("GPU {}".format, entry["gpus"])]), entry["outcome"])
+        for entry in record.get("placements", [])
+    ]
 
 
 def notes(record: dict) -> list[str]:
@@ -117,28 +130,36 @@ def notes(record: dict) -> list[str]:
     found = [
         f"Ratio: the arm over {config['baseline']}, geometric mean over the repeats; interval: Student's t on the "
         "logarithms. Above 1 is better for tokens/s, worse for times.",
-        f"Noise: {config['noise']} over {config['baseline']}, "
-        + ("two server processes with the same command, " if own else "one server measured twice, ")
-        + "with as many pairs as the other ratios. It holds what the order, the machine and "
-        + ("a new process" if own else "time")
-        + " do to a number. A difference is reported only where the interval leaves out 1 and the ratio is outside "
-        "the noise interval and its inverse.",
-        "Intervals are not corrected for their number: one in twenty leaves out 1 by chance.",
-        "Order: on the Ray cluster each arm of each repeat had a server of its own, the arms of a repeat one after "
-        "another on one device, forwards and then backwards (A B C, C B A). Cells of a repeat that ended on different "
-        "devices are not compared."
-        if record.get("placements")
-        else "Order: whole repeats; in each, at every point, the arms side by side, forwards and then backwards "
-        "(A B C, C B A). All servers are up all the time; only one is asked.",
-        "All figures are vLLM's own client's (`vllm bench serve`); acceptance is its reading of the server's /metrics. "
-        "Its process forks per run from one that has imported vLLM, which the timings do not see.",
     ]
-    if any(mark(record, arm, 1) for arm in config["arms"]):
+    if config["noise"]:
+        what = "two processes with the same command" if own else "one server measured twice"
+        found += [
+            f"Noise: {config['noise']} over {config['baseline']}, {what}, with as many pairs as the other ratios. A "
+            "difference is reported only where the interval leaves out 1 and the ratio is outside the noise interval "
+            "and its inverse.",
+            "Intervals are not corrected for their number: one in twenty leaves out 1 by chance.",
+        ]
+    elif config["repeats"] == 1:
+        found.append("One run per row: small differences are noise.")
+    turns = "in each, the arms take turns, forwards and then backwards (A B C, C B A)."
+    if record.get("placements"):
+        found.append(f"Order: each repeat ran on one device of the Ray cluster, a server at a time; {turns}")
+    elif config["offline"]:
+        found.append(f"Order: whole repeats; {turns} Each run is a process with one engine, all requests at once.")
+    else:
+        found.append(f"Order: whole repeats; {turns} All servers are up all the time; only one is asked.")
+    if not config["offline"]:
+        found.append(
+            "All figures are vLLM's own client's (`vllm bench serve`); acceptance is its reading of the server's "
+            "/metrics. Its process forks per run from one that has imported vLLM, which the timings do not see."
+        )
+    if any(mark(record, arm, point) for arm in config["arms"] for point in config["points"]):
         found.append("* Stock on a CPU reads uninitialised sampling parameters there: no peer for speed or acceptance.")
     if machine["device"] == "cpu" and own:
         found.append(
-            "Sampling: its share of the model runner's time in vLLM's profiler scopes, in a short burst after all "
-            "timed runs. Peak memory: sum of the peaks of all processes of a server, an upper bound."
+            "Parts of a step: the model runner's time by vLLM's profiler scopes (`sample` is all of sampling), in a "
+            "short burst beside the timed runs; the profiler slows a step by some per cent. Peak memory: sum of the "
+            "peaks of all processes of an arm, an upper bound."
         )
     loads = [cell["load_average"] for cell in record["cells"].values()]
     if loads and max(loads) > machine["cores"] + 1:
@@ -147,22 +168,22 @@ def notes(record: dict) -> list[str]:
 
 
 def outcome(record: dict) -> list[str]:
-    """Return the outcome in sentences."""
+    """Return the outcome in sentences: failures, speed and share of sampling by point, the noise, the texts."""
     config, lines = record["config"], []
-    compared = stats.compare(record)
-    for arm in config["arms"]:
-        if error := record["arms"].get(arm, {}).get("error"):
-            lines.append(f"{arm}: FAILED: {error}")
-        if arm in (config["baseline"], config["noise"]):
+    base = config["baseline"]
+    for arm, found in record["arms"].items():
+        lines += [f"{arm}: FAILED: {found['error']}"] if found.get("error") else []
+    for row in stats.compare(record):
+        arm, point, slots = row["arm"], row["point"], row["concurrency"]
+        if row["metric"] != SPEED or arm == config["noise"] or not row["ratio"] or mark(record, arm, point):
             continue
-        for temperature in config["temperatures"]:
-            own = [row for row in compared if row["arm"] == arm and row["temperature"] == temperature]
-            speeds = [row for row in own if row["metric"] == "output tokens/s" and row["ratio"]]
-            if speeds and not mark(record, arm, temperature):
-                told = "; ".join(
-                    f"{row['concurrency']} in flight {row['ratio']['ratio']:.3f} ({row['words']})" for row in speeds
-                )
-                lines.append(f"{arm}, T = {temperature:g}, tokens/s over {config['baseline']}: {told}")
+        speeds = [stats.medians(record, each, point, slots) or {} for each in (arm, base)]
+        line = f"{arm}, {point}, {slots} in flight: {row['ratio']['ratio']:.2f} times the tokens per second of {base}"
+        line += f" ({speeds[0][SPEED]:.0f}, not {speeds[1][SPEED]:.0f}; {row['words']})"
+        before, after = (stats.share(record, each, point) for each in (base, arm))
+        if before and after:
+            line += f"; sampling went from {100 * before:.0f} % to {100 * after:.1f} % of a step"
+        lines.append(line)
     noise = stats.noise_summary(record)
     if noise["intervals"]:
         lines.append(
@@ -170,30 +191,31 @@ def outcome(record: dict) -> list[str]:
             f"({0.05 * noise['intervals']:.1f} expected by chance), "
             f"the ratio furthest from 1 is {noise['furthest']:.3f}"
         )
-    for arm, match in stats.greedy_matches(record).items():
+    for match in stats.text_matches(record):
+        kind = "greedy" if match["point"] == GREEDY else "seeded"
         line = (
-            f"greedy, {arm}: {match['identical']} of {match['prompts']} completions identical to {config['baseline']}'s"
+            f"{match['arm']}, {match['point']}: {match['identical']} of {match['prompts']} {kind} texts identical to "
+            f"those of {match['other']}, token for token ({match['tokens']} tokens)"
         )
         if first := match["first_difference"]:
             line += f"; first difference: prompt {first['prompt']}, position {first['position']}"
-        lines.append(f"{line}, token for token, one request at a time")
-    missing = len(record["failed_cells"])
-    if missing:
-        lines.append(f"{missing} runs failed: {', '.join(record['failed_cells'])}")
+        lines.append(line)
+    if record["failed_cells"]:
+        lines.append(f"{len(record['failed_cells'])} runs failed: {', '.join(record['failed_cells'])}")
     return lines
 
 
 def exit_code(record: dict) -> int:
-    """Return 1 if an arm or a run failed, or an exact arm's greedy completions differ, else 0."""
+    """Return 1 if an arm or a run failed, or an exact arm's greedy texts differ, else 0."""
+    config = record["config"]
     failed = any(arm.get("error") for arm in record["arms"].values()) or record["failed_cells"]
-    matches = stats.greedy_matches(record)
-    stable = (again := matches.get(record["config"]["noise"])) is None or again["identical"] == again["prompts"]
-    differ = any(
-        match["identical"] != match["prompts"]
-        for arm, match in matches.items()
-        if (record["config"]["arms"][arm]["option"] or {}).get("method") == "exact"
-    )
-    return int(bool(failed or (stable and differ)))
+    differ = {
+        match["arm"] for match in stats.text_matches(record)
+        if match["point"] == GREEDY and match["identical"] != match["prompts"]
+    }  # fmt: skip
+    exact = {arm for arm, one in config["arms"].items() if (one["option"] or {}).get("method") == "exact"}
+    # Where the baseline's own texts differ from process to process, so may ours.
+    return int(bool(failed or (differ & exact and config["noise"] not in differ)))
 
 
 def conditions(record: dict) -> list[tuple[str, str]]:
@@ -201,73 +223,47 @@ def conditions(record: dict) -> list[tuple[str, str]]:
     config, machine = record["config"], record["machine"]
     shown = {
         "time": f"{record['time']}, {record.get('seconds', 0)} s in all",
-        "commit": (record["git"]["commit"] or "unknown") + (" with changes" if record["git"]["dirty"] else ""),
+        "commit": tables.commit(record),
         "machine": f"{machine['name']}, {machine['cores']} cores, load average {machine['load_average_before']} before",
     } | record["versions"]
-    skipped = ("arms", "baseline", "noise")
+    skipped = ("arms", "baseline", "noise", "points")
     return [(key, str(value)) for key, value in (shown | {k: v for k, v in config.items() if k not in skipped}).items()]
 
 
-def placement_rows(record: dict) -> list[tuple[str, ...]]:
-    """Return where each server of a comparison on a Ray cluster ran, and what failed there."""
-    found: list[tuple[str, ...]] = []
-    for entry in sorted(record.get("placements", []), key=lambda entry: (entry["repeat"], entry["arm"])):
-        node = entry["node"]
-        where = ", ".join(
-            [node.get("host", "unknown"), node.get("address", ""), *map("GPU {}".format, node.get("gpus", []))]
-        )
-        said = "; ".join(failure.strip().splitlines()[0] for failure in entry["failures"])
-        outcome = "lost" if entry["lost"] else "done"
-        found.append((f"{entry['repeat'] + 1}", entry["arm"], where, f"{entry['attempts']}", outcome, said))
-    return found
-
-
-def tables(record: dict) -> list[tuple[str, tuple, list]]:
-    """Return the tables as (title, headings, rows)."""
-    placed = [("Placements on the Ray cluster", PLACEMENT_HEADINGS, placement_rows(record))]
-    return [
+def all_tables(record: dict) -> list[tuple[str, tuple, list]]:
+    """Return the tables that have rows as (title, headings, rows)."""
+    found = [
         ("Differences", RATIO_HEADINGS, ratio_rows(record)),
         ("Measurements, medians over the repeats", HEADINGS, rows(record)),
+        ("Where a step's time goes", *step_rows(record)),
         ("Arms", ARM_HEADINGS, arm_rows(record)),
-        *(placed if record.get("placements") else []),
+        ("Repeats on the Ray cluster", PLACEMENT_HEADINGS, placement_rows(record)),
     ]
+    return [(title, headings, cells) for title, headings, cells in found if cells]
 
 
 def show(record: dict, console: Console) -> None:
     """Print tokens/s and its differences, and the outcome."""
-    drawn = Table(title="output tokens/s")
-    for heading in RATIO_HEADINGS:
-        if heading != "metric":
-            drawn.add_column(heading, justify="left" if heading in TEXT_COLUMNS else "right")
-    for row in ratio_rows(record):
-        if row[2] == "output tokens/s":
-            drawn.add_row(*row[:2], *row[3:])
-    console.print(drawn)
+    cells = [(*row[:2], *row[3:]) for row in ratio_rows(record) if row[2] == SPEED]
+    console.print(tables.terminal(SPEED, [*RATIO_HEADINGS[:2], *RATIO_HEADINGS[3:]], cells, TEXT_COLUMNS))
     for line in outcome(record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(record: dict) -> str:
-    """Return the record as a Markdown page."""
+    """Return the record as a Markdown page, beside which its picture lies."""
     config = record["config"]
-    lines = ["# Served models, arm against arm", "", f"    {record['command']}", "", "## Outcome", ""]
-    lines += [f"- {_escaped(line)}" for line in outcome(record)]
-    for title, headings, cells in tables(record):
-        lines += ["", f"## {title}", "", *_table(headings, cells)]
-    lines += ["", "## How to read this", "", *(f"- {_escaped(note)}" for note in notes(record))]
-    lines += ["", "## Conditions", "", *_table(("", ""), conditions(record)), "", "## Servers", ""]
-    for arm in config["arms"]:
-        command = record["arms"].get(arm, {}).get("command")
-        lines += [f"{arm}:", "", f"    {shlex.join(command) if command else config['arms'][arm]['url']}", ""]
+    lines = ["# Arm against arm", "", f"    {record['command']}", "", "## Outcome", ""]
+    lines += [f"- {tables.escaped(line)}" for line in outcome(record)]
+    lines += ["", "![tokens/s, latencies, acceptance and differences](report.png)"]
+    for title, headings, cells in all_tables(record):
+        lines += ["", f"## {title}", "", *tables.markdown(headings, cells, TEXT_COLUMNS)]
+    lines += ["", "## How to read this", "", *(f"- {tables.escaped(note)}" for note in notes(record))]
+    lines += ["", "## Conditions", "", *tables.markdown(("", ""), conditions(record), ()), ""]
+    for arm, settings in config["arms"].items():
+        if command := record["arms"].get(arm, {}).get("command"):
+            lines += [f"{arm}:", "", f"    {shlex.join(command)}", ""]
+        elif settings["url"]:
+            lines += [f"{arm}: {settings['url']}", ""]
     lines.append("The record behind this page is ab.json.")
     return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("*", "\\*").replace("|", "\\|").replace("\n", "\n  ")
-
-
-def _table(headings, cells) -> list[str]:
-    left = ["---" if heading in TEXT_COLUMNS or not heading else "---:" for heading in headings]
-    found = [f"| {' | '.join(headings)} |", f"|{'|'.join(left)}|"]
-    return found + [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in cells]

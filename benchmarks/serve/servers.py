@@ -1,4 +1,4 @@
-"""The servers of the serving comparison and what is asked of each: start, cells, greedy check, profile, memory.
+"""The servers of a comparison and what is asked of each: cells, texts, profile, memory.
 
 Everything takes settings and returns plain data, so that a cell can run wherever its server can be reached.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -21,20 +22,25 @@ from vllm_specopt.benchmarks.serve import client, scopes
 from vllm_specopt.benchmarks.serve.arms import Arm
 from vllm_specopt.benchmarks.serve.plan import REPAIRED_LINE, Cell, Plan
 
-GREEDY_PROMPTS, GREEDY_TOKENS = 32, 24
-PROFILED_REQUESTS, PROFILED_TOKENS, PROFILED_STEPS = 8, 24, 8
+COMPARED_PROMPTS, COMPARED_TOKENS = 16, 16
+PROFILED_REQUESTS, PROFILED_TOKENS, PROFILED_STEPS = 8, 16, 8
 # vLLM's own profiler, idle until /start_profile; the variable makes the runner mark the parts of a step.
 ENV = {"VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
 GPU_MEMORY = 0.9
 
 
+def profiler(folder: Path) -> dict:
+    """Return the configuration of vLLM's own profiler that writes its traces to a folder."""
+    return {"profiler": "torch", "torch_profiler_dir": str(folder), "torch_profiler_with_stack": False,
+            "ignore_frontend": True}  # fmt: skip
+
+
 def server_command(plan: Plan, arm: Arm, port: int, profiles: Path) -> list[str]:
     """Return the command of an arm's server. Arms differ by the option, the repair, the port and the folder only."""
-    profiler = {"profiler": "torch", "torch_profiler_dir": str(profiles), "torch_profiler_with_stack": False,
-                "ignore_frontend": True}  # fmt: skip
     vllm = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"] if arm.repair else [vllm_script()]
     option = ["--additional-config", json.dumps({"specopt": arm.option})] if arm.option else []
+    speculation = plan.speculation if arm.speculates else None
     device = ["--enforce-eager"] if plan.on_cpu else []
     if not plan.on_cpu and not any(part.startswith("--gpu-memory-utilization") for part in plan.serve_args):
         # All servers live at once: each gets an equal part.
@@ -44,8 +50,8 @@ def server_command(plan: Plan, arm: Arm, port: int, profiles: Path) -> list[str]
         "--served-model-name", plan.served_name, *device,
         # Every cell may read the same prompts: none may find its work done by the one before.
         "--no-enable-prefix-caching",
-        *(["--speculative-config", json.dumps(plan.speculation)] if plan.speculation else []),
-        *(["--profiler-config", json.dumps(profiler)] if plan.on_cpu else []),
+        *(["--speculative-config", json.dumps(speculation)] if speculation else []),
+        *(["--profiler-config", json.dumps(profiler(profiles))] if plan.on_cpu else []),
         "--disable-uvicorn-access-log", *option, *plan.serve_args,
     ]  # fmt: skip
 
@@ -68,6 +74,12 @@ def worker_problem(arm: Arm, log: str) -> str | None:
     if arm.repair and log.count(REPAIRED_LINE) < 2:
         return f"the arm {arm.name} is not repaired in its engine process"
     return None
+
+
+def environment(on_cpu: bool) -> dict[str, str]:
+    """Return the variables of servers and client; what the user has set for the CPU cache wins."""
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    return ENV | (cpu if on_cpu else {})
 
 
 class Endpoint:
@@ -109,31 +121,30 @@ class Endpoint:
         return math.prod(int(size[1]) for size in sizes if size) if all(sizes) else None
 
 
-def greedy_completions(server: Endpoint, plan: Plan, tick: Callable[[], None]) -> list[list[int]]:
-    """Return the completions at temperature 0, one request at a time, so that no batch depends on timing."""
+def texts(server: Endpoint, plan: Plan, point: str, tick: Callable[[], None]) -> list[list[int]]:
+    """Return seeded completions at a point, one request at a time, so that no batch depends on timing."""
     found = []
-    for prompt in plan.workload.prompts[:GREEDY_PROMPTS]:
-        found.append(server.complete(prompt, GREEDY_TOKENS, {"temperature": 0.0}))
+    for seed, prompt in enumerate(plan.workload.prompts[:COMPARED_PROMPTS]):
+        found.append(server.complete(prompt, COMPARED_TOKENS, plan.sampling(point) | {"seed": seed}))
         tick()
     return found
 
 
-def burst(server: Endpoint, plan: Plan, temperature: float) -> None:
+def burst(server: Endpoint, plan: Plan, point: str) -> None:
     """Complete a few prompts at once."""
     prompts = plan.workload.prompts[:PROFILED_REQUESTS]
     with ThreadPoolExecutor(PROFILED_REQUESTS) as pool:
-        list(pool.map(lambda prompt: server.complete(prompt, PROFILED_TOKENS, plan.sampling(temperature)), prompts))
+        list(pool.map(lambda prompt: server.complete(prompt, PROFILED_TOKENS, plan.sampling(point)), prompts))
 
 
-def sampler_share(server: Endpoint, plan: Plan, temperature: float, profiles: Path) -> dict | None:
-    """Profile a few steps; return the share of sampling, or None where the host's scopes say nothing (a GPU)."""
+def step_parts(server: Endpoint, plan: Plan, number: int, profiles: Path) -> dict | None:
+    """Profile a few steps at point ``number``; None where the host's scopes say nothing of a step (a GPU)."""
     if not plan.on_cpu:
         return None
-    prefix = f"T{temperature:g}"
-    server.post("/start_profile", {"profile_prefix": prefix, "max_iterations": PROFILED_STEPS})
-    burst(server, plan, temperature)
+    server.post("/start_profile", {"profile_prefix": f"P{number}", "max_iterations": PROFILED_STEPS})
+    burst(server, plan, str(plan.points[number]))
     server.post("/stop_profile", {})
-    return scopes.summarise(profiles.glob(f"{prefix}_*.pt.trace.json*"))
+    return scopes.summarise(profiles.glob(f"P{number}_*.pt.trace.json*"))
 
 
 def peak_mib(pid: int) -> float | None:

@@ -1,7 +1,7 @@
-"""What the cells of the serving comparison amount to: paired ratios with intervals, noise, words, acceptance.
+"""What the cells of a comparison amount to: paired ratios with intervals, noise, words, acceptance, texts.
 
 A ratio is the geometric mean over the repeats of (arm / baseline), its interval Student's t on the logarithms (95 %).
-The noise is the same ratio for the second server of the baseline, so both columns have as many pairs and the same
+The noise is the same ratio for the second process of the baseline, so both columns have as many pairs and the same
 distance in time.
 """
 
@@ -10,69 +10,45 @@ from __future__ import annotations
 import statistics
 from itertools import zip_longest
 
-from vllm_specopt.benchmarks.serve.engine_stats import differs, paired_ratio
+from vllm_specopt.benchmarks.intervals import differs, paired_ratio
+from vllm_specopt.benchmarks.serve.plan import GREEDY, PLAIN, Cell
 
-# name: (unit, whether more is better)
+# name: (field of a cell, and within it; whether more is better)
 METRICS = {
-    "requests/s": ("1/s", True),
-    "output tokens/s": ("1/s", True),
-    "TTFT median": ("ms", False),
-    "TTFT p99": ("ms", False),
-    "TPOT median": ("ms", False),
-    "TPOT p99": ("ms", False),
-    "ITL median": ("ms", False),
-    "ITL p99": ("ms", False),
+    "requests/s": ("requests_per_s", None, True),
+    "output tokens/s": ("tokens_per_s", None, True),
+    "tokens per CPU second": ("tokens_per_cpu_s", None, True),
+    "TTFT median": ("ttft", "median", False),
+    "TTFT p99": ("ttft", "p99", False),
+    "TPOT median": ("tpot", "median", False),
+    "TPOT p99": ("tpot", "p99", False),
+    "ITL median": ("itl", "median", False),
+    "ITL p99": ("itl", "p99", False),
 }
-COMPARED = ("output tokens/s", "TTFT median", "TPOT median", "ITL p99")
+COMPARED = ("output tokens/s", "tokens per CPU second", "TTFT median", "TPOT median", "ITL p99")
+SPEED = "output tokens/s"
 
 
 def value(cell: dict, metric: str) -> float | None:
     """Return a metric of one finished cell, or None where it was not measured."""
-    if metric == "requests/s":
-        return cell["requests_per_s"]
-    if metric == "output tokens/s":
-        return cell["tokens_per_s"]
-    name, which = metric.split()
-    return cell[name.lower()].get(which)
+    field, within, _ = METRICS[metric]
+    found = cell.get(field)
+    return found.get(within) if found and within else found
 
 
-def cells(record: dict, arm: str, temperature: float, concurrency: int) -> dict[int, dict]:
-    """Return the finished cells of an arm at one point, by repeat."""
-    found = {}
-    for repeat in range(record["config"]["repeats"]):
-        cell = record["cells"].get(f"{arm}|T{temperature:g}|c{concurrency}|r{repeat}")
-        if cell:
-            found[repeat] = cell
-    return found
+def cells(record: dict, arm: str, point: str, concurrency: int) -> dict[int, dict]:
+    """Return the finished cells of an arm at one point and concurrency, by repeat."""
+    keys = {n: Cell(arm, point, concurrency, n).key for n in range(record["config"]["repeats"])}
+    return {repeat: record["cells"][key] for repeat, key in keys.items() if key in record["cells"]}
 
 
-def device(cell: dict) -> tuple | None:
-    """Return where on a Ray cluster a cell ran; None on the machine of the comparison itself."""
-    node = cell.get("node")
-    return node and (node.get("node"), *node.get("gpus", []))
-
-
-def ratio(record: dict, arm: str, temperature: float, concurrency: int, metric: str) -> dict | None:
-    """Return the paired ratio of an arm over the baseline; None where no repeat has both on one device."""
-    ours = cells(record, arm, temperature, concurrency)
-    base = cells(record, record["config"]["baseline"], temperature, concurrency)
-    pairs = [
-        (value(ours[repeat], metric), value(base[repeat], metric))
-        for repeat in ours
-        if repeat in base and device(ours[repeat]) == device(base[repeat])
-    ]
+def ratio(record: dict, arm: str, point: str, concurrency: int, metric: str) -> dict | None:
+    """Return the paired ratio of an arm over the baseline; None where no repeat has both."""
+    ours = cells(record, arm, point, concurrency)
+    base = cells(record, record["config"]["baseline"], point, concurrency)
+    pairs = [(value(ours[repeat], metric), value(base[repeat], metric)) for repeat in ours if repeat in base]
     known = [(a, b) for a, b in pairs if a and b]
-    if not known:
-        return None
-    return _ratio([a for a, _ in known], [b for _, b in known])
-
-
-def _ratio(ours: list[float], base: list[float]) -> dict:
-    if len({a / b for a, b in zip(ours, base, strict=True)}) == 1 and len(ours) > 1:
-        # Equal logarithms have no spread; scipy would warn and answer NaN.
-        same = ours[0] / base[0]
-        return {"ratio": same, "low": same, "high": same, "pairs": len(ours)}
-    return paired_ratio(ours, base)
+    return paired_ratio(*zip(*known, strict=True)) if known else None
 
 
 def band(noise: dict | None) -> tuple[float, float] | None:
@@ -100,23 +76,23 @@ def verdict(found: dict | None, noise: dict | None, more_is_better: bool) -> str
 
 
 def compare(record: dict) -> list[dict]:
-    """Return one row per temperature, concurrency, metric and arm other than the baseline, the noise arm included."""
+    """Return one row per point, concurrency, metric and arm other than the baseline, the noise arm included."""
     config = record["config"]
     rows = []
-    for temperature in config["temperatures"]:
+    for point in config["points"]:
         for concurrency in config["concurrency"]:
             for metric in COMPARED:
-                at = (temperature, concurrency, metric)
+                at = (point, concurrency, metric)
                 noise = ratio(record, config["noise"], *at)
                 for arm in config["arms"]:
-                    if arm == config["baseline"]:
-                        continue
                     found = ratio(record, arm, *at)
-                    words = verdict(found, None if arm == config["noise"] else noise, METRICS[metric][1])
+                    if arm == config["baseline"] or (found is None and metric != SPEED):
+                        continue
+                    words = verdict(found, None if arm == config["noise"] else noise, METRICS[metric][2])
                     if arm == config["noise"] and found and found["low"] is not None:
                         words = "leaves out 1" if differs(found) else "holds 1"
                     rows.append(
-                        {"temperature": temperature, "concurrency": concurrency, "metric": metric, "arm": arm}
+                        {"point": point, "concurrency": concurrency, "metric": metric, "arm": arm}
                         | {"ratio": found, "noise": noise, "words": words}
                     )
     return rows
@@ -133,17 +109,16 @@ def noise_summary(record: dict) -> dict:
     }
 
 
-def medians(record: dict, arm: str, temperature: float, concurrency: int) -> dict | None:
+def medians(record: dict, arm: str, point: str, concurrency: int) -> dict | None:
     """Return the medians over the repeats of every metric, the range of tokens/s and the pooled acceptance."""
-    found = list(cells(record, arm, temperature, concurrency).values())
+    found = list(cells(record, arm, point, concurrency).values())
     if not found:
         return None
     values = {metric: [v for cell in found if (v := value(cell, metric)) is not None] for metric in METRICS}
-    speeds = values["output tokens/s"]
     return {metric: statistics.median(each) if each else None for metric, each in values.items()} | {
         "runs": len(found),
-        "slowest": min(speeds),
-        "fastest": max(speeds),
+        "slowest": min(values[SPEED]),
+        "fastest": max(values[SPEED]),
         **acceptance(found),
     }
 
@@ -165,6 +140,12 @@ def acceptance(found: list[dict]) -> dict:
     return {"rate": accepted / drafted, "length": 1 + accepted / drafts, "positions": positions}
 
 
+def share(record: dict, arm: str, point: str) -> float | None:
+    """Return what sampling takes of an arm's step at a point; None where it was not measured."""
+    found = record["arms"].get(arm, {}).get("scopes", {}).get(point)
+    return found and found["sampling_share"]
+
+
 def compare_completions(left: list[list[int]], right: list[list[int]]) -> dict:
     """Compare completions token by token.
 
@@ -180,7 +161,7 @@ def compare_completions(left: list[list[int]], right: list[list[int]]) -> dict:
         elif first is None:
             pairs = enumerate(zip_longest(one, other))
             position, (a, b) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-            first = {"prompt": prompt, "position": position, "other": a, "exact": b}
+            first = {"prompt": prompt, "position": position, "other": a, "here": b}
     return {
         "prompts": max(len(left), len(right)),
         "identical": identical,
@@ -189,13 +170,14 @@ def compare_completions(left: list[list[int]], right: list[list[int]]) -> dict:
     }
 
 
-def greedy_matches(record: dict) -> dict[str, dict]:
-    """Compare the greedy completions of every arm with the baseline's: ``{arm: {prompts, identical, first}}``."""
-    base = record["arms"].get(record["config"]["baseline"], {}).get("greedy")
-    if not base:
-        return {}
-    return {
-        arm: compare_completions(base, found["greedy"])
-        for arm, found in record["arms"].items()
-        if arm != record["config"]["baseline"] and found.get("greedy")
-    }
+def text_matches(record: dict) -> list[dict]:
+    """Compare texts: greedy ones with the baseline's, seeded ones with those of the drop-in without speculation."""
+    texts = {arm: found.get("texts", {}) for arm, found in record["arms"].items()}
+    found = []
+    for arm, own in texts.items():
+        for point, mine in own.items():
+            other = record["config"]["baseline"] if point == GREEDY else PLAIN.name
+            if arm not in (other, PLAIN.name) and point in texts.get(other, {}):
+                compared = compare_completions(texts[other][point], mine)
+                found.append({"arm": arm, "other": other, "point": point} | compared)
+    return found

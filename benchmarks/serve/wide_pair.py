@@ -39,13 +39,13 @@ COPIED = ("generation_config.json", "tokenizer_config.json")
 
 
 def make_pair(
-    target: Path, draft: Path, prompts: list[str], out: Path, vocab_size: int = 151_936, tail_mass: float = 0.002,
-    extra_target_layers: int = 0, width: int = 1, seed: int = 0,
+    target: Path, draft: Path | None, prompts: list[str], out: Path, vocab_size: int = 151_936,
+    tail_mass: float = 0.002, extra_target_layers: int = 0, width: int = 1, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """Write the extended pair to ``out/target`` and ``out/draft``.
+    """Write the extended pair to ``out/target`` and ``out/draft``; without a draft, the target alone.
 
     Args:
-        target, draft: Folders of two Llama models that share one vocabulary.
+        target, draft: Folders of two Llama models that share one vocabulary; the draft may be None.
         prompts: Text to fit on (the first half) and to measure on (the second half); at least two.
         out: Folder to write to; made if it does not exist.
         vocab_size: Size to extend to; at least the original one.
@@ -62,10 +62,10 @@ def make_pair(
         ValueError: The vocabularies differ, or an argument is out of range.
     """
     started = time.perf_counter()
-    models = {"target": target, "draft": draft}
+    models = {"target": target} | ({"draft": draft} if draft else {})
     configs = {role: json.loads((folder / "config.json").read_text()) for role, folder in models.items()}
     original = {role: config["vocab_size"] for role, config in configs.items()}
-    if original["target"] != original["draft"]:
+    if len(set(original.values())) > 1:
         raise ValueError(f"the target has {original['target']} tokens and the draft {original['draft']}: not a pair")
     if vocab_size < original["target"]:
         raise ValueError(f"vocab_size is {vocab_size}, expected at least {original['target']}")
@@ -88,7 +88,8 @@ def make_pair(
         logits[role] = (spread(hidden[1], NUM_MEASURED), tensors[HEAD])
         tensors, config = widen(tensors, configs[role], width, generator)
         info["models"][role] = write(out / role, folder, tensors, config, vocab_size, layers)
-    tails, info["overlap"] = measure(logits, original["target"])
+    tails, overlap = measure(logits, original["target"])
+    info |= {"overlap": overlap} if draft else {}
     for role, tail in tails.items():
         info["models"][role]["tail_mass"] = tail
     info["seconds"] = round(time.perf_counter() - started, 1)
@@ -178,8 +179,9 @@ def measure(models: dict[str, tuple[torch.Tensor, torch.Tensor]], original: int)
         wide = [logits.softmax(dim=1) for logits in wide]
         for role, probs in zip(models, wide, strict=True):
             masses[role].append(probs[:, original:].sum(dim=1))
-        overlaps["before"].append(torch.minimum(*narrow).sum(dim=1))
-        overlaps["after"].append(torch.minimum(*wide).sum(dim=1))
+        # Of one model alone this is 1.
+        overlaps["before"].append(torch.minimum(narrow[0], narrow[-1]).sum(dim=1))
+        overlaps["after"].append(torch.minimum(wide[0], wide[-1]).sum(dim=1))
     tails = {}
     for role, found in masses.items():
         tail = torch.cat(found)
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--target", type=Path, default=models / "specopt-target")
     parser.add_argument("--draft", type=Path, default=models / "specopt-draft")
+    parser.add_argument("--no-draft", dest="draft", action="store_const", const=None, help="extend the target alone")
     parser.add_argument("--prompts", type=Path, default=models / "prompts.jsonl")
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--tail-mass", type=float, default=0.002)

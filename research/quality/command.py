@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
-from research.quality import arms, report
+from research.quality import arms, engine, report
 from research.quality.arms import Arm, Plan
 from research.quality.settings import Options, plans
 from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.folders import make_writable
-from vllm_specopt.benchmarks.processes import ChildProcess, stopped_by_signals
+from vllm_specopt.benchmarks.processes import answer, stopped_by_signals
 from vllm_specopt.benchmarks.progress import Stages
-from vllm_specopt.benchmarks.record import conditions
+from vllm_specopt.benchmarks.record import conditions, save
 
 RECORD, PAGE, PLOT, TEXTS = "quality.json", "quality.md", "quality.svg", "texts"
 # Seconds and tokens per second on two quiet cores, for the progress bar only.
@@ -144,23 +143,14 @@ def _add_perplexities(plan: Plan, record: dict, folder: Path, scratch: Path, pro
 
 def _call(plan: Plan, request: dict, scratch: Path, progress: Stages) -> dict:
     """Run one engine in a process of its own and return its result."""
-    asked, answered = scratch / "request.json", scratch / "result.json"
-    answered.unlink(missing_ok=True)
-    asked.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "research.quality.engine", str(asked), str(answered)]
-    with ChildProcess(command, scratch / "run.log", plan.env()) as child:
-        if status := child.wait(progress.tick):
-            raise CliError(f"status {status}; the end of its log:\n{child.last_lines()}")
-    return json.loads(answered.read_text())
+    return answer(engine.__name__, request, scratch, plan.env(), progress.tick)[0]
 
 
 def _write(record: dict, folder: Path) -> None:
     """Replace the record as a whole, so that an interruption leaves the old one."""
-    path, names = folder / RECORD, [arm.name for arm in arms.arms()]
+    names = [arm.name for arm in arms.arms()]
     record["arms"] = {name: record["arms"][name] for name in names if name in record["arms"]}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
+    save(folder / RECORD, record, indent=1)
 
 
 def _show(console: Console, plan: Plan, record: dict, folder: Path) -> None:

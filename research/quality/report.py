@@ -8,6 +8,7 @@ from rich.table import Table
 
 from research.quality.arms import DRAFT, EXACT, TARGET
 from research.quality.scores import LOWER_IS_BETTER, METRICS, interval
+from vllm_specopt.benchmarks import tables
 
 NONE = "–"
 SCORE_NAMES = {"wer": "WER, %", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -96,25 +97,17 @@ def notes(record: dict) -> list[str]:
 def table(record: dict, temperature: float) -> Table:
     """Return the table of one temperature for the terminal."""
     config = record["config"]
-    drawn = Table(
-        title=f"{config['name']}: {config['target']} + {config['draft']}, T = {temperature:g}", title_justify="left"
-    )
-    for heading in headings(record):
-        drawn.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
-    for row in rows(record, temperature):
-        drawn.add_row(*row)
-    return drawn
+    title = f"{config['name']}: {config['target']} + {config['draft']}, T = {temperature:g}"
+    return tables.terminal(title, headings(record), rows(record, temperature), ("arm",))
 
 
 def markdown(record: dict) -> str:
     """Return the whole record as a Markdown page."""
-    config, heads = record["config"], headings(record)
-    commit = (record["git"]["commit"] or "unknown") + (" with changes" if record["git"]["dirty"] else "")
+    config, commit = record["config"], tables.commit(record)
     lines = [f"# Quality: {config['name']}", "", f"`{record['command']}`, {record['time']}, commit {commit}", ""]
     for temperature in config["temperatures"]:
-        lines += [f"## T = {temperature:g}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows(record, temperature)]
-        lines.append("")
+        lines += [f"## T = {temperature:g}", ""]
+        lines += [*tables.markdown(headings(record), rows(record, temperature), ("arm",)), ""]
     lines += [f"- {note}" for note in notes(record)]
     failed = {arm: measured["error"] for arm, measured in record["arms"].items() if "error" in measured}
     if "perplexity_error" in record:
@@ -126,8 +119,6 @@ def markdown(record: dict) -> str:
         lines += [
             f"- {arm}: {shown['text']!r} (reference: {shown['reference']!r})" for shown in measured.get("texts", [])[:1]
         ]
-    lines += ["", "## Conditions", "", "| | |", "|---|---|"]
-    lines += [
-        f"| {key} | {value} |" for part in ("machine", "versions", "config") for key, value in record[part].items()
-    ]
+    shown = {key: str(value) for part in ("machine", "versions", "config") for key, value in record[part].items()}
+    lines += ["", "## Conditions", "", *tables.markdown(("", ""), shown.items(), ())]
     return "\n".join([*lines, "", "The record behind this page is quality.json."]) + "\n"

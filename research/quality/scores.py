@@ -10,7 +10,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-CONFIDENCE = 0.95
+from vllm_specopt.benchmarks.intervals import mean_interval
+
 METRICS = {"wer": ("wer",), "rouge": ("rouge1", "rouge2", "rougeL")}
 """What each metric of the command computes. All in percent."""
 PACKAGES = {"wer": "jiwer", "rouge": "rouge_score"}
@@ -74,11 +75,5 @@ def interval(values: Sequence[float | None]) -> dict | None:
         return None
     if len(known) == 1:
         return {"mean": float(known[0]), "half_width": None, "seeds": 1}
-    from scipy.stats import t
-
-    error = statistics.stdev(known) / math.sqrt(len(known))
-    return {
-        "mean": statistics.fmean(known),
-        "half_width": float(t.ppf((1 + CONFIDENCE) / 2, len(known) - 1)) * error,
-        "seeds": len(known),
-    }
+    mean, low, _ = mean_interval(known)
+    return {"mean": mean, "half_width": mean - low, "seeds": len(known)}

@@ -164,7 +164,7 @@ def wait_for_pair(deadline: float) -> Path:
 def engine(run: Run, asked: dict, seconds: float) -> dict:
     """Run one engine in a process of its own; its result, and what was wrong, if anything was."""
     from vllm_specopt.benchmarks.serve.arms import Arm
-    from vllm_specopt.benchmarks.serve.engine_ab import compiled_in_flight, problem
+    from vllm_specopt.benchmarks.serve.engine import compiled_in_flight, problem
 
     name = re.sub(r"\W+", "-", run.name)
     question, answer, log = (FOLDER / f"{name}.{end}" for end in ("ask.json", "json", "log"))

@@ -1,19 +1,18 @@
 """`specopt ab`: order, arms, sizes, statistics and views, computed from plans and records without a server."""
 
 import json
+import math
 import sys
-from dataclasses import asdict
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.ab_records import EXACT, REPAIRED, make_cell, make_plan, make_record
 
-from vllm_specopt.benchmarks.serve import client, fit, page, placements, report, servers, stats
+from vllm_specopt.benchmarks.intervals import differs, paired_ratio
+from vllm_specopt.benchmarks.serve import client, cluster, fit, plots, report, servers, stats
 from vllm_specopt.benchmarks.serve.arms import Arm
-from vllm_specopt.benchmarks.serve.plan import with_repaired
-
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-from ab_records import EXACT, REPAIRED, make_cell, make_plan, make_record
+from vllm_specopt.benchmarks.serve.plan import PLAIN, Point, with_repaired
 
 
 def test_arms_take_turns_there_and_back():
@@ -30,7 +29,7 @@ def test_arms_take_turns_there_and_back():
 
 def test_servers_differ_by_their_arm_only():
     plan = make_plan()
-    base, again = (servers.server_command(plan, arm, 1, Path("p")) for arm in (plan.baseline, plan.noise))
+    base, again = (servers.server_command(plan, arm, 1, Path("p")) for arm in (plan.baseline, plan.timed_arms()[-1]))
     exact = servers.server_command(plan, EXACT, 1, Path("p"))
     assert base == again
     assert base[:3] == [sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"]
@@ -47,24 +46,24 @@ def test_servers_differ_by_their_arm_only():
 def test_the_client_gets_the_same_prompts_in_every_arm():
     plan = make_plan()
     cells = [cell for cell in plan.cells() if cell.repeat == 1 and cell.concurrency == 8]
-    commands = {tuple(client.command(plan, c, "URL", Path("r.json"))) for c in cells if c.temperature == 1}
+    commands = {tuple(client.command(plan, c, "URL", Path("r.json"))) for c in cells if c.point != "T = 0"}
     assert len(commands) == 1
-    command = list(*commands)
+    (command,) = (list(each) for each in commands)
     assert command[command.index("--seed") + 1] == "6"
     assert command[command.index("--top-p") + 1] == "0.9"
     assert command[command.index("--num-prompts") + 1] == "32"
-    greedy = client.command(plan, next(c for c in cells if c.temperature == 0), "URL", Path("r.json"))
+    greedy = client.command(plan, next(c for c in cells if c.point == "T = 0"), "URL", Path("r.json"))
     assert "--top-p" not in greedy
 
 
 def test_stock_is_replaced_on_a_cpu_where_it_is_broken():
-    default, notice = with_repaired([Arm("stock"), EXACT], True, (0.0, 1.0))
+    default, notice = with_repaired([Arm("stock"), EXACT], True, (Point(0.0), Point(1.0)))
     assert [arm.name for arm in default] == ["stock-repaired", "exact"]
     assert "in the place of stock" in notice
-    asked, notice = with_repaired([Arm("stock"), EXACT], False, (0.7,))
+    asked, notice = with_repaired([Arm("stock"), EXACT], False, (Point(0.7),))
     assert [arm.name for arm in asked] == ["stock-repaired", "stock", "exact"]
     assert "beside stock" in notice
-    assert with_repaired([Arm("stock"), EXACT], True, (0.0,)) == ([Arm("stock"), EXACT], None)
+    assert with_repaired([Arm("stock"), EXACT], True, (Point(0.0),)) == ([Arm("stock"), EXACT], None)
 
 
 def test_a_real_difference_is_found_and_none_is_not_invented():
@@ -76,6 +75,20 @@ def test_a_real_difference_is_found_and_none_is_not_invented():
     assert all(1.9 < each["low"] <= each["ratio"] <= each["high"] < 2.1 for each in speeds)
     same = [row for row in stats.compare(make_record(make_plan(), exact=1.0)) if row["arm"] == "exact"]
     assert {row["words"] for row in same} == {"no difference"}
+
+
+def test_paired_ratio_is_a_t_interval_on_logarithms():
+    from scipy.stats import ttest_rel
+
+    ours, base = [20.0, 26.0, 22.0, 19.0], [10.0, 11.0, 10.5, 10.0]
+    found = paired_ratio(ours, base)
+    expected = ttest_rel([math.log(x) for x in ours], [math.log(x) for x in base]).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+    assert found["low"] < found["ratio"] < found["high"]
+    assert differs(found) is True and differs(paired_ratio(base, base[::-1])) is False
+    assert paired_ratio([3.0], [2.0]) == {"ratio": pytest.approx(1.5), "low": None, "high": None, "pairs": 1}
+    # Equal ratios have no spread.
+    assert paired_ratio([4.0, 2.0], [2.0, 1.0])["low"] == pytest.approx(2.0)
 
 
 def test_a_ratio_within_the_noise_is_no_difference():
@@ -92,8 +105,8 @@ def test_a_ratio_within_the_noise_is_no_difference():
 
 def test_pairs_follow_the_repeat_and_a_missing_cell_costs_its_pair_only():
     record = make_record(make_plan(), wobble=0.0)
-    del record["cells"]["exact|T0|c1|r2"]
-    found = stats.ratio(record, "exact", 0.0, 1, "output tokens/s")
+    del record["cells"]["exact|T = 0|c1|r2"]
+    found = stats.ratio(record, "exact", "T = 0", 1, "output tokens/s")
     assert found["pairs"] == 3
     assert found["ratio"] == pytest.approx(2.0)
 
@@ -121,94 +134,94 @@ def test_the_client_result_is_kept_as_rates_and_quantiles():
     assert "num_drafts" not in found
 
 
-class _Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-
-def test_the_page_needs_nothing_else_and_its_figures_do_not_collide():
-    text = page.page(make_record(make_plan()))
-    tags = _Tags()
-    tags.feed(text)
-    for tag, attrs in tags.found:
-        assert tag not in ("script", "link", "img", "iframe")
-        for name in ("src", "href", "xlink:href"):
-            assert attrs.get(name, "#").startswith("#")
-    assert sum(tag == "svg" for tag, _ in tags.found) == 5
-    clips = [attrs["id"] for tag, attrs in tags.found if tag == "clippath"]
-    assert clips and len(clips) == len(set(clips))
-    assert len(text) < 500_000
+def test_the_picture_has_what_was_measured(tmp_path):
+    record = make_record(make_plan())
+    plots.draw(record, tmp_path / "all.png")
+    plots.draw(record | {"cells": {}, "arms": {}}, tmp_path / "empty.png")
+    sizes = [(tmp_path / name).stat().st_size for name in ("all.png", "empty.png")]
+    assert sizes[0] > 3 * sizes[1] > 0
 
 
 def test_the_views_say_what_failed_and_what_differs():
     record = make_record(make_plan())
     assert report.exit_code(record) == 0
     text = report.markdown(record)
-    assert "2 of 2 completions identical" in text
+    assert "exact, T = 0: 2 of 2 greedy texts identical to those of stock-repaired" in text
     assert "expected by chance" in text
-    record["arms"]["exact"]["greedy"] = [[1, 2], [3, 5]]
+    record["arms"]["exact"]["texts"]["T = 0"] = [[1, 2], [3, 5]]
     assert report.exit_code(record) == 1
     assert "first difference: prompt 1, position 1" in report.markdown(record)
-    record["arms"]["exact"]["greedy"] = [[1, 2], [3, 4]]
+    # Where the baseline's second process differs too, so may ours.
+    record["arms"]["stock-repaired (again)"]["texts"]["T = 0"] = [[1, 2], [3, 6]]
+    assert report.exit_code(record) == 0
     record["arms"]["exact"]["error"] = "it died"
     assert report.exit_code(record) == 1
-    assert "exact: FAILED: it died" in page.page(record)
+    assert "exact: FAILED: it died" in report.markdown(record)
+
+
+def test_seeded_texts_are_compared_with_those_without_speculation():
+    plan = make_plan(plain=True, noise=False)
+    record = make_record(plan)
+    assert (
+        list(record["arms"]) == ["stock-repaired", "exact", PLAIN.name] and PLAIN.name not in record["config"]["arms"]
+    )
+    assert list(record["arms"][PLAIN.name]["texts"]) == ["T = 1, top-p 0.9"]
+    said = f"exact, T = 1, top-p 0.9: 2 of 2 seeded texts identical to those of {PLAIN.name}"
+    assert said in report.markdown(record)
+    record["arms"]["exact"]["texts"]["T = 1, top-p 0.9"] = [[1, 2], [9]]
+    assert "1 of 2 seeded texts" in report.markdown(record) and report.exit_code(record) == 0
+    command = servers.server_command(plan, PLAIN, 1, Path("p"))
+    assert "--speculative-config" not in command and "--additional-config" in command
+
+
+def test_sampling_and_the_parts_of_a_step_are_told():
+    record = make_record(make_plan())
+    for arm, share in (("stock-repaired", 0.41), ("exact", 0.02)):
+        found = {"steps": 10, "milliseconds": {"forward": 100 * (1 - share), "sample": 100 * share}}
+        record["arms"][arm]["scopes"] = {"T = 0": found | {"sampling_share": share}}
+    assert "; sampling went from 41 % to 2.0 % of a step" in "\n".join(report.outcome(record))
+    headings, cells = report.step_rows(record)
+    assert headings[4:6] == ("forward", "sample")
+    assert cells[0] == ("T = 0", "stock-repaired", "10", "10.0", "5.9", "4.1", "41.0 %", "1.69")
 
 
 def test_stock_as_it_comes_is_marked_on_a_cpu():
     plan = make_plan(arms=(REPAIRED, Arm("stock"), EXACT))
     marked = {row[:3] for row in report.rows(make_record(plan)) if "*" in row[4]}
-    assert marked == {("1", "1", "stock"), ("1", "8", "stock")}
+    assert marked == {("T = 1, top-p 0.9", "1", "stock"), ("T = 1, top-p 0.9", "8", "stock")}
 
 
-def test_parts_from_a_cluster_make_one_record():
+def test_repeats_from_a_cluster_make_one_record():
     plan = make_plan()
     whole, record = make_record(plan), make_record(plan) | {"cells": {}, "arms": {}}
-    nodes = [{"host": f"host-{n}", "address": f"10.0.0.{n}", "node": f"{n}", "gpus": ["0"]} for n in range(2)]
-
-    def arrive(arm: str, repeat: int, node: dict, failures: tuple = (), lost: bool = False) -> None:
-        part = placements.rebuilt(json.loads(json.dumps(asdict(plan))), arm, repeat)
-        assert {cell.arm for cell in part.cells()} == {arm} == {each.name for each in part.all_arms()}
-        own = {"arms": {arm: whole["arms"][arm]}, "cells": {c.key: whole["cells"][c.key] for c in part.cells()}}
-        assert {cell.repeat for cell in part.cells()} == {repeat} and len(own["cells"]) == 4
-        entry = {"arm": arm, "repeat": repeat, "attempts": len(failures) + (not lost), "failures": list(failures),
-                 "node": node, "result": None if lost else own}  # fmt: skip
-        placements.add(plan, record, entry)
-        line = placements.described(entry)
-        assert line.startswith(f"{arm}, repeat {repeat + 1}: {'lost' if lost else 'done'} on {node['host']}, GPU 0")
-
-    for repeat in range(4):
-        for arm in plan.all_arms():
-            moved = (arm.name, repeat) == ("exact", 1)
-            gone = (arm.name, repeat) == ("exact", 3)
-            failures = ("the worker was lost\nwith a log",) * (moved + 2 * gone)
-            arrive(arm.name, repeat, nodes[(repeat + moved) % 2], failures, gone)
-    row = next(row for row in stats.compare(record) if row["arm"] == "exact")
-    # Four repeats, less the one that moved to another device and the one that was lost.
-    assert row["ratio"]["pairs"] == 2 and row["noise"]["pairs"] == 4
-    assert len(record["failed_cells"]) == 4 and report.exit_code(record) == 1
+    for repeat in range(3):
+        part = {"arms": {}, "cells": {}, "failed_cells": {}}
+        for arm in plan.timed_arms():
+            own = replace(plan, only=(arm.name, repeat))
+            assert [each.name for each in own.all_arms()] == [arm.name]
+            assert {(cell.arm, cell.repeat) for cell in own.cells()} == {(arm.name, repeat)}
+            part["arms"][arm.name] = whole["arms"][arm.name] | {"peak_mib": 100 + repeat}
+            part["cells"] |= {cell.key: whole["cells"][cell.key] for cell in own.cells()}
+        cluster.add(record, part)
+    assert record["cells"] == {key: cell for key, cell in whole["cells"].items() if not key.endswith("r3")}
+    assert record["arms"]["exact"]["peak_mib"] == 100
+    lost = {"repeat": 3, "host": "unknown", "gpus": [], "outcome": "lost: the worker died"}
+    record["placements"] = [{"repeat": 0, "host": "a (10.0.0.1)", "gpus": ["1"], "outcome": "done"}, lost]
     text = report.markdown(record)
-    assert "| 2 | exact | host-0, 10.0.0.0, GPU 0 | 2 | done | the worker was lost |" in text
-    assert "| 4 | exact | host-1, 10.0.0.1, GPU 0 | 2 | lost | the worker was lost; the worker was lost |" in text
-    assert "on the Ray cluster each arm of each repeat had a server of its own" in text
+    assert "| 1 | a (10.0.0.1), GPU 1 | done |" in text and "| 4 | unknown | lost: the worker died |" in text
     assert "Ray" not in report.markdown(whole)
 
 
 def test_an_empty_record_has_views_too():
     record = make_record(make_plan()) | {"cells": {}, "arms": {}}
     assert "not measured" in report.markdown(record)
-    assert "<svg" not in page.page(record)
 
 
 def rehearsals(plan, load: float, overhead: float = 2.0) -> list[fit.Rehearsal]:
     """As if one request in flight took `load` seconds and more at once a little longer."""
     return [
-        fit.Rehearsal(temperature, slots, fit.rehearsal_requests(slots), load * 4, overhead)
-        for temperature in plan.temperatures
+        fit.Rehearsal(str(point), slots, fit.rehearsal_requests(slots), load * 4, overhead)
+        for point in plan.points
         for slots in plan.concurrency
     ]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.ab_records import PROMPTS, make_cell
 
 from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.benchmarks.serve import command, servers, settings
@@ -21,18 +22,8 @@ from vllm_specopt.benchmarks.serve.plan import changed_settings
 from vllm_specopt.benchmarks.serve.workloads import workload
 from vllm_specopt.cli.errors import CliError
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-from ab_records import PROMPTS, make_cell
-
-MODELS = Path(__file__).parents[1] / "models"
-INPUT = {
-    "target": None, "draft": None, "speculative_config": None, "arms": [], "spec": "shipped", "concurrency": "1",
-    "temperature": "0", "top_p": 1.0, "num_prompts": 4, "output_len": 8, "repeats": 2, "serve_args": [], "seed": 0,
-    "fresh": False, "stock_url": None, "specopt_url": None, "port": 0, "timeout": 60.0, "quick": False,
-    "minutes": None, "vocab_size": 0,
-}  # fmt: skip
-
-
+MODELS = Path(__file__).parents[2] / "models"
+INPUT = {"concurrency": "1", "temperature": "0", "num_prompts": 4, "output_len": 8, "repeats": 2, "timeout": 60.0}
 RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2", "--num-prompts", "4",
        "--output-len", "8", "--repeats", "1", "--temperature", "1"]  # fmt: skip
 
@@ -59,9 +50,13 @@ RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2"
         ({"concurrency": "0"}, "at least 1"),
         ({"temperature": "-1"}, "at least 0"),
         ({"temperature": "nan"}, "at least 0"),
+        ({"temperature": "1:0"}, "at least 0.01"),
+        ({"temperature": "1:2"}, "from 0.01 to 1"),
         ({"minutes": 5.0}, "--minutes chooses the number of requests and --num-prompts sets it"),
+        ({"offline": True, "port": 8000}, "--offline starts no server"),
+        ({"offline": True, "ray": True}, "leave them out with --ray"),
         ({"vocab_size": 100}, "--vocab-size is 100, less than the models' own 512"),
-        ({"vocab_size": 1000, "speculative_config": '{"method": "ngram"}'}, "needs the folders of a target and of a"),
+        ({"vocab_size": 1000, "speculative_config": '{"model": "a/b"}'}, "needs the folder of the target, and of the"),
         ({"stock_url": "http://127.0.0.1:9"}, "go together"),
         ({"stock_url": "http://127.0.0.1:9", "specopt_url": "http://127.0.0.1:9"}, "no vLLM server answers"),
     ],
@@ -102,7 +97,7 @@ def test_the_arm_sigmoid_has_the_papers_constants():
     ("arguments", "sentence"),
     [
         (["--ray", "--port", "9000"], "--ray starts its own servers: leave --stock-url, --specopt-url and --port out."),
-        (["--ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1 ("),
+        (["--ray", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1: start one"),
     ],
 )
 def test_bad_input_with_ray_is_one_sentence(tmp_path, arguments, sentence):
@@ -129,11 +124,11 @@ def test_a_record_is_continued_under_the_same_settings_only(tmp_path):
 
     record, resumed = command.begin(asked(), [])
     assert not resumed
-    record["cells"]["stock|T0|c1|r0"] = make_cell(1)
+    record["cells"]["stock|T = 0|c1|r0"] = make_cell(1)
     record["arms"]["exact"] = {"error": "it died"}
     (tmp_path / "ab.json").write_text(json.dumps(record))
     again, resumed = command.begin(asked(), [])
-    assert resumed and list(again["cells"]) == ["stock|T0|c1|r0"]
+    assert resumed and list(again["cells"]) == ["stock|T = 0|c1|r0"]
     assert "error" not in again["arms"]["exact"]
     with pytest.raises(CliError, match="output_len: 8 there, 9 now") as caught:
         command.begin(asked(output_len=9), [])
@@ -188,15 +183,17 @@ def test_two_real_arms(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "ab" / "ab.json").read_text())
-    assert set(record["cells"]) == {f"{arm}|T1|c2|r0" for arm in ("stock-repaired", "exact", "stock-repaired (again)")}
+    assert set(record["cells"]) == {
+        f"{arm}|T = 1|c2|r0" for arm in ("stock-repaired", "exact", "stock-repaired (again)")
+    }
     for cell in record["cells"].values():
         assert cell["completed"] == 4 and cell["total_output_tokens"] == 32
         assert cell["num_drafts"] > 0 and len(cell["accepted_per_position"]) == 4
     for arm in record["arms"].values():
         assert arm["kv_cache_tokens"] > 0 and arm["peak_mib"] > 100
-        assert 0 < arm["scopes"]["1"]["sampling_share"] < 1
-    base = record["arms"]["stock-repaired"]["greedy"]
-    assert len(base) == 6 and all(arm["greedy"] == base for arm in record["arms"].values())
+        assert 0 < arm["scopes"]["T = 1"]["sampling_share"] < 1
+    base = record["arms"]["stock-repaired"]["texts"]["T = 0"]
+    assert len(base) == 6 and all(arm["texts"]["T = 0"] == base for arm in record["arms"].values())
     assert _gone(marker, 5)
     # What is finished is not run again: no server starts.
     started = time.monotonic()
@@ -276,13 +273,13 @@ def test_running_servers_a_timeout_a_death_and_going_on(tmp_path):
         }
 
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            while "stock|T0|c2|r0" not in json.loads((out / "ab.json").read_text())["cells"]:
+            while "stock|T = 0|c2|r0" not in json.loads((out / "ab.json").read_text())["cells"]:
                 assert child.poll() is None
                 time.sleep(0.05)
             specopt.stop()
             said = child.stdout.read()
         record = json.loads((out / "ab.json").read_text())
-        assert child.returncode == 1 and set(record["cells"]) == {"stock|T0|c2|r0", "stock (again)|T0|c2|r0"}
+        assert child.returncode == 1 and set(record["cells"]) == {"stock|T = 0|c2|r0", "stock (again)|T = 0|c2|r0"}
         assert "arm exact failed: its server no longer answers" in said
         assert "exact: FAILED" in (out / "report.md").read_text()
 
@@ -293,5 +290,5 @@ def test_running_servers_a_timeout_a_death_and_going_on(tmp_path):
         done, record = run()
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 of 3 cells are done" in done.stdout and not record["failed_cells"]
-        assert record["arms"]["exact"]["greedy"] == record["arms"]["stock"]["greedy"]
-        assert record["cells"]["exact|T0|c2|r0"]["completed"] == 16
+        assert record["arms"]["exact"]["texts"] == record["arms"]["stock"]["texts"]
+        assert record["cells"]["exact|T = 0|c2|r0"]["completed"] == 16

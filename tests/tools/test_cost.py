@@ -19,7 +19,7 @@ from vllm_specopt.benchmarks.kernels.grid import Case
 from vllm_specopt.benchmarks.kernels.steps import OURS, STOCK, Step
 from vllm_specopt.cli.main import app
 
-SCRIPT = Path(__file__).parent / "support" / "count_kernels.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "count_kernels.py"
 ROUNDS, BLOCK, THREADS = (0, 5, 8, 2), 1024, 128
 H100 = next(card for card in cost_model.CARDS if card.name == "H100")
 
