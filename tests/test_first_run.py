@@ -45,10 +45,10 @@ def folders(monkeypatch, tmp_path):
 def test_the_steps_fit_into_one_call_and_bring_back_few_files():
     steps = plan.steps()
     assert [step.name for step in steps] == [
-        "info", "tests", "grid", "modelled", "engines", "seeds", "races", "ncu", "sweep"
+        "info", "tests", "drafters", "grid", "modelled", "engines", "seeds", "races", "ncu", "sweep"
     ]  # fmt: skip
     usual = sum(step.seconds for step in steps if step.name in plan.usual())
-    assert plan.usual() == {step.name for step in steps} - {plan.ASKED}
+    assert plan.usual() == {step.name for step in steps} - plan.ASKED
     assert plan.UNPACK.seconds + usual + plan.SPARE <= plan.TOTAL <= 570
     assert len(plan.FILES) <= 8
     assert not plan.missing_tests()
@@ -114,7 +114,7 @@ def test_a_missing_piece_no_gpu_and_an_unknown_step_end_the_call_at_once(tmp_pat
         (tmp_path / "bundle" / piece).touch()
     asked = [call(tmp_path, SPECOPT_ANY_HOST="1", CUDA_VISIBLE_DEVICES=""), call(tmp_path, ONLY="grid bench")]
     assert "PyTorch sees no GPU here" in asked[0].stderr
-    assert "ONLY names bench, expected info tests grid" in asked[1].stderr
+    assert "ONLY names bench, expected info tests drafters grid" in asked[1].stderr
     for done in asked:
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -214,7 +214,7 @@ def test_engines_ask_for_graphs_and_only_warn_of_compilation():
     assert asked["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY" and "enforce_eager" not in asked
     assert asked["speculative_config"]["num_speculative_tokens"] == 3 and "jit_monitor_mode" not in asked
     plain = engines.request(engines.Run("exact", "no"), Path("pair"), ["a"] * 99)["llm"]
-    assert len(set(engines.enough([f"prompt {n:03}" + "." * 90 for n in range(96)]))) == engines.REQUESTS
+    assert len(set(engines.enough([f"prompt {n:03}" + "." * 90 for n in range(96)], 128))) == 128 == engines.REQUESTS
     assert "speculative_config" not in plain and plain["additional_config"] == {"specopt": {"method": "exact"}}
 
 
@@ -222,7 +222,9 @@ def test_seeds_compare_an_engine_with_drafts_to_one_without():
     asked = seeds.request(engines.Run("exact", "greedy", kind="float32"), Path("pair"), ["a" * 99] * 96)
     assert asked["llm"]["dtype"] == "float32" and asked["llm"]["gpu_memory_utilization"] == 0.1
     assert list(asked["workloads"]) == list(engines.WORKLOADS) and not asked["profiled"]
-    assert len(engines.workloads()) == engines.TIMES * len(engines.WORKLOADS)
+    for run in engines.Run("exact", "greedy"), engines.Run("block", "probabilistic", number=7):
+        assert len(engines.workloads(run)) == engines.TIMES * len(engines.WORKLOADS)
+        assert run.requests * (run.number + 1) == engines.REQUESTS * 4
     invariant = engines.Run("exact", "no", kind="invariant")
     assert engines.environment(invariant)["VLLM_BATCH_INVARIANT"] == "1" and invariant.name.endswith("invariant")
     work = {"token_ids": [[1, 2, 3, 4], [5, 6]], "accepted_tokens": 2, "draft_tokens": 4}

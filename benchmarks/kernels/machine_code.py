@@ -286,7 +286,7 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Blo
             elif target and target[1] in labels:
                 # Of ptxas's subroutines the kernels use divisions, roots, and what a diverged warp does one by one.
                 blocks[number_of[labels[target[1]]]].slow = "a subroutine for unusual operands or a diverged warp"
-                if not re.search(r"_full|slowpath|shflsync|reduxsync", target[1]):
+                if not re.search(r"_full|slowpath|(shfl|redux|warp)sync", target[1]):
                     raise ValueError(f"a call of {target[1]}, which this tool cannot weigh")
             block.successors = following
         elif name in ("RET", "BRX", "BPT"):

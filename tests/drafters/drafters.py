@@ -167,6 +167,21 @@ def equal_share(found: list[list[int]], expected: list[list[int]]) -> float:
     return sum(a == b for a, b in pairs) / sum(map(len, expected))
 
 
+def compared(result: dict, plain: dict) -> dict:
+    """What the table says of an engine's ``result``, beside the batches of one without speculation."""
+    found = result["batches"]
+    ids = {kind: (found[kind]["token_ids"], plain[kind]["token_ids"]) for kind in KINDS}
+    shares = [equal_share(*each) for kind, each in ids.items() if kind != "greedy"]
+    return {
+        "sampler": result["sampler"],
+        "stock_calls": result["stock_calls"],
+        "greedy": ids["greedy"][0] == ids["greedy"][1],
+        "seeded": sum(shares) / len(shares),
+        "acceptance_length": {kind: round(acceptance_length(found[kind]), 3) for kind in KINDS},
+        "drafts": {kind: found[kind]["drafts"] for kind in KINDS},
+    }
+
+
 def acceptance_length(batch: dict) -> float:
     """Mean tokens of a step that verified drafts."""
     return 1 + batch["accepted"] / max(batch["drafts"], 1)

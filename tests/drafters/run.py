@@ -18,13 +18,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from drafters import DRAFTERS, KINDS, ROOT, acceptance_length, engines, equal_share, plain_name, start  # noqa: E402
+from drafters import DRAFTERS, ROOT, compared, engines, plain_name, start  # noqa: E402
 
 REPORTS, PAGE = ROOT / "reports" / "drafters", ROOT / "docs" / "drafters.md"
 SIZES = {"V1": (8, 32), "V2": (4, 10)}
 """Requests of a batch and their tokens."""
-COLUMNS = {"V1": "V1 on a CPU", "V2": "V2 in Triton's interpreter", "GPU": "GPU"}
-GPU = {"draft model": "V2: [performance.md](performance.md#engines-on-the-h100)"}
+COLUMNS = {"V1": "V1 on a CPU", "V2": "V2 in Triton's interpreter", "GPU": "vLLM 0.33 on an H100"}
+ON_GPU = ROOT / "benchmarks" / "results" / "nvidia-h100" / "drafters.json"
+ABSENT_ON_GPU = {
+    "n-gram GPU": "not run: the one configuration tried had no compilation mode, which this drafter wants",
+    "suffix": "not run: the host has no arctic-inference",
+}
 INTRODUCTION = """# Drafters
 
 Written by `make drafters`; do not edit. The verification step gets token ids, and probabilities where drafts are
@@ -38,6 +42,11 @@ engines ({versions}), single precision, {number} draft tokens a step, the shippe
 
 V1: {v1[0]} requests of {v1[1]} tokens for each of the three; V2: {v2[0]} of {v2[1]}. Drafts are chosen, not sampled:
 vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0.
+
+On the H100: vLLM 0.33.0, bf16 in its batch-invariant mode (TRITON_ATTN), where logits do not depend on the batch,
+CUDA graphs, 32 requests of 64 tokens for each of the three, by `ONLY=drafters bash scripts/gpu/first_run.sh`
+([rows](../benchmarks/results/nvidia-h100/drafters.json)). In float32 instead, where the last bits of the logits differ,
+greedy texts were the same and {float32} of the seeded tokens (draft model, EAGLE-3; V2).
 """
 NOTES = """
 vLLM 0.33 has neither Medusa nor MLP speculators any more (`config/speculative.py:74` there).
@@ -65,32 +74,32 @@ def run(name: str, runner: str) -> dict:
         except AssertionError as error:
             lines = [line for line in str(error).splitlines() if "Error" in line]
             return {"error": lines[-1].strip() if lines else str(error)[-300:]}
-    found = results[name]["batches"]
-    ids = {kind: (found[kind]["token_ids"], expected[kind]["token_ids"]) for kind in KINDS}
-    shares = [equal_share(*each) for kind, each in ids.items() if kind != "greedy"]
-    return {
-        "sampler": results[name]["sampler"],
-        "stock_calls": results[name]["stock_calls"],
-        "greedy": ids["greedy"][0] == ids["greedy"][1],
-        "seeded": sum(shares) / len(shares),
-        "acceptance_length": {kind: round(acceptance_length(found[kind]), 3) for kind in KINDS},
-        "drafts": {kind: found[kind]["drafts"] for kind in KINDS},
-    }
+    return compared(results[name], expected)
 
 
 def cell(name: str, column: str) -> str:
     """A cell of the table, from what was run, or why nothing was."""
     drafter = DRAFTERS[name]
     if column == "GPU":
-        return GPU.get(name, "not run" if drafter.speculative else "not in vLLM")
+        cells = [f"{each['runner']}: {summary(each)}" for each in on_gpu() if each["drafter"] == name]
+        return "; ".join(cells) or ABSENT_ON_GPU.get(name, "not in vLLM 0.33")
     if column in drafter.absent:
         return drafter.absent[column]
     path = REPORTS / f"{column} {name}.json"
     if not path.exists():
         return "not run"
     found = json.loads(path.read_text())
-    if "error" in found:
-        return f"does not start: `{found['error']}`"
+    return f"does not start: `{found['error']}`" if "error" in found else summary(found)
+
+
+@functools.cache
+def on_gpu() -> list[dict]:
+    """What the GPU's engines emitted in vLLM's batch-invariant mode."""
+    return [each for each in json.loads(ON_GPU.read_text())["drafters"] if each["kind"] == "invariant"]
+
+
+def summary(found: dict) -> str:
+    """A drafter's cell, from what ``compared`` made of it."""
     lengths = found["acceptance_length"]
     ours = "" if found["sampler"].startswith("vllm_specopt") and not found["stock_calls"] else " (stock's sampler)"
     greedy = "same" if found["greedy"] else "**differs**"
@@ -100,7 +109,9 @@ def cell(name: str, column: str) -> str:
 def page() -> str:
     """The document."""
     versions = f"vLLM 0.32.0, torch {importlib.metadata.version('torch')}"
-    lines = [INTRODUCTION.format(versions=versions, number=3, v1=SIZES["V1"], v2=SIZES["V2"])]
+    single = [each["seeded"] for each in json.loads(ON_GPU.read_text())["drafters"] if each["kind"] == "float32"]
+    float32 = " and ".join(f"{share:.1%}" for share in single)
+    lines = [INTRODUCTION.format(versions=versions, number=3, v1=SIZES["V1"], v2=SIZES["V2"], float32=float32)]
     lines += ["| drafter | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     for name, drafter in DRAFTERS.items():
         title = f"{drafter.title} ({drafter.note})" if drafter.note else drafter.title

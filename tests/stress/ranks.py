@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
     if options.kill:
         # The engine has lost a rank: leave without waiting for it.
         os._exit(status)
+    # Else the process waits at its end for an engine that nobody has told to stop, now and then for good.
+    llm.llm_engine.engine_core.shutdown()
     return status
 
 

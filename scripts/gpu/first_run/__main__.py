@@ -2,13 +2,15 @@
 
     bash scripts/gpu/first_run.sh       in the project's root, the bundle in .gpu (make_bundle.sh)
 
-OUT: where the files go. ONLY="grid engines": some steps only, added to what an earlier call found. LIMIT: seconds in
-all. SPECOPT_REHEARSE=1: on a CPU, in Triton's interpreter, tiny sizes, the same files.
+OUT: where the files go. ONLY="grid engines": some steps only, added to what an earlier call found; the last of them
+takes what time is left. LIMIT: seconds in all. SPECOPT_REHEARSE=1: on a CPU, in Triton's interpreter, tiny sizes, the
+same files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -47,12 +49,13 @@ def main() -> int:
     environment |= unpacked_variables()
     failed = 0
     with contextlib.ExitStack() as stack:
-        serving = {"engines", "seeds"} & {step.name for step in chosen}
+        serving = {"engines", "seeds", "drafters"} & {step.name for step in chosen}
         if serving and not REHEARSE and not (PAIR / "wide_pair.json").is_file():
             log = stack.enter_context((RESULTS / "pair.log").open("a"))
             stack.enter_context(started(plan.pair(), environment, log))
         for step in chosen:
-            failed += run(step, environment, deadline) != WELL
+            limit = math.inf if only and step is chosen[-1] else None
+            failed += run(step, environment, deadline, limit) != WELL
     text = summary.text()
     (RESULTS / "summary.txt").write_text(text)
     collect()
@@ -88,10 +91,14 @@ def unpacked_variables() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line.startswith(wanted))
 
 
-def run(step: plan.Step, environment: dict[str, str], deadline: float) -> str:
-    """Run a step under its limit, cut to what is left, and bring back what there is; return what became of it."""
+def run(step: plan.Step, environment: dict[str, str], deadline: float, limit: float | None = None) -> str:
+    """Run a step under its limit or another, cut to what is left, and bring back what there is.
+
+    Returns:
+        What became of it.
+    """
     began = time.monotonic()
-    seconds = min(step.limit, deadline - began) - GRACE
+    seconds = min(limit or step.limit, deadline - began) - GRACE
     if seconds < LEAST:
         status = "left out, no time left"
     else:
@@ -143,7 +150,7 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
 
 def collect() -> None:
     """Bring back what there is so far; a run that is cut short keeps it."""
-    parts = ("info", "steps", "modelled", "seeds", "races", "kernels")
+    parts = ("info", "steps", "modelled", "seeds", "drafters", "races", "kernels")
     save("run", {"standin": STANDIN, "rehearsal": REHEARSE} | {name: load(name, None) for name in parts})
     for name in plan.FILES[:-1]:
         if (RESULTS / name).is_file():

@@ -1,5 +1,7 @@
 """Whole engines on the V2 runner: ours and stock with greedy drafts, with sampled ones, ours without drafts; then V1.
 
+Last, with 7 sampled draft tokens: exact, block, stock, and stock's own block verification.
+
 Texts at temperature 0 must be stock's. Every workload is generated four times in each engine, in turns: what the
 slowest takes over the fastest is noise. Then PyTorch's profiler tells the GPU time of each kernel. vLLM's monitor warns
 of kernels that compile while an engine serves; ours must not be among them, vLLM's own may be. CUDA graphs are on.
@@ -38,20 +40,30 @@ CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 @dataclass(frozen=True)
 class Run:
-    """One engine. arm: stock or exact. drafting: greedy, probabilistic, or no. runner: V1 or V2.
+    """One engine. arm: stock, exact or block. drafting: greedy, probabilistic, or no. runner: V1 or V2.
 
-    kind: bfloat16, float32, or invariant (bfloat16 in vLLM's batch-invariant mode).
+    kind: bfloat16, float32, or invariant (bfloat16 in vLLM's batch-invariant mode). number: draft tokens of a step.
+    rule: vLLM's own rule of verification, for stock.
     """
 
     arm: str
     drafting: str
     runner: str = "V2"
     kind: str = "bfloat16"
+    number: int = 3
+    rule: str = "standard"
 
     @property
     def name(self) -> str:
         kind = "" if self.kind == "bfloat16" else f", {self.kind}"
-        return f"{self.arm}, {self.drafting} drafts, {self.runner}{kind}"
+        rule = "" if self.rule == "standard" else f" {self.rule}"
+        number = "" if self.number == 3 else f"{self.number} "
+        return f"{self.arm}{rule}, {number}{self.drafting} drafts, {self.runner}{kind}"
+
+    @property
+    def requests(self) -> int:
+        """Requests of a batch: as many as REQUESTS of 4 rows have rows."""
+        return max(2, REQUESTS * 4 // (self.number + 1))
 
 
 def runs() -> list[Run]:
@@ -60,14 +72,29 @@ def runs() -> list[Run]:
     if REHEARSE:
         return first
     sampled = [Run(arm, "probabilistic") for arm in ("exact", "stock")]
-    return first[:2] + sampled + first[2:] + [Run(arm, "greedy", "V1") for arm in ("exact", "stock")]
+    longer = [Run(arm, "probabilistic", number=7) for arm in ("exact", "block", "stock")]
+    longer.append(Run("stock", "probabilistic", number=7, rule="block"))
+    return first[:2] + sampled + first[2:] + [Run(arm, "greedy", "V1") for arm in ("exact", "stock")] + longer
 
 
-def workloads() -> dict[str, dict]:
+def chosen() -> list[Run]:
+    """Those whose names SPECOPT_ENGINES matches."""
+    pattern = re.compile(os.environ.get("SPECOPT_ENGINES", ""))
+    return [run for run in runs() if pattern.search(run.name)]
+
+
+def workloads(run: Run) -> dict[str, dict]:
     """The workloads in turns; the interpreter lacks what vLLM's top-p needs for a request's first token."""
-    chosen = {name: sampling for name, sampling in WORKLOADS.items() if not (REHEARSE and "top_p" in sampling)}
+    chosen = {name: each for name, each in workloads_once(run).items() if not (REHEARSE and "top_p" in each)}
     turns = ["", AGAIN, *(f"{AGAIN} {number}" for number in range(3, TIMES + 1))][:TIMES]
     return {name + turn: sampling for turn in turns for name, sampling in chosen.items()}
+
+
+def workloads_once(run: Run) -> dict[str, dict]:
+    """WORKLOADS; T = 0.7 in place of T = 0 where rules for sampled drafts are compared."""
+    if run.number == 3:
+        return WORKLOADS
+    return {"T = 0.7": {"temperature": 0.7, "seed": 7}} | {k: each for k, each in WORKLOADS.items() if k != "T = 0"}
 
 
 def request(run: Run, pair: Path, prompts: list[str]) -> dict:
@@ -76,7 +103,7 @@ def request(run: Run, pair: Path, prompts: list[str]) -> dict:
         "model": str(pair / "target"),
         "dtype": "float32" if REHEARSE or run.kind == "float32" else "bfloat16",
         "max_model_len": 512 if REHEARSE else 1024,
-        "max_num_seqs": REQUESTS,
+        "max_num_seqs": run.requests,
         "distributed_executor_backend": "uni",
         "disable_log_stats": False,
         "enable_prefix_caching": False,
@@ -86,10 +113,11 @@ def request(run: Run, pair: Path, prompts: list[str]) -> dict:
         llm["speculative_config"] = {
             "model": str(pair / "draft"),
             "draft_sample_method": run.drafting,
-            "num_speculative_tokens": 3,
+            "num_speculative_tokens": run.number,
+            "rejection_sample_method": run.rule,
         }
-    if run.arm == "exact":
-        llm["additional_config"] = {"specopt": {"method": "exact"}}
+    if run.arm != "stock":
+        llm["additional_config"] = {"specopt": {"method": run.arm}}
     if REHEARSE:
         llm["enforce_eager"] = True
     else:
@@ -101,16 +129,16 @@ def request(run: Run, pair: Path, prompts: list[str]) -> dict:
             compilation["custom_ops"] = ["none"]
             native = {name: ["native"] for name in ("rms_norm", "fused_add_rms_norm")}
             llm |= {"attention_backend": "TRITON_ATTN", "kernel_config": {"ir_op_priority": native}}
-    return {"llm": llm, "repair": False, "prompts": enough(prompts), "warmup_len": 3 if REHEARSE else 16,
-            "output_len": LENGTH, "original_vocab_size": 512, "workloads": workloads(),
-            "keep_token_ids": True, "profiled": [] if REHEARSE or STANDIN else list(WORKLOADS),
+    return {"llm": llm, "repair": False, "prompts": enough(prompts, run.requests), "warmup_len": 3 if REHEARSE else 16,
+            "output_len": LENGTH, "original_vocab_size": 512, "workloads": workloads(run),
+            "keep_token_ids": True, "profiled": [] if REHEARSE or STANDIN else list(workloads_once(run)),
             "profiled_len": PROFILED_LENGTH}  # fmt: skip
 
 
-def enough(prompts: list[str]) -> list[str]:
+def enough(prompts: list[str], requests: int) -> list[str]:
     """As many prompts as there are requests; behind the given ones the same, turned about."""
     turned = (each[cut:] + each[:cut] for cut in (40, 80) for each in prompts)
-    return list(itertools.islice(itertools.chain(prompts, turned), REQUESTS))
+    return list(itertools.islice(itertools.chain(prompts, turned), requests))
 
 
 def main(seconds: float) -> None:
@@ -118,14 +146,11 @@ def main(seconds: float) -> None:
     deadline = time.monotonic() + seconds - 3
     pair = shipped_pair() if REHEARSE else wait_for_pair(deadline)
     prompts = shipped_prompts()
-    chosen = re.compile(os.environ.get("SPECOPT_ENGINES", ""))
     FOLDER.mkdir(parents=True, exist_ok=True)
     found: list[dict] = []
     failed = 0
-    for run in runs():
+    for run in chosen():
         left = deadline - time.monotonic()
-        if not chosen.search(run.name):
-            continue
         if left < LEAST_SECONDS:
             print(f"no time for {run.name}")
             continue

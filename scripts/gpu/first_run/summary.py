@@ -113,6 +113,12 @@ def engine_lines() -> list[str]:
             f"texts, {each['who']}, {each['workload']}: {each['identical']} of {each['completions']} identical, "
             f"shared prefix {100 * each['shared_prefix']:.1f} %"
         )
+    for each in load("drafters", None) or []:
+        said = each.get("problem") or (
+            f"greedy {'same' if each['greedy'] else 'differs'}, seeded {each['seeded']:.1%}, acceptance length "
+            f"{each['acceptance_length']}, {each['attention']}"
+        )
+        lines.append(f"drafter {each['drafter']}, {each['runner']}, {each['kind']}: {said[:160]}")
     for each in load("seeds", None) or []:
         pair = f"seeds, {each['arm']}, {each['kind']}, with and without drafts"
         told = [f"{name}: {text['identical']} of {text['completions']} identical, shared prefix "

@@ -9,7 +9,7 @@ prefix that no later one can beat are not read.
 import numpy as np
 
 from vllm_specopt.cpu.inputs import draft_of, position_of, row_of, target_of, token_of
-from vllm_specopt.cpu.memory import jit, read
+from vllm_specopt.cpu.memory import inline, jit, read
 from vllm_specopt.cpu.noise import DRAW, RESIDUAL, draw_uniform, prefix_uniform
 from vllm_specopt.cpu.plan import LOGITS, PROBS
 from vllm_specopt.cpu.rules.exact import Draft, probabilities, rest_of, sum_residual, weigh_residual
@@ -36,6 +36,12 @@ def _pair_of(plan, request, start, state, place, scale, filters, scratch):
 def _uniform(plan, start, length, seed):
     """u_i of a prefix of ``length`` >= 1 tokens."""
     return prefix_uniform(seed, position_of(plan, start, np.int64(0)), length)
+
+
+@inline
+def may_stand(carry, mass, uniform):
+    """u_i <= h_i of a prefix with c_i < 1; ``mass`` is Z_i."""
+    return uniform * (mass + 1.0 - carry) <= mass
 
 
 @jit
@@ -90,19 +96,21 @@ def block_rule(plan, request, start, num_drafts, state, scale, filters, seed, sc
     while length < num_tokens:
         target, draft = _pair_of(plan, request, start, state, length, scale, filters, scratch)
         has_mass = target.mass > 0.0
-        uniform = _uniform(plan, start, length, seed)
-        if carry >= 1.0:
-            kept, token = length, UNKNOWN
-        elif has_mass and uniform <= carry:
-            rest = rest_of(target, draft, carry, scratch)
-            mass = _total_of(target, rest, scratch)
-            if mass > 0.0 and uniform * (mass + 1.0 - carry) <= mass:
-                kept = length
-                uniform = draw_uniform(seed, position_of(plan, start + kept, kept), RESIDUAL)
-                token = _pick(target, rest, mass, uniform, scratch)
         target_prob, draft_prob = 0.0, 0.0
         if has_mass:
             target_prob, draft_prob = probabilities(target, draft, token_of(plan, request, start + length))
+        uniform = _uniform(plan, start, length, seed)
+        # What the draft token takes away from Z_i, and so h_i, is known before the rows are read again.
+        most = carry - min(carry * target_prob, draft_prob)
+        if carry >= 1.0:
+            kept, token = length, UNKNOWN
+        elif has_mass and may_stand(carry, most, uniform):
+            rest = rest_of(target, draft, carry, scratch)
+            mass = _total_of(target, rest, scratch)
+            if mass > 0.0 and may_stand(carry, mass, uniform):
+                kept = length
+                uniform = draw_uniform(seed, position_of(plan, start + kept, kept), RESIDUAL)
+                token = _pick(target, rest, mass, uniform, scratch)
         if kept == length and token == UNKNOWN:
             last = target, draft
         carry = min(1.0, carry * target_prob / draft_prob) if draft_prob > 0.0 else 0.0
