@@ -44,23 +44,19 @@ MIN_POINTS = 3
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw all figures that a folder's record has points for, as SVG and PNG, and return their paths.
+    """Draw all figures that a folder's record has points for, as PNG, and return their paths.
 
     Raises:
         RecordError: The record cannot be read.
     """
-    matplotlib.rcParams.update({"svg.hashsalt": "specopt", "font.size": 9, "axes.spines.top": False,
-                                "axes.spines.right": False})  # fmt: skip
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     rows = [row for row in record.read(folder) if row["time_us"]]
     figures = {f"time_by_{axis}": time_figure(rows, axis) for axis in AXES} | {"roofline": roofline_figure(rows)}
     paths = []
     for name, figure in figures.items():
-        for suffix in ("svg", "png"):
-            if figure is None:
-                continue
-            path = folder / f"{name}.{suffix}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else {})
-            paths.append(path)
+        if figure is not None:
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=150)
     return paths
 
 

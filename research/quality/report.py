@@ -119,6 +119,6 @@ def markdown(record: dict) -> str:
         lines += [
             f"- {arm}: {shown['text']!r} (reference: {shown['reference']!r})" for shown in measured.get("texts", [])[:1]
         ]
-    shown = {key: str(value) for part in ("machine", "versions", "config") for key, value in record[part].items()}
-    lines += ["", "## Conditions", "", *tables.markdown(("", ""), shown.items(), ())]
+    shown = [(key, str(value)) for part in ("machine", "versions", "config") for key, value in record[part].items()]
+    lines += ["", "## Conditions", "", *tables.markdown(("", ""), shown, ())]
     return "\n".join([*lines, "", "The record behind this page is quality.json."]) + "\n"
