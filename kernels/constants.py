@@ -16,6 +16,7 @@ NO_TOKEN = tl.constexpr(2147483647)
 DRAW = tl.constexpr(0)
 ACCEPTANCE = tl.constexpr(1)
 RESIDUAL = tl.constexpr(2)
+AUDIT = tl.constexpr(3)
 PREFIX = tl.constexpr(16)
 STREAM = tl.constexpr(0x53504543)
 
@@ -66,6 +67,10 @@ UNALIGNED = (
     "bad_row_counter_ptr",
     "tile_list_ptr",
     "candidates_ptr",
+    "tile_above_ptr",
+    "tile_equal_ptr",
+    "counts_ptr",
+    "places_ptr",
 )
 """Pointers that no kernel is specialised on the alignment of.
 

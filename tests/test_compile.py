@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "support" / "compile_kernels.py"
-KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel"}
+KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel", "audit_sweep_kernel", "audit_kernel"}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_absent_option_is_none(additional_config):
             SpecoptConfig("typical", rule=TypicalConstants(0.3, 1.0)),
         ),
         ({"method": "budget", "budget": {"delta": 0.1}}, SpecoptConfig("budget", rule=BudgetConstants(0.1))),
+        ({"method": "exact", "audit": True}, SpecoptConfig("exact", audit=1.0)),
+        ({"method": "exact", "audit": False}, SpecoptConfig("exact")),
+        ({"method": "block", "audit": 0.1}, SpecoptConfig("block", rule=BlockConstants(), audit=0.1)),
+        ({"method": "exact", "audit": 1}, SpecoptConfig("exact", audit=1.0)),
+        (
+            {"method": "stock", "audit": True, "on_unknown_vllm": "stock"},
+            SpecoptConfig("stock", "stock", audit=1.0),
+        ),
     ],
 )
 def test_accepted_forms(option, expected):
@@ -84,6 +92,16 @@ def test_accepted_forms(option, expected):
         ),
         ("budget", r"specopt\.budget is missing \(method is 'budget'\), expected \{\"delta\": \.\.\.\}"),
         ("typical", r"specopt\.typical is missing \(method is 'typical'\), expected \{\"epsilon\": \.\.\., "),
+        *(
+            (
+                {"method": "exact", "audit": value},
+                r"specopt\.audit is .*, expected true, false, or the share of steps, above 0 and up to 1",
+            )
+            for value in (0, 0.0, -0.1, 1.5, float("nan"), "yes", None)
+        ),
+        ("stock", r"specopt\.method is 'stock', which leaves nothing to do without an audit; add \"audit\": true"),
+        ({"method": "stock", "audit": True, "allow_per_request": True}, r"allow_per_request is given, but nothing can"),
+        ({"method": "stock", "audit": True, "sigmoid": "paper"}, r"sigmoid is given, .*: method is 'stock'"),
         ({"method": "block", "block": {}}, r"specopt has the unknown key 'block', expected 'method' or"),
         ({"method": "budget", "budget": {}}, r"specopt\.budget lacks the key delta, expected a number"),
         ({"method": "budget", "budget": 0.1}, r"specopt\.budget is 0\.1, expected \{\"delta\": \.\.\.\}"),

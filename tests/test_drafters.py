@@ -6,12 +6,17 @@ Single precision, as in ``test_engine_steps.py``. What is not there, and why: ``
 import importlib.util
 import json
 import runpy
+import statistics
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_specopt.benchmarks.processes import Server, free_port
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
@@ -22,14 +27,15 @@ drafters = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = drafters
 spec.loader.exec_module(drafters)
 
-QUICK = ["EAGLE-3", "MTP"]
+QUICK = ["EAGLE-3", "MTP", "Hydra", "by batch size"]
 RUNS = {
     "V1": (QUICK, 8, 24),
     "V1, others": ([name for name in drafters.RUNNABLE["V1"] if name not in QUICK], 8, 24),
-    "V2": (["EAGLE-3", "EAGLE", "MTP"], 4, 10),
+    "V2": (["EAGLE-3", "EAGLE", "MTP", "by batch size"], 4, 10),
 }
 # Heads that were trained for this target, and so draft what it says.
-TRAINED = "EAGLE-3", "EAGLE", "MTP", "Medusa", "draft model", "parallel EAGLE-3", "parallel draft model"
+TRAINED = {"EAGLE-3", "EAGLE", "MTP", "Medusa", "Medusa, custom class", "Hydra", "draft model", "parallel EAGLE-3",
+           "parallel draft model"}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[pytest.param(run, marks=[pytest.mark.long] * (run != "V1")) for run in RUNS])
@@ -60,7 +66,16 @@ def test_heads_of_this_target_are_accepted(ran):
         batch = results[name]["batches"]["greedy"]
         assert batch["drafts"] > 0, name
         if name in TRAINED:
-            assert drafters.acceptance_length(batch) > 1.2, name
+            assert drafters.acceptance_length(batch)[0] > 1.2, name
+
+
+def test_medusa_in_the_examples_drafts_what_vllms_own_does(ran):
+    run, results, _ = ran
+    if "Medusa, custom class" not in RUNS[run][0]:
+        pytest.skip("not among these")
+    for kind in drafters.KINDS:
+        own, ours = (results[name]["batches"][kind] for name in ("Medusa", "Medusa, custom class"))
+        assert own["drafts"] == ours["drafts"] and own["accepted_by_position"] == ours["accepted_by_position"]
 
 
 def test_ours_verifies_and_says_so(ran):
@@ -72,6 +87,36 @@ def test_ours_verifies_and_says_so(ran):
         assert results[name]["plain_sampler"] == f"{module}_sampler.Sampler"
         assert results[name]["stock_calls"] == {}
         assert logs[name].count("specopt:") == logs[name].count(f"specopt: active: runner={runner} method=exact") == 1
+
+
+def test_eagle3_served_over_http_gives_the_openai_client_the_text_without_speculation(ran, tmp_path):
+    run, results, _ = ran
+    if run != "V1":
+        pytest.skip("once is enough")
+    openai = pytest.importorskip("openai")
+    port = free_port()
+    speculative = drafters.DRAFTERS["EAGLE-3"].speculative | {"num_speculative_tokens": drafters.NUMBER}
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(drafters.TARGET), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
+    # One process less to start.
+    command += ["--distributed-executor-backend", "uni", "--speculative-config", json.dumps(speculative)]
+    command += ["--additional-config", json.dumps({"specopt": {"method": "exact"}})]
+    environment = runpy.run_path(str(TESTS / "engine" / "run_engines.py"))["environment"](run)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    with Server(command, tmp_path / "server.log", environment, port) as server:
+        server.wait_ready(lambda: None, timeout=300)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        for batch in drafters.batches(3, RUNS[run][2]):
+            for index, sampling in enumerate(batch["sampling"]):
+                more = {"ignore_eos": sampling.pop("ignore_eos"), "return_token_ids": True}
+                prompt = batch["prompts"][index]
+                answer = client.completions.create(model="target", prompt=prompt, **sampling, extra_body=more)
+                assert answer.choices[0].token_ids == results["plain"]["batches"][batch["name"]]["token_ids"][index]
+        counted = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+        totals = {sample.name: sample.value for family in counted for sample in family.samples}
+        log = (tmp_path / "server.log").read_text()
+    assert 0 < totals["vllm:spec_decode_num_accepted_tokens_total"] < totals["vllm:spec_decode_num_draft_tokens_total"]
+    assert log.count("specopt: active: runner=V1 method=exact") == 1
 
 
 def test_the_text_has_tokens_that_the_head_cannot_draft(ran):
@@ -95,6 +140,15 @@ def test_the_page_has_a_row_for_each_drafter_and_no_empty_cell():
         each.title.split(" (")[0] for each in drafters.DRAFTERS.values()
     ]
     assert "**differs**" not in "".join(rows)
+
+
+def test_acceptance_length_and_its_interval():
+    accepted = [2, 0, 3, 1, 0, 2]
+    batch = {"drafts": 6, "accepted_by_position": [sum(n > i for n in accepted) for i in range(3)]}
+    mean, half = drafters.acceptance_length(batch)
+    assert mean == pytest.approx(1 + statistics.mean(accepted))
+    assert half == pytest.approx(1.96 * statistics.pstdev(accepted) / 5**0.5)
+    assert drafters.acceptance_length({"drafts": 0, "accepted_by_position": []}) == (1, 0)
 
 
 FOREIGN = (

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_specopt.integration.metrics import COLUMNS, COUNTERS, SECONDS, Account, Recorder, new_counters
+from vllm_specopt.integration.audit import ROWS, Auditor
+from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.integration.metrics import COLUMNS, COUNTERS, GAUGES, SECONDS, Account, Recorder, new_counters
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.rules import SigmoidConstants
 from vllm_specopt.testing import LOGITS, NO_DRAFT, random_batch
@@ -121,6 +123,26 @@ def test_a_scrape_sees_all_workers_and_each_number_once(tmp_path, account):
     assert not any("sigmoid" in str(k) for k in seen)
 
 
+def test_a_scrape_sees_the_audit_and_the_log_one_warning(tmp_path, account, caplog):
+    account.auditor = Auditor(SpecoptConfig("stock", audit=1.0), "cpu")
+    recorder = Recorder(account, tmp_path, LABELS, "stock")
+    seen = scrape(tmp_path)
+    assert seen[key("audit_evidence_log10", method="stock")] == 0
+    assert seen[key("audited_tokens_total", method="stock", bin="31")] == 0
+    account.auditor.counts[ROWS.index("stock"), :34] = torch.tensor([50] * 31 + [950, 3, 4])
+    recorder.write()
+    recorder.write()
+    seen = scrape(tmp_path)
+    assert seen[key("audited_tokens_total", method="stock", bin="07")] == 50
+    assert seen[key("audited_tokens_total", method="stock", bin="31")] == 950
+    assert seen[key("audit_impossible_tokens_total", method="stock")] == 3
+    assert seen[key("audit_skipped_tokens_total", method="stock")] == 4
+    assert seen[key("audit_evidence_log10", method="stock")] > 100
+    assert not any("exact" in str(k) and "audit" in str(k) for k in seen)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 1 and "the method stock does not follow the target model's distribution" in warned[0]
+
+
 def test_numbers_arrive_without_another_step(tmp_path, account):
     recorder = Recorder(account, tmp_path, LABELS, "exact")
     recorder.begin_step()
@@ -160,6 +182,7 @@ def test_every_expression_of_the_dashboard_names_a_metric_that_exists():
     ours = {f"specopt:{name}_total" for name in COUNTERS} | {
         f"specopt:{SECONDS}_{suffix}" for suffix in ("sum", "count", "bucket")
     }
+    ours |= {f"specopt:{name}" for name in GAUGES}
     used, ids = set(), []
     for panel in dashboard["panels"]:
         ids.append(panel["id"])

@@ -112,9 +112,10 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
         "are no draft tokens to verify; add one, or change the option"
     )
     assert errors == {
-        "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget'",
+        "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget' or "
+        "'stock'",
         "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or "
-        "'allow_per_request' or 'sigmoid' or 'typical' or 'budget'",
+        "'allow_per_request' or 'audit' or 'sigmoid' or 'typical' or 'budget'",
         "no speculation": None,
         "no speculation, sigmoid": alone,
         "no speculation, choice": alone,

@@ -8,6 +8,7 @@ import torch
 from vllm_specopt.kernels.reference import noise, verify_ref
 from vllm_specopt.kernels.reference.noise import (
     ACCEPTANCE,
+    AUDIT,
     DRAW,
     RESIDUAL,
     acceptance_uniform_ref,
@@ -16,7 +17,7 @@ from vllm_specopt.kernels.reference.noise import (
 )
 from vllm_specopt.kernels.reference.rows import argmax_ref, draw_ref, filter_row_ref, target_row_ref
 
-PURPOSES = (DRAW, ACCEPTANCE, RESIDUAL)
+PURPOSES = (DRAW, ACCEPTANCE, RESIDUAL, AUDIT)
 
 
 def test_philox_known_answers(monkeypatch):
@@ -55,7 +56,7 @@ def test_draw_uniforms_are_uniform_and_independent_across_purposes_positions_and
     count = 20_000
     draws = [
         torch.tensor([draw_uniform_ref(seed, start + i, purpose) for i in range(count)], dtype=torch.float64)
-        for seed, start, purpose in ((3, 0, DRAW), (3, 0, RESIDUAL), (4, 0, DRAW), (3, count, DRAW))
+        for seed, start, purpose in ((3, 0, DRAW), (3, 0, RESIDUAL), (3, 0, AUDIT), (4, 0, DRAW), (3, count, DRAW))
     ]
     draws.append(torch.tensor([acceptance_uniform_ref(3, i) for i in range(count)], dtype=torch.float64))
     assert all(is_uniform(values) for values in draws)

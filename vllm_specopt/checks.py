@@ -1,5 +1,7 @@
 """What ``verify`` accepts: shapes, dtypes, devices and strides, told with both values where they are wrong."""
 
+import functools
+
 import torch
 
 from vllm_specopt.rules import RULES, BudgetConstants
@@ -12,6 +14,22 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 def names(dtypes) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(device, name, tensor, ndim, dtypes, size=None) -> None:
+    """Raise ValueError unless a tensor, if there is one, has these dimensions, dtypes, device and length."""
+    if tensor is None:
+        return
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} has {tensor.ndim} dimensions, expected {ndim}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {names([tensor.dtype])}, expected one of {names(dtypes)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device} (the device of logits)")
+    if size is not None and tensor.shape[0] != size:
+        raise ValueError(f"{name} has length {tensor.shape[0]}, expected {size}")
+    if tensor.stride(-1) != 1 and tensor.numel() and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last dimension, expected 1")
 
 
 def check_arguments(
@@ -41,22 +59,7 @@ def check_arguments(
 
     Takes what ``verify`` takes; neither ``backend`` nor what ``rule`` holds is checked here.
     """
-    device = logits.device
-
-    def check(name, tensor, ndim, dtypes, size=None):
-        if tensor is None:
-            return
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name} has {tensor.ndim} dimensions, expected {ndim}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} has dtype {names([tensor.dtype])}, expected one of {names(dtypes)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {device} (the device of logits)")
-        if size is not None and tensor.shape[0] != size:
-            raise ValueError(f"{name} has length {tensor.shape[0]}, expected {size}")
-        if tensor.stride(-1) != 1 and tensor.numel() and tensor.shape[-1] > 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} along its last dimension, expected 1")
-
+    check = functools.partial(check_tensor, logits.device)
     check("logits", logits, 2, LOGIT_DTYPES)
     num_rows, vocab_size = logits.shape
     check("cu_num_logits", cu_num_logits, 1, INDEX_DTYPES)

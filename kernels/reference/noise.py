@@ -3,10 +3,10 @@
 Philox4x32-10 (Salmon et al., SC'11) with the seed as key and (purpose, position) as counter gives four 32-bit words.
 """
 
-DRAW, ACCEPTANCE, RESIDUAL, PREFIX = 0, 1, 2, 16
-"""Purposes: the token drawn from a row, the test of a sampled draft, the token that replaces a rejected one; and, plus
-its length, the test of a prefix, at the position where the block begins: a prefix that fails must not be tested by the
-same number again in the next step, which begins later."""
+DRAW, ACCEPTANCE, RESIDUAL, AUDIT, PREFIX = 0, 1, 2, 3, 16
+"""Purposes: the token drawn from a row, the test of a sampled draft, the token that replaces a rejected one, the place
+of an audited token among those as probable; and, plus its length, the test of a prefix, at the position where the block
+begins: a prefix that fails must not be tested by the same number again in the next step, which begins later."""
 
 STREAM = 0x53504543
 MASK32 = 0xFFFFFFFF

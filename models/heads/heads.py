@@ -1,4 +1,4 @@
-"""Heads that draft from the target's hidden states: EAGLE-3, EAGLE, MTP and Medusa, in plain PyTorch.
+"""Heads that draft from the target's hidden states: EAGLE-3, EAGLE, MTP, Medusa and Hydra, in plain PyTorch.
 
 Parameters have the names of the checkpoints that vLLM reads. B is a batch, T its positions, H the target's hidden size.
 Root t of a window is a position whose hidden state the target has computed, where token t + 1 is known too. Step s of
@@ -159,3 +159,35 @@ class Medusa(nn.Module):
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
         """Map features [B, T, H] to logits [B, T, V] of each head."""
         return [self.lm_head(features + F.silu(block["layers"][0](features))) for block in self.blocks]
+
+
+class Hydra(nn.Module):
+    """Hydra (2402.05109): Medusa's head i that also sees the embeddings of tokens t + 1 ... t + 1 + i after its root.
+
+    Each head is one layer of ``width`` between these and the root's last hidden state, normed; the target's head makes
+    the logits. The second half of each head starts at zero.
+    """
+
+    def __init__(self, config, lm_head: torch.Tensor, heads: int, width: int):
+        super().__init__()
+        size = config.hidden_size
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "down": nn.Linear((2 + i) * size, width, bias=False),
+                    "up": nn.Linear(width, size, bias=False),
+                }
+            )
+            for i in range(heads)
+        )
+        for block in self.blocks:
+            nn.init.zeros_(block["up"].weight)
+        self.register_buffer("target_head", lm_head, persistent=False)
+
+    def forward(self, features: torch.Tensor, embedded: torch.Tensor) -> list[torch.Tensor]:
+        """Map features [B, T, H] and embedded [B, T, heads, H], each root's later tokens, to logits [B, T, V]."""
+        logits = []
+        for i, block in enumerate(self.blocks):
+            seen = torch.cat((features, embedded[:, :, : i + 1].flatten(2)), dim=-1)
+            logits.append(F.linear(features + block["up"](F.silu(block["down"](seen))), self.target_head))
+        return logits

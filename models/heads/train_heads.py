@@ -29,17 +29,18 @@ HERE = Path(__file__).resolve().parent
 MODELS = HERE.parent
 sys.path[:0] = [str(MODELS), str(HERE)]
 from corpus import collect, split  # noqa: E402
-from heads import MTP, Eagle, Eagle3, Medusa  # noqa: E402
+from heads import MTP, Eagle, Eagle3, Hydra, Medusa  # noqa: E402
 from train import encode, windows  # noqa: E402
 
 TARGET = MODELS / "specopt-target"
 AUX_LAYERS = (1, 2, 4)
 STEPS, MEDUSA_HEADS = 2, 3
+"""Drafted positions that a head with attention is trained for; heads of Medusa, and of Hydra."""
 ROOM = max(STEPS, MEDUSA_HEADS)
 """Positions at the end of a window whose later tokens are not all known."""
-DRAFT_VOCAB, INTERMEDIATE = 256, 480
+DRAFT_VOCAB, INTERMEDIATE, HYDRA_WIDTH = 256, 480, 160
 LENGTH = 256
-NAMES = ["eagle3", "eagle", "mtp", "medusa"]
+NAMES = ["eagle3", "eagle", "mtp", "medusa", "hydra"]
 
 
 class Target:
@@ -68,6 +69,7 @@ class Target:
             "eagle": normed,
             "mtp": last,
             "medusa": normed,
+            "hydra": normed,
             "embedded": self.model.model.embed_tokens(tokens),
             "logits": out.logits,
         }
@@ -79,6 +81,9 @@ def drafted(name: str, head: nn.Module, found: dict[str, torch.Tensor]) -> list[
     features = found[name][:, :roots]
     if name == "medusa":
         return head(features)
+    if name == "hydra":
+        later = [found["embedded"][:, step : step + roots] for step in range(1, MEDUSA_HEADS + 1)]
+        return head(features, torch.stack(later, dim=2))
     past, logits = [], []
     for step in range(1, STEPS + 1):
         made, features = head(found["embedded"][:, step : step + roots], features, past)
@@ -143,8 +148,11 @@ def agreement(
 def configuration(name: str) -> dict:
     """The config.json of a head, after the target's."""
     target = json.loads((TARGET / "config.json").read_text(encoding="utf-8"))
+    kept = {key: target[key] for key in ("hidden_size", "vocab_size", "dtype")}
+    if name == "hydra":
+        return kept | {"architectures": ["HydraModel"], "model_type": "hydra", "num_heads": MEDUSA_HEADS,
+                       "hidden_width": HYDRA_WIDTH}  # fmt: skip
     if name == "medusa":
-        kept = {key: target[key] for key in ("hidden_size", "vocab_size", "dtype")}
         return kept | {"architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": MEDUSA_HEADS,
                        "num_hidden_layers": 1, "original_lm_head": True}  # fmt: skip
     config = target | {"num_hidden_layers": 1, "intermediate_size": INTERMEDIATE, "tie_word_embeddings": False}
@@ -203,6 +211,8 @@ def main() -> None:
         "eagle": Eagle(small, target.lm_head),
         "mtp": MTP(target.config, target.lm_head),
         "medusa": Medusa(target.config, target.lm_head, MEDUSA_HEADS),
+        # Behind the others: the order decides what each starts from.
+        "hydra": Hydra(target.config, target.lm_head, MEDUSA_HEADS, HYDRA_WIDTH),
     }
     heads = {name: heads[name] for name in args.only}
     losses = fit(heads, target, stream, kept, args)

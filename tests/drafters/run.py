@@ -1,8 +1,8 @@
 """Run every drafter that vLLM has here and write docs/drafters.md: is the text the one without speculation?
 
 Usage: ``python tests/drafters/run.py [--runner V1] [--only NAME ...]``. Each engine runs in a process of its own.
-What came out is kept in ``reports/drafters/``; the table is written from there, and says "not run" of what is
-missing. ``--runner`` alone only writes the table.
+What came out is kept in ``benchmarks/results/drafters/``; the table is written from there, and says "not run" of what
+is missing. ``--runner`` alone only writes the table.
 """
 
 from __future__ import annotations
@@ -18,9 +18,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from drafters import DRAFTERS, ROOT, compared, engines, plain_name, start  # noqa: E402
+from drafters import (  # noqa: E402
+    DRAFTERS,
+    NUMBER,
+    ROOT,
+    RUNNABLE,
+    acceptance_length,
+    compared,
+    engines,
+    plain_name,
+    start,
+)
 
-REPORTS, PAGE = ROOT / "reports" / "drafters", ROOT / "docs" / "drafters.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "drafters", ROOT / "docs" / "drafters.md"
 SIZES = {"V1": (8, 32), "V2": (4, 10)}
 """Requests of a batch and their tokens."""
 COLUMNS = {"V1": "V1 on a CPU", "V2": "V2 in Triton's interpreter", "GPU": "vLLM 0.33 on an H100"}
@@ -38,10 +48,12 @@ engines ({versions}), single precision, {number} draft tokens a step, the shippe
 
 - *greedy*: `same` if all greedy texts are equal;
 - *seeded*: the share of equal tokens, of requests with T = 1 and with T = 0.8 and top-p 0.9;
-- then the acceptance length (tokens of a step that verified drafts) at T = 0 and at T = 1.
+- then the acceptance length (tokens of a step that verified drafts) at T = 0 and at T = 1, with 95 % intervals that
+  take steps as independent.
 
 V1: {v1[0]} requests of {v1[1]} tokens for each of the three; V2: {v2[0]} of {v2[1]}. Drafts are chosen, not sampled:
-vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0.
+vLLM's default, which accepts little at T = 1. Source lines are those of vLLM 0.32.0. What ran is in
+[benchmarks/results/drafters](../benchmarks/results/drafters).
 
 On the H100: vLLM 0.33.0, bf16 in its batch-invariant mode (TRITON_ATTN), where logits do not depend on the batch,
 CUDA graphs, 32 requests of 64 tokens for each of the three, by `ONLY=drafters bash scripts/gpu/first_run.sh`
@@ -49,6 +61,15 @@ CUDA graphs, 32 requests of 64 tokens for each of the three, by `ONLY=drafters b
 greedy texts were the same and {float32} of the seeded tokens (draft model, EAGLE-3; V2).
 """
 NOTES = """
+What makes drafts shorter or more:
+
+- *Number by batch size*: `num_speculative_tokens_per_batch_size`, on both runners, 0 switches speculation off; the
+  older `disable_by_batch_size` is not in vLLM 0.32.
+- *Threshold*: suffix decoding leaves out drafts below `suffix_decoding_min_token_prob` (0 here, to draft more).
+  Adaptive verification cuts drafts by the drafter's confidence, on the device and under CUDA graphs only. There stock's
+  sampler stays and the worker says so: log probabilities find their rows through host indices that are stale then.
+- *Stages* (a drafter that is itself sped up by a smaller one): vLLM has none.
+
 vLLM 0.33 has neither Medusa nor MLP speculators any more (`config/speculative.py:74` there).
 
 A head that was made for a target of another hidden size, or an EAGLE or EAGLE-3 head of another vocabulary, stops the
@@ -73,8 +94,18 @@ def run(name: str, runner: str) -> dict:
             results, _ = start(engines([name], Path(folder), *SIZES[runner])[1:], Path(folder), runner)
         except AssertionError as error:
             lines = [line for line in str(error).splitlines() if "Error" in line]
-            return {"error": lines[-1].strip() if lines else str(error)[-300:]}
-    return compared(results[name], expected)
+            return {"error": lines[-1].strip() if lines else "no error named"}
+    return compared(results[name], expected) | {
+        "requests": SIZES[runner][0],
+        "tokens": SIZES[runner][1],
+        "num_speculative_tokens": NUMBER,
+        "versions": {name: importlib.metadata.version(name) for name in ("vllm", "torch", "vllm-specopt")},
+    }
+
+
+def path_of(name: str, column: str) -> Path:
+    """Where a cell's results are."""
+    return RESULTS / f"{column}-{name}.json".replace(",", "").replace(" ", "-").lower()
 
 
 def cell(name: str, column: str) -> str:
@@ -85,7 +116,7 @@ def cell(name: str, column: str) -> str:
         return "; ".join(cells) or ABSENT_ON_GPU.get(name, "not in vLLM 0.33")
     if column in drafter.absent:
         return drafter.absent[column]
-    path = REPORTS / f"{column} {name}.json"
+    path = path_of(name, column)
     if not path.exists():
         return "not run"
     found = json.loads(path.read_text())
@@ -99,11 +130,15 @@ def on_gpu() -> list[dict]:
 
 
 def summary(found: dict) -> str:
-    """A drafter's cell, from what ``compared`` made of it."""
-    lengths = found["acceptance_length"]
+    """A drafter's cell, from what ``compared`` made of it; the GPU's first records have no counts by position."""
+    if "batches" in found:
+        lengths = (acceptance_length(found["batches"][kind]) for kind in ("greedy", "T = 1"))
+        shown = " / ".join(f"{mean:.2f} ± {half:.2f}" for mean, half in lengths)
+    else:
+        shown = " / ".join(f"{found['acceptance_length'][kind]:.2f}" for kind in ("greedy", "T = 1"))
     ours = "" if found["sampler"].startswith("vllm_specopt") and not found["stock_calls"] else " (stock's sampler)"
     greedy = "same" if found["greedy"] else "**differs**"
-    return f"greedy {greedy}, seeded {found['seeded']:.1%}; {lengths['greedy']:.2f} / {lengths['T = 1']:.2f}{ours}"
+    return f"greedy {greedy}, seeded {found['seeded']:.1%}; {shown}{ours}"
 
 
 def page() -> str:
@@ -111,7 +146,7 @@ def page() -> str:
     versions = f"vLLM 0.32.0, torch {importlib.metadata.version('torch')}"
     single = [each["seeded"] for each in json.loads(ON_GPU.read_text())["drafters"] if each["kind"] == "float32"]
     float32 = " and ".join(f"{share:.1%}" for share in single)
-    lines = [INTRODUCTION.format(versions=versions, number=3, v1=SIZES["V1"], v2=SIZES["V2"], float32=float32)]
+    lines = [INTRODUCTION.format(versions=versions, number=NUMBER, v1=SIZES["V1"], v2=SIZES["V2"], float32=float32)]
     lines += ["| drafter | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     for name, drafter in DRAFTERS.items():
         title = f"{drafter.title} ({drafter.note})" if drafter.note else drafter.title
@@ -125,12 +160,12 @@ def main() -> None:
     parser.add_argument("--runner", choices=list(SIZES), nargs="*", default=list(SIZES))
     parser.add_argument("--only", nargs="*", choices=list(DRAFTERS), default=list(DRAFTERS), metavar="NAME")
     args = parser.parse_args()
-    REPORTS.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for runner in args.runner:
         for name in args.only:
-            if runner not in DRAFTERS[name].absent:
+            if name in RUNNABLE[runner]:
                 found = run(name, runner)
-                (REPORTS / f"{runner} {name}.json").write_text(json.dumps(found, indent=1) + "\n")
+                path_of(name, runner).write_text(json.dumps(found, indent=1) + "\n")
                 print(runner, name, json.dumps(found), flush=True)
                 PAGE.write_text(page(), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")

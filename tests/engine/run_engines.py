@@ -5,8 +5,9 @@ Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists eng
 the stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine
 warms up first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not
 before. With statistics switched on it holds the number of preemptions, and per batch the steps that verified drafts
-and the draft tokens that they accepted.
+and the draft tokens that they accepted, together and by their place among the drafts.
 With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
+Engines that audit leave their counts.
 """
 
 import contextlib
@@ -67,8 +68,14 @@ def main(request_path: str, result_path: str) -> None:
             }
             if counted:
                 after = speculation(llm)
-                result["batches"][batch["name"]] |= {name: after[name] - before[name] for name in after}
+                counts = {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in after}
+                drafts, accepted = counts["drafts"][0], counts["accepted_by_position"]
+                counted_here = {"drafts": drafts, "accepted": sum(accepted), "accepted_by_position": accepted}
+                result["batches"][batch["name"]] |= counted_here
         result["stock_calls"] = dict(calls)
+        auditor = getattr(getattr(runner.sampler, "account", None), "auditor", None)
+        if auditor is not None:
+            result["audit"] = auditor.counts.tolist()
         if counted:
             counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
             result["preemptions"] = sum(counts)
@@ -79,11 +86,13 @@ def main(request_path: str, result_path: str) -> None:
         json.dump(results, file, default=len)
 
 
-def speculation(llm) -> dict[str, int]:
-    """How many steps of requests verified drafts so far, and how many draft tokens they accepted."""
-    names = {"drafts": "vllm:spec_decode_num_drafts", "accepted": "vllm:spec_decode_num_accepted_tokens"}
-    values = llm.get_metrics()
-    return {key: sum(metric.value for metric in values if metric.name == name) for key, name in names.items()}
+def speculation(llm) -> dict[str, list[int]]:
+    """How many steps of requests verified drafts so far, and how many accepted the first draft token, the second ..."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    if "vllm:spec_decode_num_drafts" not in metrics:
+        return {"drafts": [0], "accepted_by_position": []}
+    by_position = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+    return {"drafts": [metrics["vllm:spec_decode_num_drafts"].value], "accepted_by_position": list(by_position)}
 
 
 @contextlib.contextmanager

@@ -20,11 +20,14 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_specopt import testing, verify
+from vllm_specopt.integration.audit import ROWS, Auditor
 from vllm_specopt.integration.config import SpecoptConfig
 from vllm_specopt.integration.metrics import Account
 from vllm_specopt.integration.v2 import RejectionSampler
 from vllm_specopt.integration.v2_sampler import Sampler as PlainSampler
+from vllm_specopt.integration.v2_watch import WatchedRejectionSampler, WatchedSampler
 from vllm_specopt.kernels.reference import verify_ref
+from vllm_specopt.kernels.reference.audit import audit_ref
 from vllm_specopt.rules import PAPER, BlockConstants, BudgetConstants, TypicalConstants
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -521,3 +524,38 @@ def case_warm_up_launches_what_serving_does(monkeypatch, choice, draft, pad):
         # Without padding, rows after the first start at 16 bytes or not, and these few steps lack some of the cases.
         assert not unexpected(warmed, served), "compiled in vain"
     assert not step.rejection_sampler.account.counters.any(), "the dummy requests were counted"
+
+
+@pytest.mark.parametrize("method", ["exact", "stock"])
+def case_the_audit_counts_what_is_emitted(method):
+    """With drafts and without; of the sampled requests one has a seed, and is left out."""
+    config = SpecoptConfig(method, audit=1.0)
+    temperatures, seeds, counts = (1.0, 0.8, 0.0, 1.3), (None, 3, None, None), [2, 1, 3, 0]
+    params = [SamplingParams(temperature=t, seed=s) for t, s in zip(temperatures, seeds, strict=True)]
+    step = Step(params, counts)
+    account = Account(CPU)
+    account.auditor = Auditor(config, CPU, "triton")
+    step.sampler = (PlainSampler if config.verifies else WatchedSampler)(step.sampler, account)
+    tokens, _ = step.run(RejectionSampler if config.verifies else WatchedRejectionSampler, draft=True)
+    audited, seeded = [0, 3], 1
+    found = account.auditor.counts[ROWS.index(method)].clone()
+    assert found.sum() == account.auditor.counts.sum() == sum(len(tokens[i]) for i in (*audited, seeded))
+    assert found[-2:].tolist() == [0, len(tokens[seeded])]
+    ids = torch.tensor([row + [-1] * (DRAFTS + 1 - len(row)) for row in tokens])
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    states = step.sampler.sampling_states
+    expected = audit_ref(
+        step.logits,
+        step.cu,
+        ids,
+        temperature=torch.tensor(temperatures) * signs,
+        seeds=states.seeds.gpu[step.slots],
+        positions=step.positions,
+    ).places
+    bins = torch.histc((expected[~expected.isnan()] * 32).floor(), 32, 0, 32)
+    assert found[:32].tolist() == bins.tolist()
+    step.sampler(step.logits.clone(), step.batch())
+    more = account.auditor.counts[ROWS.index(method)]
+    rows = [count + 1 for count in counts]
+    assert more[:32].sum() - bins.sum() == sum(rows[i] for i in audited)
+    assert more[-1] - len(tokens[seeded]) == rows[seeded]

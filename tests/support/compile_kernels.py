@@ -13,7 +13,7 @@ import torch
 
 from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
 from vllm_specopt.integration.config import WITH_CONSTANTS
-from vllm_specopt.kernels import constants, decide, launch, residual, statistics
+from vllm_specopt.kernels import audit, constants, decide, launch, residual, statistics
 from vllm_specopt.kernels.shapes import DEFAULTS
 from vllm_specopt.rules import RULES
 
@@ -21,16 +21,16 @@ VOCAB_SIZE = 151936
 BLOCK_K = 8
 METHODS = ("sigmoid", "sigmoid-mixed", "block-mixed", "typical-mixed", "budget-mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
+FLOATS = ("tile_max_ptr", "tile_sum_ptr", "tile_above_ptr", "tile_equal_ptr", "temperature_ptr")
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = SCALARS
-SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "token_ids_stride")
+SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "token_ids_stride", "method")
 COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
     **dict.fromkeys(INTS, "*i32"),
     **dict.fromkeys(SCALARS, "i32"),
-    **dict.fromkeys(("seeds_ptr", "positions_ptr", "bad_row_counter_ptr", "counters_ptr"), "*i64"),
+    **dict.fromkeys(("seeds_ptr", "positions_ptr", "bad_row_counter_ptr", "counters_ptr", "counts_ptr"), "*i64"),
 }
 
 
@@ -77,6 +77,11 @@ def variants(with_all: bool):
             (statistics.statistics_kernel, {"num_warps": DEFAULTS.statistics_warps}),
             (decide.decide_kernel, launch.decide_options(DEFAULTS, filtered)),
         ]
+        if not greedy:
+            launches += [
+                (audit.audit_sweep_kernel, {"num_warps": DEFAULTS.statistics_warps}),
+                (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered)),
+            ]
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}))
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)

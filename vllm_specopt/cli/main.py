@@ -64,6 +64,29 @@ def doctor(
 
 
 @app.command()
+def audit(
+    target: Annotated[str, typer.Argument(help="URL of a running server, or a model to serve.", show_default=False)],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on reading the server until interrupted.")] = False,
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens to have a started server emit.")] = 20_000,
+    speculative_config: Annotated[str | None, typer.Option(help="JSON, as given to vllm serve.")] = None,
+    additional_config: Annotated[
+        str | None, typer.Option(help="JSON, as given to vllm serve. (default: the method exact)")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of a started server; 0 takes a free one.")] = 0,
+) -> None:
+    """Say whether a server's output follows the target's distribution, as far as its audit has seen.
+
+    A model is served, driven with prompts at several temperatures, and judged. Exit status: 0 no sign of loss, 1 lossy,
+    or too few tokens to say, or a run failed, 2 bad input.
+    """
+    from vllm_specopt.cli.audit import run
+
+    with told("audit"):
+        code = run(target, follow, tokens, speculative_config, additional_config, port)
+    raise typer.Exit(code)
+
+
+@app.command()
 def fingerprints(
     vllm: Annotated[
         Path | None, typer.Option(help="Folder of a vLLM, the package or what it lies in. (default: the installed one)")

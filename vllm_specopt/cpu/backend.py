@@ -14,7 +14,7 @@ from vllm_specopt.cpu.memory import BF16, FP16, FP32
 from vllm_specopt.cpu.plan import JOB_BAD_ROWS, JOB_MISFIT, JOB_PLAN, LOGITS, ONE_HOT, PROBS, Plan, scratch_at
 from vllm_specopt.cpu.requests import verify_requests
 
-_KIND = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+KIND = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _run_alone = verify_requests.ctypes
 # Below this many logits a second thread costs more than it saves.
 _MIN_LOGITS_TO_SPLIT = 1 << 17
@@ -70,12 +70,10 @@ def verify_batch(
         draft_stride, draft_position_stride, _ = draft_logits.stride()
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
-        draft_kind = _KIND[draft.dtype]
-    num_workers = 1
-    if num_reqs > 1 and num_rows * vocab_size >= _MIN_LOGITS_TO_SPLIT and _openmp() is not None:
-        num_workers = min(torch.get_num_threads(), num_reqs)
-    per_worker = _memory_per_worker(vocab_size)
-    memory = _Memory.take(num_workers * per_worker)
+        draft_kind = KIND[draft.dtype]
+    num_workers = workers_for(num_reqs, num_rows * vocab_size)
+    per_worker = memory_per_worker(vocab_size)
+    memory = Memory.take(num_workers * per_worker)
     _JOB.pack_into(
         memory.job, 0,
         *_JOB_BEGINS,
@@ -86,29 +84,29 @@ def verify_batch(
         vocab_size,
         logits.data_ptr(),
         logits.stride(0),
-        _KIND[logits.dtype],
-        *_ints(cu_num_logits),
-        *_ints(draft_token_ids),
+        KIND[logits.dtype],
+        *ints_of(cu_num_logits),
+        *ints_of(draft_token_ids),
         draft_token_ids.shape[0] != num_rows,
-        _address(temperature),
-        _address(seeds),
-        *_ints(positions),
-        *_ints(state_indices),
+        address_of(temperature),
+        address_of(seeds),
+        *ints_of(positions),
+        *ints_of(state_indices),
         num_states,
         mode,
-        _address(draft),
+        address_of(draft),
         draft_stride,
         draft_position_stride,
         draft_kind,
-        *_ints(top_k),
-        _address(top_p),
-        _address(min_p),
-        *_ints(bonus_token_ids),
+        *ints_of(top_k),
+        address_of(top_p),
+        address_of(min_p),
+        *ints_of(bonus_token_ids),
         rule,
-        _address(constants),
-        _address(rule_requests),
+        address_of(constants),
+        address_of(rule_requests),
         rule_requests is not None and rule_requests.dtype is torch.float32,
-        _address(counters),
+        address_of(counters),
         token_ids.data_ptr(),
         token_ids.stride(0),
         token_ids.shape[1],
@@ -116,11 +114,11 @@ def verify_batch(
         num_sampled.data_ptr(),
     )  # fmt: skip
     if num_workers > 1:
-        _openmp()(verify_requests.address, memory.job_address, num_workers, 0)
+        openmp()(verify_requests.address, memory.job_address, num_workers, 0)
     else:
         _run_alone(memory.job_address)
     bad_rows, misfit = int(memory.job[JOB_BAD_ROWS]), int(memory.job[JOB_MISFIT])
-    _Memory.idle.append(memory)
+    Memory.idle.append(memory)
     if misfit:
         raise ValueError(
             f"request {misfit - 1}: cu_num_logits or state_indices points outside the other arguments "
@@ -145,25 +143,34 @@ def warm_up(dtype: torch.dtype = torch.bfloat16) -> None:
     )
 
 
-def _address(tensor: torch.Tensor | None) -> int:
+def workers_for(num_reqs: int, num_logits: int) -> int:
+    """How many threads share a batch."""
+    if num_reqs < 2 or num_logits < _MIN_LOGITS_TO_SPLIT or openmp() is None:
+        return 1
+    return min(torch.get_num_threads(), num_reqs)
+
+
+def address_of(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's first element; 0 if there is none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _ints(tensor: torch.Tensor | None) -> tuple[int, int]:
+def ints_of(tensor: torch.Tensor | None) -> tuple[int, int]:
     """Address of a tensor of indices, and whether they are 64 bits wide."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.dtype is _INT64)
 
 
 @functools.lru_cache(maxsize=32)
-def _memory_per_worker(vocab_size: int) -> int:
+def memory_per_worker(vocab_size: int) -> int:
+    """Bytes that a thread computes in."""
     _, size = scratch_at.py_func(0, vocab_size)
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-class _Memory:
+class Memory:
     """The job of a call, and what its workers compute in. Calls give it back: fresh pages would cost a row's time."""
 
-    idle: ClassVar[list[_Memory]] = []
+    idle: ClassVar[list[Memory]] = []
 
     def __init__(self, size: int):
         self.size, self.pages = size, np.empty(size + _ALIGNMENT, dtype=np.uint8)
@@ -172,13 +179,14 @@ class _Memory:
         self.job_address = self.job.ctypes.data
 
     @classmethod
-    def take(cls, size: int) -> _Memory:
+    def take(cls, size: int) -> Memory:
+        """Memory of at least so many bytes."""
         memory = cls.idle.pop() if cls.idle else None
         return memory if memory is not None and memory.size >= size else cls(size)
 
 
 @functools.cache
-def _openmp():
+def openmp():
     """The call that opens a parallel region in the OpenMP runtime torch has loaded; None if it has none.
 
     GNU's and LLVM's runtimes both export it. A pool of our own would compete with torch's workers, which spin for

@@ -7,7 +7,7 @@ import numpy as np
 
 from vllm_specopt.cpu.memory import jit
 
-DRAW, ACCEPTANCE, RESIDUAL, PREFIX = 0, 1, 2, 16
+DRAW, ACCEPTANCE, RESIDUAL, AUDIT, PREFIX = 0, 1, 2, 3, 16
 STREAM = np.uint64(0x53504543)
 MASK32 = np.uint64(0xFFFFFFFF)
 

@@ -9,9 +9,11 @@ from typing import Any
 from vllm_specopt.rules import RULES, BudgetConstants, Constants, parse_constants, parse_delta
 
 METHODS = tuple(RULES)
+STOCK = "stock"
+"""The method that leaves verification to vLLM's own sampler: the audit alone is ours."""
 WITH_CONSTANTS = tuple(name for name, rule in RULES.items() if rule.has_option)
 ON_UNKNOWN_VLLM = ("error", "stock")
-ALLOWED = {"method": METHODS, "on_unknown_vllm": ON_UNKNOWN_VLLM}
+ALLOWED = {"method": (*METHODS, STOCK), "on_unknown_vllm": ON_UNKNOWN_VLLM}
 KEY = REQUEST_KEY = "specopt"
 # How alike a key and ``KEY`` must be, letters and digits only, to be taken for a misspelling of it.
 ALIKE = 0.8
@@ -21,7 +23,7 @@ ALIKE = 0.8
 class SpecoptConfig:
     """A validated option.
 
-    method: How draft tokens are verified; one of ``METHODS``.
+    method: How draft tokens are verified; one of ``METHODS``, or ``STOCK``.
     on_unknown_vllm: What to do on a vLLM this version was not checked against: ``error`` stops at startup, ``stock``
         runs vLLM's own sampler with a warning.
     rule: Constants of the method beside exact that requests may follow; None if there is none. In the option they are
@@ -29,12 +31,20 @@ class SpecoptConfig:
         ...}``, typical ``{"epsilon": ..., "delta": ...}``, budget ``{"delta": ...}``. They have no default: they decide
         how far the output may leave the target's distribution.
     allow_per_request: Whether a request may choose between exact and that method, see :func:`requested`.
+    audit: Share of the steps whose tokens are audited (``vllm_specopt.audit``), 0 for none. In the option it may also
+        be true or false.
     """
 
     method: str
     on_unknown_vllm: str = "error"
     rule: Constants | None = None
     allow_per_request: bool = False
+    audit: float = 0.0
+
+    @property
+    def verifies(self) -> bool:
+        """Whether verification is ours."""
+        return self.method != STOCK
 
     @property
     def gives_deltas(self) -> bool:
@@ -82,8 +92,36 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
     per_request = option.get("allow_per_request", False)
     if not isinstance(per_request, bool):
         raise ValueError(f"specopt.allow_per_request is {per_request!r}, expected true or false")
+    share = _parse_share(option.get("audit", False))
+    if option["method"] == STOCK:
+        _check_stock(option, per_request, share)
+        return SpecoptConfig(STOCK, option.get("on_unknown_vllm", "error"), audit=share)
     rule = _parse_rule(option, per_request)
-    return SpecoptConfig(**{key: option[key] for key in known if key in option}, rule=rule)
+    return SpecoptConfig(**{key: option[key] for key in known if key in option} | {"rule": rule, "audit": share})
+
+
+def _parse_share(value: Any) -> float:
+    """Share of the steps to audit."""
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(
+            f"specopt.audit is {value!r}, expected true, false, or the share of steps, above 0 and up to 1"
+        )
+    return float(value)
+
+
+def _check_stock(option: Mapping, per_request: bool, share: float) -> None:
+    """Refuse what goes with verification of ours alone."""
+    if not share:
+        raise ValueError(
+            "specopt.method is 'stock', which leaves nothing to do without an audit; add \"audit\": true, or leave "
+            "specopt out"
+        )
+    unused = [name for name in WITH_CONSTANTS if option.get(name) is not None]
+    if per_request or unused:
+        name = "allow_per_request" if per_request else unused[0]
+        raise ValueError(f"specopt.{name} is given, but nothing can use it: method is 'stock'")
 
 
 def _parse_rule(option: Mapping, per_request: bool) -> Constants | None:

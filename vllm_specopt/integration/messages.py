@@ -11,6 +11,8 @@ logger = init_logger("vllm.specopt")
 def log_active(runner: str, config: SpecoptConfig, device, backend: str, speculative) -> None:
     """Which sampler is at work, and what its output is, if that is not the target's distribution."""
     more = " per_request=allowed" if config.allow_per_request else " speculation=off" if speculative is None else ""
+    if config.audit:
+        more += f" audit={config.audit:g}"
     logger.info(
         "specopt: active: runner=%s method=%s backend=%s device=%s%s", runner, config.method, backend, device, more
     )
@@ -58,9 +60,10 @@ def log_not_replaced(current) -> None:
         )
 
 
-def log_unstable(sampler) -> None:
+def log_unstable(sampler, audit_wanted: bool = False) -> None:
     """What it means that only the rejection sampler is ours."""
     logger.warning(
-        "specopt: seeds are not stable across steps without drafts: the model or another plugin brings its own %s",
+        "specopt: seeds are not stable across steps without drafts%s: the model or another plugin brings its own %s",
+        ", and nothing is audited" if audit_wanted else "",
         type(sampler).__qualname__,
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import METHODS
 from vllm_specopt.rules import SPENT_UNIT
 
@@ -39,6 +40,12 @@ COUNTERS = {
     "rows": "Rows of target logits by outcome: swept (read in full) or skipped (not needed, not read in full).",
     "spent_nats": "KL divergence from the target's distribution spent by the budget method, in nats.",
     "bad_rows": "Emitting rows without a usable logit; each emitted token 0.",
+    "audited_tokens": "Tokens audited, by the bin of their place in the target's distribution, 0 to 31.",
+    "audit_impossible_tokens": "Audited tokens that the request's sampling parameters or logits forbid.",
+    "audit_skipped_tokens": "Tokens of audited steps that were not: the request has a seed, or the row no logit.",
+}
+GAUGES = {
+    "audit_evidence_log10": "Evidence against losslessness: log10 of an e-value, valid at any time.",
 }
 SECONDS = "verification_seconds"
 SECONDS_HELP = "Time of one verification: on a CPU of every step, on a GPU of every 16th, by events on its stream."
@@ -103,16 +110,20 @@ class Account:
         unpublished: The same for steps without draft tokens, which count as steps only.
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]``.
         recorder: Told of each step; publishes the counters where there is a ``/metrics``.
+        auditor: Told of the tokens of each step; None where none is audited.
     """
 
     def __init__(self, device: torch.device | str):
         self.recorder: Recorder | _NotRecorded = NOT_RECORDED
+        self.auditor: Auditor | None = None
         self.restart(device)
 
     def restart(self, device: torch.device | str) -> None:
         """Count from 0 in fresh memory on a device."""
         self.counters, self.bad_rows = new_counters(device)
         self.unpublished, _ = new_counters(device)
+        if self.auditor is not None:
+            self.auditor.restart(device)
 
 
 def record(account: Account, vllm_config, method: str, first: bool) -> None:
@@ -128,6 +139,7 @@ def record(account: Account, vllm_config, method: str, first: bool) -> None:
     """
     parallel = vllm_config.parallel_config
     if not first and not getattr(parallel, "enable_batch_sharded_sampling", False):
+        account.auditor = None
         return
     # Fresh memory: what was there before may lie in a pool that sleep mode discards.
     account.restart(account.counters.device)
@@ -173,6 +185,7 @@ class Recorder:
         """
         self.num_steps = self.num_plain_steps = 0
         self._labels, self._method, self._counts_steps = labels, method, counts_steps
+        self._auditor = account.auditor
         self._buffer = account.counters
         self._on_gpu = self._buffer.device.type == "cuda"
         self._host = torch.zeros_like(self._buffer, device="cpu", pin_memory=True) if self._on_gpu else self._buffer
@@ -230,6 +243,16 @@ class Recorder:
             self._set("counter", "verified_steps", self.num_steps, "_total", method=self._method)
             self._set("counter", "plain_steps", self.num_plain_steps, "_total", method=self._method)
             self._write_seconds()
+        if self._auditor is not None:
+            self._write_audit(self._auditor)
+
+    def _write_audit(self, auditor: Auditor) -> None:
+        for method, bins, verdict in auditor.verdicts():
+            for place, count in enumerate(bins):
+                self._set("counter", "audited_tokens", count, "_total", method=method, bin=f"{place:02d}")
+            self._set("counter", "audit_impossible_tokens", verdict.impossible, "_total", method=method)
+            self._set("counter", "audit_skipped_tokens", verdict.skipped, "_total", method=method)
+            self._set("gauge_max", "audit_evidence_log10", verdict.log10_evidence, "", method=method)
 
     def _write_seconds(self) -> None:
         while self._seconds:
@@ -263,13 +286,15 @@ class _Files:
         from prometheus_client.mmap_dict import MmapedDict
 
         name = f"specopt-{os.getpid()}-{next(_numbers)}.db"
-        self._files = {kind: MmapedDict(str(directory / f"{kind}_{name}")) for kind in ("counter", "histogram")}
+        # The name says how a scrape joins the values of several processes that have the same labels.
+        kinds = ("counter", "histogram", "gauge_max")
+        self._files = {kind: MmapedDict(str(directory / f"{kind}_{name}")) for kind in kinds}
 
     def set(self, kind: str, name: str, suffix: str, labels: dict[str, str], value: float) -> None:
         from prometheus_client.mmap_dict import mmap_key
 
         metric = f"specopt:{name}"
-        text = SECONDS_HELP if kind == "histogram" else COUNTERS[name]
+        text = SECONDS_HELP if kind == "histogram" else (COUNTERS | GAUGES)[name]
         key = mmap_key(metric, metric + suffix, list(labels), list(labels.values()), text)
         self._files[kind].write_value(key, value, 0.0)
 

@@ -30,8 +30,10 @@ from vllm.platforms import current_platform
 
 from vllm_specopt.checks import MAX_DRAFT_TOKENS
 from vllm_specopt.integration import compat, metrics
+from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import (
     REQUEST_KEY,
+    STOCK,
     Requested,
     SpecoptConfig,
     contradiction,
@@ -82,7 +84,8 @@ def validate(vllm_config) -> SpecoptConfig | None:
     config = parse(vllm_config.additional_config)
     if config is None:
         return None
-    if vllm_config.speculative_config is None and (config.method != "exact" or config.allow_per_request):
+    allowed = ("exact", STOCK)
+    if vllm_config.speculative_config is None and (config.method not in allowed or config.allow_per_request):
         raise ValueError(
             "specopt.method 'exact' alone, and no other for single requests, works without --speculative-config, as "
             "there are no draft tokens to verify; add one, or change the option"
@@ -116,7 +119,7 @@ def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
     if config.on_unknown_vllm == "stock" and (unknown := _unknown_vllm(vllm_config)):
         return unknown
     if speculative is not None:
-        if speculative.rejection_sample_method not in ("standard", "block"):
+        if config.verifies and speculative.rejection_sample_method not in ("standard", "block"):
             return f"rejection_sample_method is {speculative.rejection_sample_method!r}"
         if speculative.enable_adaptive_verification:
             return "adaptive verification is on"
@@ -125,7 +128,7 @@ def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
     if getattr(vllm_config, "watermark_config", None) is not None:
         return "watermarking is on"
     for flag in ("return_sampling_mask", "use_fp64_gumbel"):
-        if getattr(model, flag, False):
+        if config.verifies and getattr(model, flag, False):
             return f"{flag} is set"
     return None
 
@@ -151,7 +154,8 @@ def _create_engine_config(original):
             from vllm.v1.engine.input_processor import InputProcessor
 
             _wrap(InputProcessor, "_validate_params", _validate_params)
-        if vllm_config.speculative_config is not None and _active_config(vllm_config):
+        config = _active_config(vllm_config)
+        if vllm_config.speculative_config is not None and config is not None and config.verifies:
             from vllm.sampling_params import SamplingParams
 
             if not vllm_config.use_v2_model_runner:
@@ -159,7 +163,8 @@ def _create_engine_config(original):
 
             _wrap(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
             _applies_all.append(weakref.ref(vllm_config.speculative_config))
-        if not self.disable_log_stats and _active_config(vllm_config):
+        # Without vLLM's statistics an audit can still warn.
+        if config is not None and (config.audit or not self.disable_log_stats):
             metrics.expose()
         return vllm_config
 
@@ -248,6 +253,10 @@ def _warm_up(original):
             # Not earlier: the steps of the warm-up are no requests.
             first = get_tp_group().rank_in_group == 0
             metrics.record(sampler.account, self.vllm_config, config.method, first)
+        elif config and config.audit:
+            logger.warning("specopt: no audit here: this worker cannot reach the server's SPECOPT_METRICS_DIR")
+            if sampler is not None and hasattr(sampler, "account"):
+                sampler.account.auditor = None
         return result
 
     return compile_or_warm_up_model
@@ -281,7 +290,11 @@ def _active_config(vllm_config) -> SpecoptConfig | None:
     config = parse(vllm_config.additional_config)
     if config is None or stock_reason(vllm_config, config):
         return None
-    if config.rule is None and getattr(vllm_config.speculative_config, "rejection_sample_method", "") == "block":
+    if (
+        config.verifies
+        and config.rule is None
+        and getattr(vllm_config.speculative_config, "rejection_sample_method", "") == "block"
+    ):
         return replace(config, method="block", rule=BlockConstants())
     return config
 
@@ -296,13 +309,20 @@ def _custom_sampler(original):
 
         from vllm_specopt.integration.metrics import Account
         from vllm_specopt.integration.v2 import RejectionSampler
-        from vllm_specopt.integration.v2_sampler import Sampler
+        from vllm_specopt.integration.v2_sampler import BACKEND, Sampler
+        from vllm_specopt.integration.v2_watch import WatchedRejectionSampler, WatchedSampler
 
-        if type(sampler) is Stock:
-            sampler = Sampler(sampler, Account(self.device))
         speculative = self.vllm_config.speculative_config
+        if type(sampler) is Stock:
+            account = Account(self.device)
+            account.auditor = Auditor(config, self.device, BACKEND) if config.audit else None
+            sampler = Sampler(sampler, account) if config.verifies else WatchedSampler(sampler, account)
+        elif not config.verifies:
+            return custom
         if speculative is None:
             return sampler, None
+        if not config.verifies:
+            return sampler, WatchedRejectionSampler(sampler, speculative, self.device)
         return sampler, RejectionSampler(sampler, speculative, self.device, config)
 
     return custom_sampler
@@ -316,21 +336,23 @@ def _v2_load_model(original):
             return
         from vllm_specopt.integration.v2 import RejectionSampler
         from vllm_specopt.integration.v2_sampler import BACKEND, Sampler
+        from vllm_specopt.integration.v2_watch import WatchedRejectionSampler, WatchedSampler
 
         replaced = self.sampler if self.speculative_config is None else self.rejection_sampler
-        if not isinstance(replaced, Sampler | RejectionSampler):
+        if not isinstance(replaced, Sampler | RejectionSampler | WatchedSampler | WatchedRejectionSampler):
             log_not_replaced(replaced)
             return
         log_active("V2", config, self.device, BACKEND, self.speculative_config)
-        if not isinstance(self.sampler, Sampler):
-            log_unstable(self.sampler)
+        if config.verifies and not isinstance(self.sampler, Sampler):
+            log_unstable(self.sampler, config.audit > 0)
 
     return load_model
 
 
 def _build_logitsprocs(original):
     def build_logitsprocs(vllm_config, *args, **kwargs):
-        if vllm_config.speculative_config is None or not _active_config(vllm_config):
+        config = None if vllm_config.speculative_config is None else _active_config(vllm_config)
+        if config is None or not config.verifies:
             return original(vllm_config, *args, **kwargs)
         from vllm_specopt.integration.v1_rows import MinTokens, is_min_tokens
 
@@ -365,6 +387,21 @@ def _v1_init(original):
         if not samples or not (own if speculative is None else type(current) is Stock):
             log_not_replaced(current if samples else None)
             return
+        seed = self.model_config.seed or 0
+        if not config.verifies and not own:
+            log_not_replaced(self.sampler)
+            return
+        if own:
+            draws = Draws(self.device, self, seed)
+            draws.account.auditor = Auditor(config, self.device) if config.audit else None
+        if not config.verifies:
+            from vllm_specopt.integration.v1_watch import WatchedRejectionSampler, WatchedSampler
+
+            self.sampler = WatchedSampler(self.sampler, draws)
+            if speculative is not None:
+                self.rejection_sampler = WatchedRejectionSampler(self.sampler, speculative, self.device)
+            log_active("V1", config, self.device, backend_name(self.device), speculative)
+            return
         # vLLM brings the lists of output tokens up to date only for processors that the engine's arguments name.
         batch = self.input_batch
         if any(type(each) not in BUILTIN for each in batch.logitsprocs.all):
@@ -372,9 +409,8 @@ def _v1_init(original):
         elif self.use_async_scheduling and not batch.logitsprocs_need_output_token_ids:
             lengths = [each for each in batch.logitsprocs.all if type(each) is MinTokens]
             batch.logitsprocs_need_output_token_ids = lengths[0] if lengths else False
-        seed = self.model_config.seed or 0
         if own:
-            self.sampler = Sampler(self.sampler, Draws(self.device, self, seed))
+            self.sampler = Sampler(self.sampler, draws)
         if speculative is not None:
             self.rejection_sampler = RejectionSampler(
                 self.sampler, speculative, self.device, runner=self, seed=seed, config=config
@@ -386,7 +422,7 @@ def _v1_init(original):
             warm_up(self.model_config.dtype)
         log_active("V1", config, self.device, backend, speculative)
         if not own:
-            log_unstable(self.sampler)
+            log_unstable(self.sampler, config.audit > 0)
 
     return __init__
 

@@ -85,22 +85,9 @@ class RejectionSampler(stock.RejectionSampler):
             Token ids ``[batch, max_spec_len + 1]`` int32, -1 padded, and log probabilities if requested.
         """
         bonus = None if is_stock(self.sampler) else self._custom_bonus(metadata, logits, sampling_metadata)
-        if not getattr(metadata, BY_REQUEST, False):
-            logits, metadata = _by_request(logits, metadata)
         all_greedy = sampling_metadata.all_greedy
-        scaled = not all_greedy and works_on_probabilities(sampling_metadata)
-        rows = logits
-        if scaled or needs_processors(sampling_metadata):
-            rows = copied(logits)
-            sampler = self.sampler if bonus is None else plain_sampler()
-            process(
-                sampler,
-                rows,
-                metadata.num_draft_tokens,
-                sampling_metadata,
-                functools.partial(scale, sampler, sampling_metadata=sampling_metadata) if scaled else None,
-                with_bonus=bonus is None,
-            )
+        sampler = self.sampler if bonus is None else plain_sampler()
+        logits, metadata, rows, scaled = prepare(sampler, logits, metadata, sampling_metadata, bonus is None)
         parameters: dict[str, Any] = {}
         if not all_greedy:
             temperature = given_temperature(sampling_metadata)
@@ -108,18 +95,20 @@ class RejectionSampler(stock.RejectionSampler):
             parameters |= self.draws.filters(sampling_metadata, min_p=not scaled)
 
         num_reqs, runner, account = len(metadata.num_draft_tokens), self.draws.runner, self.account
+        if not all_greedy:
+            parameters["seeds"] = self.draws.seeds(num_reqs, sampling_metadata.generators, logits.device)
         if not all_greedy and runner is not None:
             parameters["positions"] = runner.positions.index_select(0, metadata.logits_indices)
         rule, rule_requests = self._rule(runner, sampling_metadata, num_reqs)
         drafted = metadata.max_spec_len > 0
         if drafted:
             account.recorder.begin_step()
+        cu_num_logits = torch.cat((self.draws.starts(0), metadata.cu_num_sampled_tokens))
         token_ids, _ = verify(
             rows,
-            torch.cat((self.draws.starts(0), metadata.cu_num_sampled_tokens)),
+            cu_num_logits,
             metadata.draft_token_ids,
             metadata.max_spec_len,
-            seeds=None if all_greedy else self.draws.seeds(num_reqs, sampling_metadata.generators, logits.device),
             draft_probs=None if all_greedy else draft_probs,
             bonus_token_ids=None if bonus is None else bonus.sampled_token_ids.view(-1),
             bad_row_counter=account.bad_rows,
@@ -133,6 +122,10 @@ class RejectionSampler(stock.RejectionSampler):
             account.recorder.end_step()
         else:
             account.recorder.plain_step()
+        # Bonus tokens of another sampler are not known to be drawn from these rows.
+        if parameters and bonus is None:
+            chosen = {"rule": rule, "rule_requests": rule_requests}
+            self.draws.look(rows, cu_num_logits, token_ids, sampling_metadata, parameters, **chosen)
 
         logprobs = None
         if wants_logprobs(sampling_metadata):
@@ -215,10 +208,18 @@ class RejectionSampler(stock.RejectionSampler):
         for rows in (logits[:2], copied(logits[:2])):
             for batch in batches:
                 for width in _output_widths(num_speculative_tokens):
-                    verify(rows, cu_num_logits, zeros(dtype=torch.int32), width - 1, **common, **batch)
+                    token_ids, _ = verify(rows, cu_num_logits, zeros(dtype=torch.int32), width - 1, **common, **batch)
+                    self._warm_audit(rows, cu_num_logits, token_ids, batch)
                 if batch.get("draft_probs") is None:
                     positions = {} if batch.get("positions") is None else {"positions": batch["positions"][:1]}
-                    verify(rows[:1], starts, no_drafts, 0, **common, **(batch | positions))
+                    token_ids, _ = verify(rows[:1], starts, no_drafts, 0, **common, **(batch | positions))
+                    self._warm_audit(rows[:1], starts, token_ids, batch | positions)
+
+    def _warm_audit(self, rows, cu_num_logits, token_ids, batch: dict[str, Any]) -> None:
+        auditor = self.account.auditor
+        if auditor is not None and "temperature" in batch and is_stock(self.sampler):
+            audited = {name: value for name, value in batch.items() if name != "draft_probs"}
+            auditor.look(rows, cu_num_logits, token_ids, **audited)
 
     def _custom_bonus(self, metadata, logits, sampling_metadata) -> SamplerOutput:
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""
@@ -244,6 +245,42 @@ class RejectionSampler(stock.RejectionSampler):
             self._methods_of = sampling_metadata
             self._methods = (None if on_device is None else config.rule, on_device)
         return self._methods
+
+
+def prepare(
+    sampler,
+    logits: torch.Tensor,
+    metadata: SpecDecodeMetadata,
+    sampling_metadata: SamplingMetadata,
+    with_bonus: bool = True,
+) -> tuple[torch.Tensor, SpecDecodeMetadata, torch.Tensor, bool]:
+    """What to draw from, after vLLM's logits processors where the batch needs them.
+
+    Args:
+        sampler: vLLM's sampler, or ours.
+        logits: ``[num_tokens + batch, vocab]``; not modified.
+        metadata, sampling_metadata: Of the step.
+        with_bonus: Whether bonus rows are processed, too.
+
+    Returns:
+        Logits by request and metadata that says so; the rows to draw from, in the same order; and whether temperature
+        and min-p have been applied to these.
+    """
+    if not getattr(metadata, BY_REQUEST, False):
+        logits, metadata = _by_request(logits, metadata)
+    scaled = not sampling_metadata.all_greedy and works_on_probabilities(sampling_metadata)
+    rows = logits
+    if scaled or needs_processors(sampling_metadata):
+        rows = copied(logits)
+        process(
+            sampler,
+            rows,
+            metadata.num_draft_tokens,
+            sampling_metadata,
+            functools.partial(scale, sampler, sampling_metadata=sampling_metadata) if scaled else None,
+            with_bonus=with_bonus,
+        )
+    return logits, metadata, rows, scaled
 
 
 def _by_request(logits: torch.Tensor, metadata: SpecDecodeMetadata) -> tuple[torch.Tensor, SpecDecodeMetadata]:

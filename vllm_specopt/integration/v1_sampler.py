@@ -24,6 +24,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
 
@@ -62,6 +63,14 @@ class Draws:
                     generator.set_offset(generator.get_offset() + OFFSET_PER_DRAW)
         return async_tensor_h2d(seeds.view(np.int64), device=device)
 
+    def audit_temperature(self, sampling_metadata: SamplingMetadata, temperature: torch.Tensor) -> torch.Tensor:
+        """What the audit takes for the temperature per request: those with a seed of their own are left out."""
+        seeded = np.zeros(len(temperature), dtype=bool)
+        seeded[[index for index in sampling_metadata.generators if index < len(temperature)]] = True
+        if not seeded.any():
+            return temperature
+        return leave_out(temperature, async_tensor_h2d(seeded, device=temperature.device))
+
     def filters(self, sampling_metadata: SamplingMetadata, min_p: bool = True) -> dict[str, torch.Tensor]:
         """Arguments of ``verify``: all three filters, those a batch does not use as such that keep everything, or none.
 
@@ -79,6 +88,14 @@ class Draws:
         if len(self._unused["top_k"]) < num_reqs:
             self._unused = {name: tensor.repeat(2 * num_reqs) for name, tensor in _unused(given[0].device).items()}
         return {name: self._unused[name][:num_reqs] if tensor is None else tensor for name, tensor in used.items()}
+
+    def look(self, rows, cu_num_logits, token_ids, sampling_metadata: SamplingMetadata, parameters, **rule) -> None:
+        """Have the tokens of a step audited, if it is chosen; ``parameters`` are those that ``verify`` was given."""
+        auditor = self.account.auditor
+        if auditor is not None and auditor.chooses():
+            temperature = self.audit_temperature(sampling_metadata, parameters["temperature"])
+            given: dict[str, Any] = parameters | {"temperature": temperature} | rule
+            auditor.look(rows, cu_num_logits, token_ids, **given)
 
     def starts(self, num_reqs: int) -> torch.Tensor:
         """``[num_reqs + 1]`` int32, the first row of each request where each has one row."""
@@ -165,7 +182,10 @@ class Sampler(stock.Sampler):
         counters, bad_rows = new_counters(logits.device)
         for rows in (logits[:1], copied(logits[:1])):
             for batch in batches:
-                self._launch(rows, bad_rows, counters, **batch)
+                token_ids = self._launch(rows, bad_rows, counters, **batch)
+                if batch and self.account.auditor is not None:
+                    audited: dict[str, Any] = batch
+                    self.account.auditor.look(rows, self.draws.starts(1), token_ids, **audited)
 
     def _draw(self, rows, sampling_metadata: SamplingMetadata, scaled: bool = False) -> torch.Tensor:
         """Token ids ``[batch, 1]``; temperature and min-p have been applied to ``scaled`` rows."""
@@ -184,6 +204,8 @@ class Sampler(stock.Sampler):
         account = self.draws.account
         token_ids = self._launch(rows, account.bad_rows, account.unpublished, **parameters)
         account.recorder.plain_step()
+        if parameters:
+            self.draws.look(rows, self.draws.starts(len(rows)), token_ids, sampling_metadata, parameters)
         return token_ids
 
     def _launch(self, rows, bad_rows, counters, **parameters) -> torch.Tensor:

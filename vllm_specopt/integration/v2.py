@@ -22,6 +22,7 @@ from vllm_specopt.integration.v2_sampler import (
     KINDS,
     RequestedMethods,
     Sampler,
+    look,
     parameters_of,
     prepare,
     processed,
@@ -144,7 +145,7 @@ class RejectionSampler(stock.RejectionSampler):
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
         rows, parameters = prepare(self.sampler, logits, context)
-        account = self.account
+        account, rule = self.account, self._rule(idx_mapping_np)
         account.recorder.begin_step()
         token_ids, num_sampled = self._launch(
             rows,
@@ -154,13 +155,18 @@ class RejectionSampler(stock.RejectionSampler):
             idx_mapping,
             draft_logits,
             parameters,
-            self._rule(idx_mapping_np),
+            rule,
             account.bad_rows,
             account.counters,
         )
         account.recorder.end_step()
+        self._look(rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, rule)
         self._chunk = expanded_idx_mapping, idx_mapping_np
         return rows, token_ids, num_sampled
+
+    def _look(self, rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, rule, always=False) -> None:
+        step = (rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, always)
+        look(self.sampler, self.account, *step, rule=rule[0], rule_requests=rule[1])
 
     def _launch(
         self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, rule, bad_rows, counters
@@ -213,7 +219,9 @@ class RejectionSampler(stock.RejectionSampler):
             for kind in KINDS:
                 for chosen in rules:
                     counters, bad_rows = new_counters(device)
-                    self._launch(rows, *arguments, parameters_of(self.sampler, *kind), chosen, bad_rows, counters)
+                    parameters = parameters_of(self.sampler, *kind)
+                    token_ids, _ = self._launch(rows, *arguments, parameters, chosen, bad_rows, counters)
+                    self._look(rows, arguments[0], token_ids, *arguments[2:4], parameters, chosen, always=True)
 
     def _rule(self, idx_mapping_np: np.ndarray):
         """Constants of the rule beside exact if this batch uses it, and which slots do (None: all)."""

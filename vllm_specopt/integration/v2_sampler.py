@@ -7,6 +7,7 @@ count of NaNs are the stock class's code.
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample import sampler as stock
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
+from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
 from vllm_specopt.verify import verify
@@ -84,6 +86,8 @@ class Sampler(stock.Sampler):
     def _read_states(self) -> None:
         self.parameters = {name: array.clone() for name, array in _parameters(self.sampling_states).items()}
         self.needs = _needs(self)
+        if self.account.auditor is not None:
+            self.audit_temperature = audit_temperature(self)
 
     def sample(
         self,
@@ -127,6 +131,7 @@ class Sampler(stock.Sampler):
             rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished
         )
         account.recorder.plain_step()
+        look(self, account, rows, self._starts_of(len(rows)), sampled[:, None], pos, expanded_idx_mapping, parameters)
         if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             rows = reported(self, rows, sampled, expanded_idx_mapping, idx_mapping_np)
         return sampled, rows
@@ -142,17 +147,23 @@ class Sampler(stock.Sampler):
         for rows in (logits[:1], processed(logits[:1])):
             for random, filtered in KINDS:
                 parameters = parameters_of(self, random, filtered)
-                self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters)
+                sampled = self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters)
+                look(
+                    self,
+                    self.account,
+                    rows,
+                    self._starts_of(1),
+                    sampled[:, None],
+                    zeros,
+                    zeros,
+                    parameters,
+                    always=True,
+                )
 
     def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters) -> torch.Tensor:
-        num_rows = len(rows)
-        if num_rows < len(self._starts):
-            starts = self._starts[: num_rows + 1]
-        else:
-            starts = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
         token_ids, _ = verify(
             rows,
-            starts,
+            self._starts_of(len(rows)),
             input_ids,
             0,
             positions=pos,
@@ -163,6 +174,38 @@ class Sampler(stock.Sampler):
             **parameters,
         )
         return token_ids.view(-1)
+
+    def _starts_of(self, num_rows: int) -> torch.Tensor:
+        """``[num_rows + 1]`` int32, the first row of each request where each has one row."""
+        if num_rows < len(self._starts):
+            return self._starts[: num_rows + 1]
+        return torch.arange(num_rows + 1, dtype=torch.int32, device=self._starts.device)
+
+
+def audit_temperature(sampler: stock.Sampler) -> torch.Tensor:
+    """``[max_num_reqs]``, what the audit takes for the temperature of each slot: those with a seed are left out."""
+    states = sampler.sampling_states
+    temperature = _parameters(states)["temperature"]
+    return leave_out(temperature, async_tensor_h2d(states.seeds_set.copy(), device=temperature.device))
+
+
+def look(
+    sampler, account: Account, rows, cu_num_logits, token_ids, pos, state_indices, parameters, always=False, **more
+) -> None:
+    """Have the tokens of a step audited, if some request samples and the step is chosen.
+
+    Args:
+        sampler: Ours, or the one that watches vLLM's: it has ``audit_temperature``.
+        account: Of the worker.
+        rows, cu_num_logits, token_ids, pos, state_indices: As ``verify`` took them, or as they came out.
+        parameters: Of :func:`parameters_of`.
+        always: Whether the step is audited whatever the share.
+        more: Further arguments of :meth:`vllm_specopt.integration.audit.Auditor.look`.
+    """
+    auditor = account.auditor
+    if auditor is not None and parameters["temperature"] is not None and (always or auditor.chooses()):
+        given = parameters | {"temperature": sampler.audit_temperature}
+        auditor.look(rows, cu_num_logits, token_ids, positions=pos, state_indices=state_indices, **given, **more)
 
 
 def prepare(sampler: stock.Sampler, logits: torch.Tensor, context: LogitsContext) -> tuple[torch.Tensor, dict]:

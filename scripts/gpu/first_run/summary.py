@@ -115,8 +115,7 @@ def engine_lines() -> list[str]:
         )
     for each in load("drafters", None) or []:
         said = each.get("problem") or (
-            f"greedy {'same' if each['greedy'] else 'differs'}, seeded {each['seeded']:.1%}, acceptance length "
-            f"{each['acceptance_length']}, {each['attention']}"
+            f"greedy {'same' if each['greedy'] else 'differs'}, seeded {each['seeded']:.1%}, {each['attention']}"
         )
         lines.append(f"drafter {each['drafter']}, {each['runner']}, {each['kind']}: {said[:160]}")
     for each in load("seeds", None) or []:

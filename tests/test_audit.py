@@ -1,0 +1,387 @@
+"""The audit: its statistic by enumeration, both backends against the reference, and by simulation."""
+
+import itertools
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+from launch_keys import recorded
+from proof.enumeration import _block as block_with
+from proof.enumeration import block_lengths, continued, exact_step, measures, outcomes
+
+from vllm_specopt.audit import NOT_AUDITED, audit, new_counts
+from vllm_specopt.evidence import BINS, COLUMNS, judge
+from vllm_specopt.kernels import audit as kernels
+from vllm_specopt.kernels import variants
+from vllm_specopt.kernels.reference.audit import audit_ref, place_ref
+from vllm_specopt.kernels.reference.noise import DRAW, PREFIX, RESIDUAL
+from vllm_specopt.rules import (
+    RULES,
+    BlockConstants,
+    BudgetConstants,
+    SigmoidConstants,
+    TypicalConstants,
+)
+from vllm_specopt.testing import LOGITS, MARGIN, NO_DRAFT, poisoned_empty, random_batch
+from vllm_specopt.verify import verify
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("cpu", "triton")
+FILTERS = ("top_k", "top_p", "min_p")
+CONSTANTS = {
+    "exact": None,
+    "sigmoid": SigmoidConstants(-3.0, 3.0, -3.0, 3.0),
+    "block": BlockConstants(),
+    "typical": TypicalConstants(0.1, 0.3),
+    "budget": BudgetConstants(0.3),
+}
+
+
+def device_of(backend: str) -> str:
+    return DEVICE if backend == "triton" else "cpu"
+
+
+# The statistic.
+
+
+def tied_distributions(vocab_size: int, depth: int, gen: torch.Generator) -> dict:
+    """A distribution for every prefix, in which tokens are often exactly as probable as others."""
+    prefixes = (p for n in range(depth + 1) for p in itertools.product(range(vocab_size), repeat=n))
+    return {p: torch.randint(4, (vocab_size,), generator=gen).double().softmax(0) for p in prefixes}
+
+
+def emitted_by_steps(step):
+    """What one step emits: (prefix, token, probability) for each of its tokens."""
+
+    def emitted(target, draft, drafts, mass):
+        for i, token in enumerate((*drafts, -1)):
+            prefix = drafts[:i]
+            row = None if draft is None or token < 0 else draft[prefix]
+            found = outcomes(step, target[prefix], row, token)
+            for other, share in found.items():
+                yield prefix, token if other is None else other, mass * share
+            mass *= found.get(None, 0.0)
+            if mass == 0:
+                break
+
+    return emitted
+
+
+def emitted_by_block(target, draft, drafts, mass):
+    targets = [target[drafts[:i]] for i in range(len(drafts) + 1)]
+    sampled = [draft[drafts[:i]] for i in range(len(drafts))]
+    for length, share in enumerate(block_lengths(targets, sampled, drafts)):
+        for i in range(length):
+            yield drafts[:i], drafts[i], mass * share
+        fixed = {PREFIX + length: 2.0**-60}
+        if share > 0:
+            following = measures(
+                lambda u, fixed=fixed: block_with(targets, sampled, drafts, fixed | {RESIDUAL: u, DRAW: u})[1]
+            )
+            for token, part in following.items():
+                yield drafts[:length], token, mass * share * part
+
+
+def unevenness(emitted, draft_is_sampled=True, vocab_size=3, num_drafts=3) -> float:
+    """By how much the density of places departs from 1, at each position of a step given that it emits there."""
+    gen = torch.Generator().manual_seed(5)
+    target, draft = (tied_distributions(vocab_size, num_drafts, gen) for _ in range(2))
+    cases = continued(draft, (), 1.0, num_drafts).items() if draft_is_sampled else [((0, 1, 1), 1.0), ((2, -1, 0), 1.0)]
+    pieces: dict[int, list] = {}
+    for drafts, mass in cases:
+        for prefix, token, share in emitted(target, draft if draft_is_sampled else None, drafts, mass):
+            row = target[prefix]
+            low, high = (place_ref(row.log(), row, token, uniform) for uniform in (0.0, 1.0))
+            pieces.setdefault(len(prefix), []).append((low, high, share))
+    assert len(pieces) == num_drafts + 1 if draft_is_sampled else pieces
+    worst = 0.0
+    for found in pieces.values():
+        total = sum(share for _, _, share in found)
+        edges = sorted({edge for low, high, _ in found for edge in (low, high)})
+        for low, high in itertools.pairwise(edges):
+            if high - low > 1e-9:
+                middle = (low + high) / 2
+                density = sum(share / (to - start) for start, to, share in found if start < middle < to)
+                worst = max(worst, abs(density / total - 1))
+    return worst
+
+
+def test_places_are_uniform_for_lossless_rules():
+    assert unevenness(emitted_by_steps(exact_step)) < 1e-9
+    assert unevenness(emitted_by_steps(exact_step), draft_is_sampled=False) < 1e-9
+    assert unevenness(emitted_by_block) < 1e-9
+
+
+def test_places_are_not_uniform_where_the_recovered_token_comes_from_the_target():
+    def from_target(target, draft, token, uniforms):
+        found = exact_step(target, draft, token, uniforms)
+        return found if found is None else exact_step(target, None, -1, {"draw": uniforms["residual"]})
+
+    def step(target, draft, token, uniforms):
+        return exact_step(target, None, token, uniforms) if draft is None else from_target(
+            target, draft, token, uniforms
+        )  # fmt: skip
+
+    assert unevenness(emitted_by_steps(step)) > 0.05
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_evidence_is_found_against_lossy_rules_alone(method, dtype):
+    """Real verification of random rows, many equal logits among those in bf16; every request has a seed of its own."""
+    counts = new_counts(len(RULES), "cpu")
+    place, draft = list(RULES).index(method), LOGITS if RULES[method].lossless else NO_DRAFT
+    emitted = 0
+    for seed in range(60):
+        batch = random_batch(
+            seed=seed,
+            num_drafts=[4] * 24,
+            vocab_size=40,
+            dtype=dtype,
+            draft=draft,
+            temperatures=(0.6, 1.0, 1.5),
+            filters=() if seed % 2 else FILTERS,
+        )
+        verified = verify(*batch.args(), **batch.kwargs, rule=CONSTANTS[method], backend="cpu")
+        emitted += int(verified.num_sampled.sum())
+        audit_step(batch, verified, counts, method=place, backend="cpu")
+    verdict = judge(counts[place].tolist())
+    assert verdict.tokens == emitted > 3000 and verdict.impossible == verdict.skipped == 0
+    assert not counts[[i for i in range(len(RULES)) if i != place]].any()
+    if RULES[method].lossless:
+        assert verdict.log10_evidence < 0
+    else:
+        assert verdict.is_lossy
+
+
+def parameters(batch) -> dict:
+    names = ("temperature", "seeds", "positions", "state_indices", *FILTERS)
+    return {name: batch.kwargs.get(name) for name in names}
+
+
+def audit_step(batch, verified, counts, **kwargs) -> None:
+    audit(batch.logits, batch.cu_num_logits, verified.token_ids, counts, **parameters(batch), **kwargs)
+
+
+# Backends against the reference.
+
+
+def check(batch, token_ids, num_sampled, backend, monkeypatch, method=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare places and counts with the reference's; return both."""
+    expected = audit_ref(batch.logits, batch.cu_num_logits, token_ids, num_sampled=num_sampled, **parameters(batch))
+    on_device = batch.to(device_of(backend))
+    ids = token_ids.to(device_of(backend))
+    sampled = None if num_sampled is None else num_sampled.to(ids.device)
+    counts, places = new_counts(len(RULES) + 1, ids.device), torch.full(ids.shape, 7.0, device=ids.device)
+    before = [t.clone() for t in (on_device.logits, ids, *on_device.kwargs.values()) if isinstance(t, torch.Tensor)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned_empty)
+        audit(
+            on_device.logits,
+            on_device.cu_num_logits,
+            ids,
+            counts,
+            num_sampled=sampled,
+            places=places,
+            method=method,
+            backend=backend,
+            **parameters(on_device),
+        )
+    after = [t for t in (on_device.logits, ids, *on_device.kwargs.values()) if isinstance(t, torch.Tensor)]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+    places, counts = places.cpu(), counts.cpu()
+    far = expected.margins > MARGIN
+    assert far.float().mean() > 0.95
+    assert torch.equal(places.isnan(), expected.places.isnan())
+    assert ((places - expected.places).abs().nan_to_num() < 2e-6)[far].all()
+    seen = places[~places.isnan()].double()
+    bins = torch.histc((seen * BINS).clamp(max=BINS - 1).floor(), BINS, 0, BINS)
+    row = counts[method]
+    # A place beside a bin's edge may lie in either: fp32 rounds it.
+    assert (row[:BINS] - bins).abs().sum() <= 2 * ((seen * BINS + 0.5) % 1 - 0.5).abs().lt(1e-5).sum()
+    assert row[:BINS].sum() == len(seen)
+    if far.all():
+        assert row[BINS] == expected.impossible
+    assert row[BINS + 1] == expected.skipped
+    assert counts.sum() - row.sum() == 0
+    return places, row
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("filters", [(), *((name,) for name in FILTERS), FILTERS], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_matches_reference(backend, filters, dtype, monkeypatch):
+    audited = 0
+    for seed, vocab_size, num_drafts in ((0, 1000, [2, 0, 3, 1]), (1, 37, [3, 0, 5, 1, 9]), (2, 4100, [2, 0, 1])):
+        batch = random_batch(
+            seed=seed,
+            num_drafts=num_drafts,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            filters=filters,
+            temperatures=(0.0, 0.7, 1.3, NOT_AUDITED),
+        )
+        kwargs = batch.kwargs | {"temperature": batch.kwargs["temperature"].abs()}
+        verified = verify(*batch.args(), **kwargs, token_dtype=torch.int32 if seed else torch.int64, backend="cpu")
+        places, _ = check(batch, verified.token_ids, verified.num_sampled, backend, monkeypatch, method=seed)
+        again, _ = check(batch, verified.token_ids, None, backend, monkeypatch, method=len(RULES))
+        assert torch.equal(places.nan_to_num(9.0), again.nan_to_num(9.0))
+        # Any token may be audited, drawn or not.
+        anything = torch.randint(-2, vocab_size + 2, verified.token_ids.shape, generator=torch.manual_seed(seed))
+        _, row = check(batch, anything, torch.tensor(num_drafts) + 1, backend, monkeypatch)
+        audited += int(row[:BINS].sum())
+    assert audited > 10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("filtered", [False, True])
+def test_rows_that_go_bad(backend, filtered, monkeypatch):
+    nan, inf = float("nan"), float("inf")
+    rows = torch.randn(9, 50, generator=torch.manual_seed(0))
+    rows[0] = nan
+    rows[1] = -inf
+    rows[2, 5:9] = inf
+    rows[3, ::2] = nan
+    rows[4, 3:] = -inf
+    rows[5] = 0.0
+    rows[6, 0] = -0.0
+    rows[7] = 300.0
+    rows[8, 7] = 300.0
+    for token in (0, 1, 7, 49):
+        batch = random_batch(
+            seed=1, num_drafts=[0] * 9, vocab_size=50, temperatures=(0.8,), filters=FILTERS if filtered else ()
+        )
+        batch.logits = rows
+        places, row = check(batch, torch.full((9, 1), token), None, backend, monkeypatch)
+        assert places[:2].isnan().all() and not places[2:].isnan().any()
+        assert row[BINS + 1] == 2
+        # Not among the infinite ones, NaN, and -inf.
+        expected = {0: [2, 3], 1: [2], 7: [4], 49: [2, 4]}[token]
+        assert set(expected) <= set((places[:, 0] == 1).nonzero()[:, 0].tolist())
+        assert row[BINS] >= len(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_tokens_share_their_mass(backend, monkeypatch):
+    """Four of five tokens are equal: places of any of these are spread over all they have; the first is above them."""
+    n = 128
+    logits = torch.zeros(n, 5)
+    logits[:, 3] = 1.0
+    batch = random_batch(seed=0, num_drafts=[0] * n, vocab_size=5, temperatures=(1.0,))
+    batch.logits = logits
+    top = float(logits[0].softmax(0)[3])
+    places, _ = check(batch, torch.arange(n)[:, None] % 2, None, backend, monkeypatch)
+    assert places.min() > top and places.min() < top + 0.03 and places.max() > 0.97
+    places, _ = check(batch, torch.full((n, 1), 3), None, backend, monkeypatch)
+    assert places.max() < top and places.max() > top - 0.03 and places.min() < 0.03
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_requests_count_for_the_method_they_follow(backend, dtype):
+    device = device_of(backend)
+    batch = random_batch(seed=4, num_drafts=[2, 1, 3, 0], vocab_size=30, temperatures=(1.0,)).to(device)
+    verified = verify(*batch.args(), **batch.kwargs)
+    flags = torch.zeros(len(batch.kwargs["temperature"]), dtype=dtype, device=device)
+    follows = batch.kwargs["state_indices"].long()[::2]
+    flags[follows] = 1 if dtype is torch.bool else 0.01
+    counts = new_counts(len(RULES), device)
+    audit_step(batch, verified, counts, method=4, rule_requests=flags, backend=backend)
+    assert counts[4].sum() == verified.num_sampled[::2].sum()
+    assert counts[0].sum() == verified.num_sampled[1::2].sum()
+    assert counts.sum() == verified.num_sampled.sum()
+
+
+def test_a_wide_row_of_which_much_is_kept(monkeypatch):
+    batch = random_batch(seed=2, num_drafts=[1, 0], vocab_size=9000, spread=0.1, temperatures=(1.0,))
+    batch.kwargs |= {"top_k": torch.full_like(batch.kwargs["temperature"], 7000).int()}
+    verified = verify(*batch.args(), **batch.kwargs)
+    for backend in BACKENDS:
+        check(batch, verified.token_ids, None, backend, monkeypatch)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_may_lie_anywhere(backend, monkeypatch):
+    batch = random_batch(seed=13, num_drafts=[2, 3], vocab_size=1030, dtype=torch.bfloat16)
+    table = torch.full((len(batch.logits), 2, 1035), float("inf"), dtype=torch.bfloat16)
+    batch.logits = table[:, 1, 3:1033].copy_(batch.logits)
+    verified = verify(*batch.args(), **batch.kwargs)
+    wide = torch.full((2, 9), -77)
+    wide[:, 2:6] = verified.token_ids
+    check(batch, wide[:, 2:6], verified.num_sampled, backend, monkeypatch)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="launches are recorded in the interpreter")
+def test_a_variant_is_compiled_once(monkeypatch):
+    compiled: dict[tuple, set] = {}
+    taken = []
+
+    def variant_of(*args):
+        taken.append(variants.variant_of(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(kernels, "variant_of", variant_of)
+    for dtype, filters, shuffled, seed in itertools.product(
+        (torch.float32, torch.bfloat16), ((), FILTERS), (False, True), (1, 2)
+    ):
+        batch = random_batch(
+            seed=seed, num_drafts=[1, 2], vocab_size=100, dtype=dtype, filters=filters, shuffled_state=shuffled
+        )
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        for change in (
+            {},
+            {"positions": None},
+            {"num_sampled": torch.ones(2, dtype=torch.int32)},
+            {"rule_requests": torch.ones(len(batch.kwargs["temperature"]), dtype=torch.bool), "method": 1},
+            {"method": 16},
+            {"places": torch.zeros(2, 3)},
+        ):
+            for tokens in (ids, ids.int()):
+                with recorded(run=False) as keys:
+                    arguments = parameters(batch) | change
+                    audit(batch.logits, batch.cu_num_logits, tokens, new_counts(17, "cpu"), **arguments,
+                          backend="triton")  # fmt: skip
+                assert compiled.setdefault(taken[-1], keys) == keys
+    assert 20 < len(compiled) < len(taken)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": torch.zeros(1, 5, dtype=torch.int64)}, f"counts has 5 columns, expected {COLUMNS}"),
+        ({"token_ids": torch.zeros(3, 2, dtype=torch.int64)}, "token_ids has length 3, expected 2"),
+        ({"temperature": torch.ones(2).half()}, "temperature has dtype float16, expected one of float32"),
+        ({"seeds": None}, "seeds is None, expected a tensor"),
+        ({"method": 7}, "method is 7, expected 0 to 0"),
+        ({"places": torch.zeros(2, 5)}, r"places has shape \(2, 5\), expected \(2, 2\), contiguous"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_told(change, message):
+    arguments = {
+        "logits": torch.zeros(3, 4),
+        "cu_num_logits": torch.tensor([0, 2, 3]),
+        "token_ids": torch.zeros(2, 2, dtype=torch.int64),
+        "counts": new_counts(1, "cpu"),
+        "temperature": torch.ones(2),
+        "seeds": torch.zeros(2, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        audit(**(arguments | change))
+
+
+def test_planted_faults_are_found_and_a_clean_run_is_not():
+    run = runpy.run_path(str(Path(__file__).parent / "audit" / "run.py"))
+    for name, emit in run["FAULTS"].items():
+        if emit.__name__ != "is_2_percent_too_warm":
+            tokens, counts = run["tokens_to_alarm"](emit, 3, 100_000)
+            assert judge(counts).is_lossy and tokens < 100_000, name
+    largest, counts = run["largest_evidence"](4, 100_000)
+    assert largest < 1.3 and counts[BINS] == 0
