@@ -2,6 +2,8 @@ PYTHON ?= python3
 ARGS ?=
 SUITE ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 bin := .venv/bin
+offline := $(bin)/specopt ab --offline --vocab-size 151936 --temperature 0,1,0.8:0.9 --output-len 32
+four := "num_speculative_tokens": 4
 quick := $(patsubst %,tests/%.py,cpu/test_cache cpu/test_requests test_compat test_config test_packaging test_reference \
   test_setup test_shapes test_triton test_verify)
 
@@ -14,7 +16,7 @@ help: ## list the targets
 setup: ## create .venv with vLLM and this project (a few minutes once, then nothing)
 	@$(PYTHON) scripts/set_up.py
 
-demo: setup ## serve the shipped pair with 151,936 tokens, stock and exact, compare them, write reports/demo.{json,md,png}; ARGS="--quick"
+demo: setup ## serve the shipped pair with 151,936 tokens, stock and exact, compare them, write reports/demo; ARGS="--quick"
 	@$(bin)/specopt demo $(ARGS)
 
 check: setup lint ## style, types, and the quick tests: reference, CPU, interpreter, configuration, packaging (3 minutes)
@@ -40,7 +42,9 @@ drafters: setup ## run every drafter that vLLM has here, write docs/drafters.md;
 
 bench: setup ## measure kernels and engines against stock on an idle machine, write reports/bench (26 minutes on 2 cores)
 	@$(bin)/specopt bench --suite $(SUITE) --out reports/bench
-	@$(bin)/specopt bench-engine --out reports/bench $(ARGS)
+	@$(offline) -o reports/bench/probabilistic --draft models/specopt-draft models/specopt-target $(ARGS)
+	@$(offline) -o reports/bench/greedy --speculative-config '{"model": "models/specopt-draft", $(four)}' $(ARGS)
+	@$(offline) -o reports/bench/ngram --speculative-config '{"method": "ngram", "prompt_lookup_max": 3, $(four)}' $(ARGS)
 
 cost: setup ## count the kernels' machine code, ours and vLLM's, without a GPU, write reports/cost; ARGS="--arch 90"
 	@$(bin)/specopt cost --out reports/cost $(ARGS)

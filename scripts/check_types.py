@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".mypy_cache"
 TREE = CACHE / "tree"
-USERS = ("examples", "models", "scripts", "tests")
+USERS = ("examples", "models", "research", "scripts", "tests")
 GONE = re.compile(r'Module "vllm_specopt[\w.]*" has no attribute|module named "vllm_specopt')
 
 

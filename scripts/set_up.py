@@ -113,7 +113,7 @@ def install_cpu_requirements() -> None:
 
 def steps(gpu: bool) -> list:
     """Return (what it installs, how) for each step, in order."""
-    project = ["install", "--no-build-isolation", "--editable", ".[bench,ray,test,tools]"]
+    project = ["install", "--no-build-isolation", "--editable", ".[ray,research,test]"]
     if gpu:
         return [
             ("vLLM and its CUDA packages", lambda: pip("install", VLLM_GPU, *EXTRAS[:2])),

@@ -31,7 +31,17 @@ def check_types(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_module_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pyproject.toml", "vllm_specopt", "kernels", "benchmarks", "examples", "models", "scripts", "tests"):
+    for name in (
+        "pyproject.toml",
+        "vllm_specopt",
+        "kernels",
+        "benchmarks",
+        "examples",
+        "models",
+        "research",
+        "scripts",
+        "tests",
+    ):
         (tmp_path / name).symlink_to(ROOT / name)
     module = check_types(tmp_path, monkeypatch)
     module.plant()
@@ -44,13 +54,14 @@ def test_every_module_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not any((module.TREE / name).exists() for name in signposts)
 
 
+FOLDERS = ("vllm_specopt", "kernels", "benchmarks", "examples", "models", "research", "scripts", "tests")
 PLACES = ["vllm_specopt/a.py", "kernels/a.py", "benchmarks/a.py", "tests/a.py", "examples/a.py"]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_name_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, place: str) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for folder in ("vllm_specopt", "kernels", "benchmarks", "examples", "models", "scripts", "tests"):
+    for folder in FOLDERS:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "fine.py").write_text("from vllm_specopt.kernels.there import here\n")
     (tmp_path / "vllm_specopt" / "__init__.py").touch()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(SCRIPTS))
 from first_run import __main__ as driver  # noqa: E402
 from first_run import engines, host, modelled, ncu, places, plan, seeds, summary, sweep  # noqa: E402
 
-from vllm_specopt.benchmarks import grid  # noqa: E402
+from vllm_specopt.benchmarks.kernels import grid  # noqa: E402
 from vllm_specopt.kernels import shapes  # noqa: E402
 from vllm_specopt.kernels.shapes import DEFAULTS  # noqa: E402
 

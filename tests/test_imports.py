@@ -1,5 +1,7 @@
-"""Importing a module of ours, whichever it is, leaves vLLM as it was: only the entry point and a command change it."""
+"""Imports point one way, and importing any module leaves vLLM as it was: the entry point and commands change it."""
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm")
-
 ROOT = Path(__file__).parents[1]
+# What each package may import besides itself; the core is vllm_specopt without the others.
+ARROWS = {
+    "kernels": set(),
+    "core": {"kernels"},
+    "benchmarks": {"kernels", "core"},
+    "cli": {"kernels", "core", "benchmarks"},
+    "research": {"kernels", "core", "benchmarks"},
+}
+FOLDERS = {"kernels": "kernels", "benchmarks": "benchmarks", "cli": "vllm_specopt/cli", "research": "research"}
 CODE = """
 import importlib, pkgutil, sys
 import vllm.engine.arg_utils, vllm.v1.engine.input_processor, vllm.v1.worker.gpu_model_runner
@@ -33,16 +42,50 @@ for module in modules:
 after = snapshot()
 changed = [where for where, value in before.items() if after.get(where) is not value]
 assert not changed, changed
-assert {"vllm_specopt.integration.plugin", "vllm_specopt.benchmarks.serving_repaired"} <= set(modules)
+assert {"vllm_specopt.integration.plugin", "vllm_specopt.benchmarks.serve.repaired"} <= set(modules)
 assert any(module.startswith("vllm_specopt.kernels.") for module in modules)
 assert len(before) > 5000, len(before)
 if "repair" in sys.argv:
-    from vllm_specopt.benchmarks.engine_run import repair_expand_kernel
+    from vllm_specopt.benchmarks.repair import repair_expand_kernel
     repair_expand_kernel()
     assert snapshot() != before
 """
 
 
+def modules(package: str) -> list[Path]:
+    """Return the files of a package."""
+    if package != "core":
+        return sorted((ROOT / FOLDERS[package]).rglob("*.py"))
+    return sorted(path for path in (ROOT / "vllm_specopt").rglob("*.py") if path.parent.name != "cli")
+
+
+def packages_imported(path: Path) -> set[str]:
+    """Return which of our packages a file imports, wherever in it the import stands."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    found = {name.split(".")[0] for name in names} & {"research", "tests", "scripts"}
+    ours = [name.split(".") for name in names if name.split(".")[0] == "vllm_specopt"]
+    return found | {name[1] if len(name) > 1 and name[1] in ARROWS else "core" for name in ours}
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_imports_point_one_way(package):
+    files = modules(package)
+    assert len(files) > 5
+    for path in files:
+        assert packages_imported(path) <= ARROWS[package] | {package}, path
+
+
+@pytest.mark.parametrize("package", ["kernels", "core", "benchmarks"])
+def test_only_the_command_line_knows_typer(package):
+    assert not [path for path in modules(package) if "import typer" in path.read_text()]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_importing_any_module_leaves_vllm_alone():
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", CODE, "repair"], capture_output=True, text=True, env=environ, cwd=ROOT)

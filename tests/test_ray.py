@@ -17,7 +17,8 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("vllm")
 
-from vllm_specopt.benchmarks import serving_ray
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.serve import cluster
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
@@ -142,59 +143,28 @@ def test_output_in_ray_equals_output_without(engines, size, backend, batch):
     assert engines[f"ray {size}"]["batches"]["greedy"] != engines[f"ray {size}"]["batches"]["seeded"]
 
 
-def placements(folder: Path, repeats: int, settings) -> list[dict]:
-    """Stock and exact per repeat, in turns; `settings` gives more settings for an arm and a repeat."""
-    return [
-        {"arm": arm, "repeat": repeat,
-         "settings": {"began": str(folder / f"{arm}-{repeat}"), **settings(arm, repeat)}}
-        for repeat in range(repeats)
-        for arm in (("stock", "exact") if repeat % 2 == 0 else ("exact", "stock"))
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory) -> dict:
-    """Three repeats on two nodes with cheap cells: one fails once, one fails always, one loses its worker."""
+    """Four repeats on two nodes: one loses its worker once, one always."""
     folder = tmp_path_factory.mktemp("spread")
-    fails = {("stock", 0): 1, ("exact", 2): 9}
-
-    def settings(arm: str, repeat: int) -> dict:
-        return {"fails": fails.get((arm, repeat), 0), "seconds": 600 if (arm, repeat) == ("stock", 1) else 0}
-
-    request = {
-        "nodes": [1, 1],
-        "placements": placements(folder, 3, settings),
-        "function": "ray_cell:sleep_or_fail",
-        "slot": {"num_gpus": 1, "num_cpus": 1},
-        "too_large": {"num_gpus": 2, "num_cpus": 1},
-        "kill": str(folder / "stock-1"),
-    }
-    return script("ray_ab.py", request, folder)
+    (folder / "began").mkdir()
+    plan = {"repeats": 4, "folder": str(folder / "began"), "hangs": 0, "dies": 3}
+    return script("ray_ab.py", {"nodes": [1, 1], "plan": plan}, folder)
 
 
-def test_placements_that_fail_run_once_more_and_are_marked(spread):
-    entries = {(entry["arm"], entry["repeat"]): entry for entry in spread["entries"]}
-    assert len(entries) == 6
-    marked = {key: (entry["attempts"], len(entry["failures"])) for key, entry in entries.items()}
-    assert marked == dict.fromkeys(entries, (1, 0)) | {("stock", 0): (2, 1), ("exact", 2): (2, 2), ("stock", 1): (2, 1)}
-    assert "ValueError: attempt 1 fails" in entries["stock", 0]["failures"][0]
-    assert "the worker was lost" in entries["stock", 1]["failures"][0]
-    attempts = {key: entry["result"] and entry["result"]["attempt"] for key, entry in entries.items()}
-    assert attempts == dict.fromkeys(entries, 1) | {("stock", 0): 2, ("exact", 2): None, ("stock", 1): 2}
-    assert sorted(spread["order"]) == sorted(map(list, entries))
+def test_a_lost_repeat_runs_once_more_and_one_that_is_lost_again_is_told(spread):
+    assert spread["cells"] == {f"cell {n}": {"attempt": int(n == 0)} for n in range(3)}
+    assert list(spread["failed_cells"]) == ["cell 3"]
+    outcomes = {entry["repeat"]: entry["outcome"] for entry in spread["placements"]}
+    assert [outcomes[n] for n in range(3)] == ["done"] * 3 and outcomes[3].startswith("lost: ")
 
 
 def test_killed_worker_leaves_no_process(spread):
-    assert spread["killed"] and spread["alive"] == []
+    assert len(spread["killed"]) == 2 and spread["alive"] == []
 
 
-def test_repeats_spread_and_arms_of_a_repeat_share_a_device(spread):
-    where: dict[int, set] = {}
-    for entry in spread["entries"]:
-        if entry["attempts"] == 1 or entry["repeat"] != 1:
-            where.setdefault(entry["repeat"], set()).add((entry["node"]["address"], *entry["node"]["gpus"]))
-    assert all(len(found) == 1 for found in where.values()), where
-    assert len(set.union(*where.values())) == 2
+def test_repeats_spread_over_the_nodes(spread):
+    assert len({entry["host"] for entry in spread["placements"] if entry["outcome"] == "done"}) == 2
 
 
 def test_server_that_fits_nowhere_is_one_sentence(spread):
@@ -202,10 +172,10 @@ def test_server_that_fits_nowhere_is_one_sentence(spread):
 
 
 def test_missing_ray_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(serving_ray.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with (
-        pytest.raises(serving_ray.ClusterError, match=r"Ray is not installed .*pip install 'vllm-specopt\[ray\]'"),
-        serving_ray.connected(),
+        pytest.raises(CliError, match=r"Ray is not installed .*pip install 'vllm-specopt\[ray\]'"),
+        cluster.connected(),
     ):
         pass
 
@@ -220,37 +190,12 @@ def test_missing_cluster_is_one_sentence(monkeypatch, tmp_path, address):
             address = f"127.0.0.1:{unused.getsockname()[1]}"
         began = time.monotonic()
         with (
-            pytest.raises(serving_ray.ClusterError, match=f"no Ray cluster answers at {address}") as raised,
-            serving_ray.connected(address),
+            pytest.raises(CliError, match=f"no Ray cluster answers at {address}") as raised,
+            cluster.connected(address),
         ):
             pass
     assert "\n" not in str(raised.value)
     assert time.monotonic() - began < 30
-
-
-@everything
-@pytest.mark.engine
-def test_served_arms_over_a_cluster_survive_a_killed_worker(prompts, tmp_path):
-    def settings(arm: str, repeat: int) -> dict:
-        option = EXACT if arm == "exact" else {}
-        pause = 600 if arm == "exact" else 0
-        return {"target": TARGET, "draft": DRAFT, "prompts": prompts, "additional_config": option, "pause": pause}
-
-    request = {
-        "nodes": [1, 1, 0],
-        "placements": placements(tmp_path, 1, settings),
-        "function": "ray_cell:serve_and_ask",
-        "slot": {"num_gpus": 1, "num_cpus": 1},
-        "kill": str(tmp_path / "exact-0"),
-    }
-    found = script("ray_ab.py", request, tmp_path)
-    stock, exact = found["entries"]
-    assert (stock["attempts"], exact["attempts"]) == (1, 2), found
-    assert found["alive"] == [], "the killed worker's server must not outlive it"
-    assert exact["result"]["tokens"] == stock["result"]["tokens"]
-    assert [len(ids) for ids in exact["result"]["tokens"]] == [MAX_TOKENS] * NUM_PROMPTS
-    assert stock["result"]["worker_lines"] == []
-    assert any(line.startswith(ACTIVE) for line in exact["result"]["worker_lines"])
 
 
 @everything
@@ -263,15 +208,12 @@ def test_the_command_spreads_an_ab_over_a_cluster(tmp_path):
     assert found["status"] == 0, found
     record = json.loads((out / "ab.json").read_text())
     arms = ("stock-repaired", "exact", "stock-repaired (again)")
-    assert set(record["cells"]) == {f"{arm}|T1|c2|r{repeat}" for arm in arms for repeat in range(2)}
-    assert all(cell["completed"] == 4 and cell["attempts"] == 1 for cell in record["cells"].values())
-    assert all(record["arms"][arm]["greedy"] == record["arms"]["exact"]["greedy"] for arm in arms)
-    places = [
-        {cell["node"]["address"] for key, cell in record["cells"].items() if key.endswith(f"r{n}")} for n in (0, 1)
-    ]
-    assert sorted(map(len, places)) == [1, 1] and places[0] != places[1]
-    assert "exact, repeat 2: done on" in found["stdout"]
-    assert "Placements on the Ray cluster" in (out / "report.html").read_text()
+    assert set(record["cells"]) == {f"{arm}|T = 1|c2|r{repeat}" for arm in arms for repeat in range(2)}
+    assert all(cell["completed"] == 4 for cell in record["cells"].values())
+    assert all(record["arms"][arm]["texts"] == record["arms"]["exact"]["texts"] for arm in arms)
+    assert len({entry["host"] for entry in record["placements"]}) == 2
+    assert "repeat 2: done on" in found["stdout"]
+    assert "Repeats on the Ray cluster" in (out / "report.md").read_text()
 
 
 @everything

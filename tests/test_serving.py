@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_specopt.benchmarks.host import small_model_dtype
-from vllm_specopt.cli.process import Server, free_port
+from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.integration.metrics import WRITE_SECONDS
 
 pytestmark = pytest.mark.engine

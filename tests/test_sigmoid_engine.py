@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from vllm_specopt.benchmarks.host import small_model_dtype
-from vllm_specopt.cli.process import Server, free_port
+from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.integration.config import SpecoptConfig
 
 pytest.importorskip("vllm")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specopt.benchmarks.engine_ab import KERNELS
+from vllm_specopt.benchmarks.serve.engine import KERNELS
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "gpu"
 PYTHON = os.environ.get("SPECOPT_STANDIN_PYTHON", "")

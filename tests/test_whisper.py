@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specopt.benchmarks.engine_ab import ENV
+from vllm_specopt.benchmarks.serve.engine import ENV
 
 SCRIPT = Path(__file__).parent / "support" / "whisper.py"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_specopt.benchmarks.grid import LOGITS
 from vllm_specopt.benchmarks.kernels.cost import Counted
 from vllm_specopt.benchmarks.kernels.counting import Count
+from vllm_specopt.benchmarks.kernels.grid import LOGITS
 
 ARCHITECTURE = 90
 # What a logit of another dtype may cost more.

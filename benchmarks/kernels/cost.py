@@ -17,9 +17,9 @@ from pathlib import Path
 
 import triton
 
-from vllm_specopt.benchmarks.grid import LOGITS, Case
 from vllm_specopt.benchmarks.kernels.cost_model import CARDS, Card, Modelled, model
 from vllm_specopt.benchmarks.kernels.counting import Count, count_launch
+from vllm_specopt.benchmarks.kernels.grid import LOGITS, Case
 from vllm_specopt.benchmarks.kernels.steps import OURS, STOCK, Step, record
 
 ARCHITECTURES = (80, 90, 100)

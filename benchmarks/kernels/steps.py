@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 
-from vllm_specopt.benchmarks import peers
-from vllm_specopt.benchmarks.grid import Case
-from vllm_specopt.benchmarks.inputs import Inputs, make_inputs
+from vllm_specopt.benchmarks.kernels import peers
+from vllm_specopt.benchmarks.kernels.grid import Case
+from vllm_specopt.benchmarks.kernels.inputs import Inputs, make_inputs
 from vllm_specopt.benchmarks.kernels.watching import Launch, install, watch
 from vllm_specopt.testing import Batch
 

@@ -23,7 +23,7 @@ from memory import Watch, trend
 from server import ARMS, DRAFTING, MAX_NUM_SEQS, metrics, server
 from workload import Choice, Request, make, plain_request, prompts, wrong
 
-from vllm_specopt.cli.demo import stopped_by_signals
+from vllm_specopt.benchmarks.processes import stopped_by_signals
 
 START_SECONDS = 240
 SECONDS_PER_REQUEST = 60

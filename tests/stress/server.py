@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 from workload import ROOT
 
-from vllm_specopt.cli.process import Server, free_port
+from vllm_specopt.benchmarks.processes import Server, free_port
 
 HERE = Path(__file__).parent
 ENV = {
@@ -52,7 +52,7 @@ def server(arm: str, log: Path, *, drafting: str = "greedy", dtype: str = "float
     """
     port = free_port()
     if arm == "stock-repaired":
-        command = [sys.executable, "-m", "vllm_specopt.benchmarks.serving_repaired"]
+        command = [sys.executable, "-m", "vllm_specopt.benchmarks.serve.repaired"]
     else:
         command = [str(Path(sys.executable).with_name("vllm"))]
     command += ["serve", str(ROOT / "models" / "specopt-target")]

@@ -5,9 +5,9 @@ import math
 import random
 from pathlib import Path
 
-from vllm_specopt.benchmarks.arms import Arm
-from vllm_specopt.benchmarks.serving_plan import Plan
-from vllm_specopt.benchmarks.serving_workloads import workload
+from vllm_specopt.benchmarks.serve.arms import Arm
+from vllm_specopt.benchmarks.serve.plan import Plan, Point
+from vllm_specopt.benchmarks.serve.workloads import workload
 
 PROMPTS = Path(__file__).parents[2] / "models" / "prompts.jsonl"
 REPAIRED, EXACT = Arm("stock-repaired", repair=True), Arm("exact", {"method": "exact"})
@@ -15,9 +15,9 @@ REPAIRED, EXACT = Arm("stock-repaired", repair=True), Arm("exact", {"method": "e
 
 def make_plan(**changed) -> Plan:
     settings = {
-        "arms": (REPAIRED, EXACT), "target": "target", "served_name": "target", "tokenizer": "target",
+        "arms": (REPAIRED, EXACT), "target": "target", "served_name": "target",
         "speculation": {"num_speculative_tokens": 4}, "workload": workload("shipped", 8, PROMPTS, 512, 0),
-        "concurrency": (1, 8), "temperatures": (0.0, 1.0), "top_p": 0.9, "num_prompts": None, "output_len": 8,
+        "concurrency": (1, 8), "points": (Point(0.0), Point(1.0, 0.9)), "num_prompts": None, "output_len": 8,
         "repeats": 4, "seed": 5, "serve_args": (), "timeout": 60.0, "on_cpu": True,
     }  # fmt: skip
     return Plan(**(settings | changed))
@@ -41,7 +41,10 @@ def make_record(plan: Plan, exact: float = 2.0, wobble: float = 0.01) -> dict:
         own = random.Random(cell.key).uniform(-1, 1)
         speed = 100 * factor * 0.95**cell.repeat * math.exp(wobble * own)
         cells[cell.key] = make_cell(speed, 1000 / speed)
-    arms = {arm.name: {"greedy": [[1, 2], [3, 4]], "kv_cache_tokens": 4096} for arm in plan.all_arms()}
+    arms = {
+        arm.name: {"texts": {point: [[1, 2], [3, 4]] for point in plan.compared(arm)}, "kv_cache_tokens": 4096}
+        for arm in plan.all_arms()
+    }
     return {
         "time": "2026-01-01T00:00:00+00:00", "command": "specopt ab", "git": {"commit": "0" * 40, "dirty": False},
         "machine": {"device": "cpu", "name": "a CPU", "cores": 2, "load_average_before": 0.1},

@@ -1,60 +1,48 @@
-"""Run placements over a local Ray cluster of several nodes, ending one worker process on the way if asked to.
+"""Run the repeats of a comparison over a local Ray cluster of several nodes, ending one worker process on the way.
 
-Usage: ``python ray_ab.py REQUEST.json RESULT.json``. The request has ``nodes`` (logical GPUs per node), ``placements``
-(arm, repeat, settings), ``function``, ``slot``, ``kill``: the ``began`` file of the placement whose Ray worker is
-to be killed (SIGKILL) as soon as that file is there, and ``too_large``: a slot that fits on no node.
+Usage: ``python ray_ab.py REQUEST.json RESULT.json``. The request has ``nodes`` (logical GPUs per node) and ``plan``,
+see ``ray_cell.FakePlan``; the worker that hangs is killed (SIGKILL) as soon as it has started its process.
 """
 
 import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import psutil
+from ray_cell import FakePlan, measure
 from ray_cluster import local_cluster
+from rich.console import Console
 
-from vllm_specopt.benchmarks import serving_ray
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.progress import Stages
+from vllm_specopt.benchmarks.serve.cluster import Cluster
 
 
 def main(request_path: str, result_path: str) -> None:
-    """Run the request and write the entries, when each arrived, and the processes of the killed attempt."""
+    """Run the request and write the record, and what is left of the killed attempt."""
     request = json.loads(Path(request_path).read_text())
-    began = Path(request["kill"]) if request.get("kill") else None
-    found = {"killed": {}, "order": []}
+    plan = FakePlan(**request["plan"])
+    began = Path(plan.folder, f"{plan.hangs}-0")
+    killed: list[int] = []
 
-    def kill_once() -> None:
-        if began is None or found["killed"] or not began.exists():
-            return
-        if not (text := began.read_text()):
-            return
-        ids = json.loads(text)
-        ids = ids if isinstance(ids, dict) else {"child": ids}
-        worker = psutil.Process(ids["child"]).parent()
-        assert "ray::" in worker.name() or "ray::" in " ".join(worker.cmdline()), worker
-        os.kill(worker.pid, signal.SIGKILL)
-        found["killed"] = ids | {"worker": worker.pid}
+    class Killing(Stages):
+        def tick(self) -> None:
+            if not killed and began.exists() and (text := began.read_text()):
+                killed.extend(map(int, text.split()))
+                os.kill(killed[0], signal.SIGKILL)
+            super().tick()
 
-    slot = serving_ray.Slot(**request["slot"])
-    placements = [serving_ray.Placement(**each) for each in request["placements"]]
-    with local_cluster(request["nodes"]), serving_ray.connected():
-        start = time.monotonic()
-        found["entries"] = serving_ray.run(
-            placements,
-            request["function"],
-            slot,
-            on_result=lambda entry: found["order"].append([entry["arm"], entry["repeat"]]),
-            tick=kill_once,
-        )
-        if "too_large" in request:
-            try:
-                serving_ray.capacity(serving_ray.Slot(**request["too_large"]))
-            except serving_ray.ClusterError as error:
-                found["too_large"] = str(error)
-        found["seconds"] = time.monotonic() - start
-    found["alive"] = [pid for pid in found["killed"].values() if psutil.pid_exists(pid)]
-    Path(result_path).write_text(json.dumps(found))
+    record = {"arms": {}, "cells": {}, "failed_cells": {}}
+    with local_cluster(request["nodes"]), Killing(Console(), [("repeats", 1.0)]) as progress:
+        Cluster("auto", 1, 1).run(plan, record, lambda: None, progress, measure)
+        try:
+            Cluster("auto", 2, 1).check_capacity()
+        except CliError as error:
+            record["too_large"] = str(error)
+    still = [pid for pid in killed if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    Path(result_path).write_text(json.dumps(record | {"killed": killed, "alive": still}))
 
 
 if __name__ == "__main__":

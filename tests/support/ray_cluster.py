@@ -2,16 +2,34 @@
 
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_specopt.benchmarks.serving_ray import stop_with_parent
-
 OBJECT_STORE_BYTES = 100 * 2**20
 # Not 127.0.0.1, which Ray replaces by the address of the machine when it connects.
 FIRST = 2
+
+
+def stop_with_parent() -> None:
+    """End this process in order, so that whatever it has started is stopped, once its standard input closes.
+
+    The parent keeps the other end of a pipe open: it closes however the parent ends.
+    """
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 from ray_cluster import local_cluster
 
-from vllm_specopt.cli.process import free_port
+from vllm_specopt.benchmarks.processes import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_CPUS = 8

@@ -15,8 +15,8 @@ import httpx
 from rich.console import Console
 from rich.text import Text
 
+from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.cli.errors import CliError
-from vllm_specopt.cli.process import Server, free_port
 from vllm_specopt.evidence import ALARM, BINS, COLUMNS, Verdict, judge
 
 BARS = " ▁▂▃▄▅▆▇█"

@@ -1,4 +1,4 @@
-"""The error that the command line tools turn into one sentence and an exit status."""
+"""What turns an error of a tool into one sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from contextlib import contextmanager
 
 import typer
 
+from vllm_specopt.benchmarks.errors import CliError
 
-class CliError(Exception):
-    """A run cannot go on: the message is for the user, `exit_code` for the shell (1 a run failed, 2 bad input)."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+__all__ = ["CliError", "told"]
 
 
 @contextmanager

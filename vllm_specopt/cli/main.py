@@ -36,35 +36,10 @@ def _root(
     pass
 
 
-@app.command()
-def demo(
-    target: Annotated[Path | None, typer.Option(help="Folder of the target model. (default: the shipped one)")] = None,
-    draft: Annotated[Path | None, typer.Option(help="Folder of the draft model. (default: the shipped one)")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help='JSON lines, each with a "prompt". (default: the shipped ones)')
-    ] = None,
-    output_len: Annotated[int, typer.Option(min=2, help="Tokens per request in the timed runs.")] = 32,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight in the timed runs.")] = 8,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the servers; 0 takes a free one.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the requests in the timed runs.")] = False,
-) -> None:
-    """Serve one model pair, stock and exact, and compare the two; the shipped pair with 151,936 tokens.
-
-    Prints one table, checks that greedy texts are stock's and seeded ones the same without speculation, and leaves
-    reports/demo.json, demo.md and demo.png. Exit status: 0 greedy texts identical, 1 not or a run failed, 2 bad input.
-    """
-    from vllm_specopt.cli.demo import Settings, run
-
-    with told("demo"):
-        code = run(Settings.checked(target, draft, prompts, output_len, concurrency, port, quick))
-    raise typer.Exit(code)
-
-
+app.command()(measuring.demo)
 app.command()(measuring.bench)
 app.command()(measuring.cost)
-app.command()(measuring.bench_engine)
 app.command()(measuring.ab)
-app.command()(measuring.quality)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands `specopt bench`, `bench-engine`, `ab` and `quality`: their options and help."""
+"""The commands `specopt bench`, `cost`, `ab` and `demo`: their options and help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_specopt.cli.errors import CliError, told
+from vllm_specopt.cli.errors import told
 
 
 def bench(
@@ -32,7 +32,7 @@ def bench(
     implementation to kernel_bench.csv, and draws plots from it. Exit status: 0 all measured, 1 a check failed,
     2 bad input.
     """
-    from vllm_specopt.cli.bench import run
+    from vllm_specopt.benchmarks.kernels.command import run
 
     with told("bench"):
         code = run(suite, case, out, device, repeats, threads, minutes, list_)
@@ -49,76 +49,10 @@ def cost(
     Compiles every kernel, counts the instructions it issues by pipe, and models a time per card, which is never a
     measurement. Exit status: 0, 1 one of our kernels exceeds its budget, 2 bad input.
     """
-    from vllm_specopt.cli.cost import run
+    from vllm_specopt.benchmarks.kernels.cost_command import run
 
     with told("cost"):
         code = run(out, case, arch or [80, 90, 100])
-    raise typer.Exit(code)
-
-
-def bench_engine(
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="stock, stock-repaired (CPU), exact, sigmoid, or NAME=JSON; repeat it. (default: the first three)"
-        ),
-    ] = None,
-    drafting: Annotated[
-        list[str] | None, typer.Option(help="greedy, ngram or probabilistic; repeat it. (default: all three)")
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="Runs per arm and way of drafting. (default: 4; 3 with --quick)")
-    ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests, all in flight at once.")] = 16,
-    output_len: Annotated[int, typer.Option(min=2, max=512, help="Tokens per request.")] = 32,
-    draft_tokens: Annotated[int, typer.Option(min=1, max=128, help="Draft tokens per step.")] = 4,
-    vocab_size: Annotated[
-        int, typer.Option(min=0, help="Extend the pair's vocabulary to this many tokens; 0 leaves it.")
-    ] = 151_936,
-    width: Annotated[
-        int, typer.Option(help="Give both models matrices this many times as wide (1, 4, 16), which change nothing.")
-    ] = 1,
-    extra_layers: Annotated[int, typer.Option(min=0, help="Add layers to the target, which change nothing.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch threads on a CPU. (default: cores less one, as vLLM)")
-    ] = None,
-    target: Annotated[Path | None, typer.Option(help="Folder of the target model. (default: the shipped one)")] = None,
-    draft: Annotated[Path | None, typer.Option(help="Folder of the draft model. (default: the shipped one)")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help='JSON lines, each with a "prompt". (default: the shipped ones)')
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for engine_ab.json and engine_ab.md.")] = Path("reports"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Three runs of two arms, greedy drafting: a first impression.")
-    ] = False,
-) -> None:
-    """Time whole vLLM engines that differ in the sampler only, over a large vocabulary.
-
-    Each run is a process of its own; the arms take turns. Prints ratios with intervals, acceptance and where the time
-    goes, and leaves engine_ab.json and engine_ab.md. Exit status: 0 measured, 1 a run failed or completions at
-    temperature 0 differ, 2 bad input.
-    """
-    from vllm_specopt.cli.engine import run
-
-    with told("bench-engine"):
-        code = run(
-            arms=arm or [],
-            drafting=drafting or [],
-            repeats=repeats,
-            requests=requests,
-            output_len=output_len,
-            draft_tokens=draft_tokens,
-            vocab_size=vocab_size,
-            threads=threads,
-            target=target,
-            draft=draft,
-            prompts=prompts,
-            out=out,
-            quick=quick,
-            argv=sys.argv[1:],
-            width=width,
-            extra_layers=extra_layers,
-        )
     raise typer.Exit(code)
 
 
@@ -142,9 +76,12 @@ def ab(
         str,
         typer.Option(help="shipped, random, FILE.jsonl, sharegpt:FILE, spec-bench:FILE or speed-bench:DIR."),
     ] = "shipped",
-    concurrency: Annotated[str, typer.Option(help="Requests in flight, with commas between.")] = "1,8,32",
-    temperature: Annotated[str, typer.Option(help="Temperatures, with commas between.")] = "0,1",
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Top-p at temperatures above 0.")] = 1.0,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Requests in flight, with commas between. (default: 1,8,32; 16 with --offline)")
+    ] = None,
+    temperature: Annotated[
+        str, typer.Option(help="Temperatures, with commas between; 0.8:0.9 is temperature 0.8 with top-p 0.9.")
+    ] = "0,1",
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="Requests per run. (default: 4 per request in flight, at least 24)")
     ] = None,
@@ -163,10 +100,10 @@ def ab(
         ),
     ] = None,
     vocab_size: Annotated[
-        int, typer.Option(min=0, help="Extend the models' vocabulary to this size, as `bench-engine` does.")
+        int, typer.Option(min=0, help="Extend the models' vocabulary to this size, 151936 for instance.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the prompts' order; repeat i uses seed + i.")] = 0,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of ab.json, report.md and report.html.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of ab.json, report.md and report.png.")] = Path(
         "reports/ab"
     ),
     fresh: Annotated[
@@ -177,6 +114,16 @@ def ab(
     port: Annotated[int, typer.Option(min=0, max=65000, help="First port of the servers; 0 takes free ones.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which one run of the client is stopped.")] = 600,
     quick: Annotated[bool, typer.Option("--quick", help="Two repeats: a first impression.")] = False,
+    noise: Annotated[
+        bool,
+        typer.Option("--noise/--no-noise", help="Run the baseline twice, to see what two equal processes differ by."),
+    ] = True,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Compare seeded texts with the drop-in's without speculation, too.")
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Engines without a server, a process per arm and repeat, in turns.")
+    ] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="Spread the servers over a running Ray cluster, each on a slot of its own.")
     ] = False,
@@ -186,101 +133,48 @@ def ab(
     ] = None,
     ray_cpus: Annotated[float, typer.Option(min=0, help="CPU slots one server takes.")] = 1,
 ) -> None:
-    """Serve a model with and without the plugin and compare what users see.
+    """Run a model with and without the plugin and compare what users see.
 
     Real `vllm serve` processes, one per arm and one more of the baseline for the noise, take turns under
-    `vllm bench serve`. Leaves ab.json and, as views of it, report.md and report.html. Run the same line again to go on
-    after an interruption. Exit status: 0 all measured, 1 an arm or a run failed or exact's greedy completions differ,
-    2 bad input.
+    `vllm bench serve`; with --offline, engines without a server. Leaves ab.json and, as views of it, report.md and
+    report.png. Run the same line again to go on after an interruption. Exit status: 0 all measured, 1 an arm or a run
+    failed or exact's greedy texts differ, 2 bad input.
     """
-    from vllm_specopt.cli.ab import run
-    from vllm_specopt.cli.ab_settings import checked
+    from vllm_specopt.benchmarks.serve.command import run
+    from vllm_specopt.benchmarks.serve.settings import checked
 
     with told("ab"):
-        if ray and (stock_url or specopt_url or port):
-            raise CliError("--ray starts its own servers: leave --stock-url, --specopt-url and --port out.", 2)
-        if ray and (minutes or vocab_size):
-            raise CliError("--minutes and --vocab-size are for servers on this machine: leave them out with --ray.", 2)
         settings = checked(
-            target=target, draft=draft, speculative_config=speculative_config, arms=arm or [], spec=workload,
-            concurrency=concurrency, temperature=temperature, top_p=top_p, num_prompts=num_prompts,
-            output_len=output_len, repeats=repeats, serve_args=serve_arg or [], seed=seed, out=out, fresh=fresh,
-            stock_url=stock_url, specopt_url=specopt_url, port=port, timeout=timeout, quick=quick,
-            minutes=minutes, vocab_size=vocab_size, ray=ray,
+            target=target, draft=draft, speculative_config=speculative_config, arms=arm, spec=workload,
+            concurrency=concurrency, temperature=temperature, num_prompts=num_prompts, output_len=output_len,
+            repeats=repeats, serve_args=serve_arg, seed=seed, out=out, fresh=fresh, stock_url=stock_url,
+            specopt_url=specopt_url, port=port, timeout=timeout, quick=quick, minutes=minutes, vocab_size=vocab_size,
+            noise=noise, plain=plain, offline=offline, ray=ray,
         )  # fmt: skip
         cluster = None
         if ray:
-            from vllm_specopt.benchmarks.serving_ray import Slot
-            from vllm_specopt.cli.ab_ray import Cluster
+            from vllm_specopt.benchmarks.serve.cluster import Cluster
 
             gpus = (0 if settings.plan.on_cpu else 1) if ray_gpus is None else ray_gpus
-            cluster = Cluster(ray_address, Slot(gpus, ray_cpus))
+            cluster = Cluster(ray_address, gpus, ray_cpus)
         code = run(settings, sys.argv[1:], cluster)
     raise typer.Exit(code)
 
 
-def quality(
-    target: Annotated[
-        str | None, typer.Argument(help="Target model, a folder or owner/name. (default: those of the tasks)")
-    ] = None,
-    draft: Annotated[str | None, typer.Argument(help="Draft model, a folder or owner/name.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help='JSON lines with "prompt" and "reference"; no chat template is applied.')
-    ] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="wer or rouge; repeat it.")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="A shipped task, transcription or summary; repeat it. (default: both)")
-    ] = None,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="target, draft, exact, exact-chosen, sigmoid-1e1, budget-0.05 and so on; repeat it. (default: all)"
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Texts per item, arm and temperature above 0.")] = 5,
-    temperature: Annotated[str, typer.Option(help="Temperatures, with commas between.")] = "1",
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per text at most. (default: 128, or by task)")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first lines only.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends a text; repeat it.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="vLLM's --dtype. (default: auto; float32 for the shipped tasks)")
-    ] = None,
-    draft_tokens: Annotated[int, typer.Option(min=1, max=128, help="Draft tokens per step.")] = 4,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=8, help="vLLM's --max-model-len. (default: the models' own, at most 4096)")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
-    law_prompts: Annotated[
-        int, typer.Option(min=0, help="Prompts per seed that are run again for the TV column; 0 leaves it out.")
-    ] = 16,
-    ngram: Annotated[int, typer.Option(min=1, help="Words per n-gram of the repetition rate.")] = 3,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch threads on a CPU. (default: cores less one, as vLLM)")
-    ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the record, its page and plot.")] = Path(
-        "reports/quality"
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of ab.json, report.md and report.png.")] = Path(
+        "reports/demo"
     ),
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Drop the record in the folder, or go on with it.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the requests in the timed runs.")] = False,
 ) -> None:
-    """Score what a pair of models writes: alone, verified exactly, and by sigmoid at every scale.
+    """Serve the shipped pair with 151,936 tokens, stock and exact, and compare the two: a preset of `specopt ab`.
 
-    One vLLM engine per arm writes all texts of all seeds; jiwer or rouge-score scores them, and the target alone tells
-    their perplexity. Without models the shipped tasks are run. Leaves quality.json, quality.md and quality.svg. Run the
-    same line again to go on after an interruption. Exit status: 0 all measured, 1 an arm failed, 2 bad input.
+    Checks that greedy texts are stock's and seeded ones the same without speculation. Exit status: 0 greedy texts
+    identical, 1 not or a run failed, 2 bad input.
     """
-    from vllm_specopt.cli.quality import run
-    from vllm_specopt.cli.quality_input import Options
+    from vllm_specopt.benchmarks.serve.command import run
+    from vllm_specopt.benchmarks.serve.settings import demo_settings
 
-    with told("quality"):
-        options = Options(
-            target=target, draft=draft, data=data, metrics=metric or [], tasks=task or [], arms=arm or [],
-            seeds=seeds, temperature=temperature, max_tokens=max_tokens, limit=limit, stop=stop or [], dtype=dtype,
-            draft_tokens=draft_tokens, max_model_len=max_model_len, concurrency=concurrency, law_prompts=law_prompts,
-            ngram=ngram, threads=threads,
-        )  # fmt: skip
-        code = run(options, out, fresh, sys.argv[1:])
+    with told("demo"):
+        code = run(demo_settings(out, quick), sys.argv[1:])
     raise typer.Exit(code)

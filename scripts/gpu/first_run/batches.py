@@ -8,8 +8,8 @@ import torch
 
 from first_run.places import REHEARSE
 from first_run.timing import device
-from vllm_specopt.benchmarks.grid import LOGITS, Case
-from vllm_specopt.benchmarks.inputs import make_inputs
+from vllm_specopt.benchmarks.kernels.grid import LOGITS, Case
+from vllm_specopt.benchmarks.kernels.inputs import make_inputs
 from vllm_specopt.verify import Verified, verify
 
 FORMS = {

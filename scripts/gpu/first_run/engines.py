@@ -98,7 +98,7 @@ def workloads_once(run: Run) -> dict[str, dict]:
 
 
 def request(run: Run, pair: Path, prompts: list[str]) -> dict:
-    """What engine_run.py is asked for."""
+    """What engine.py is asked for."""
     llm: dict = {
         "model": str(pair / "target"),
         "dtype": "float32" if REHEARSE or run.kind == "float32" else "bfloat16",
@@ -188,14 +188,14 @@ def wait_for_pair(deadline: float) -> Path:
 
 def engine(run: Run, asked: dict, seconds: float) -> dict:
     """Run one engine in a process of its own; its result, and what was wrong, if anything was."""
-    from vllm_specopt.benchmarks.arms import Arm
-    from vllm_specopt.benchmarks.engine_ab import compiled_in_flight, problem
+    from vllm_specopt.benchmarks.serve.arms import Arm
+    from vllm_specopt.benchmarks.serve.engine import compiled_in_flight, problem
 
     name = re.sub(r"\W+", "-", run.name)
     question, answer, log = (FOLDER / f"{name}.{end}" for end in ("ask.json", "json", "log"))
     question.write_text(json.dumps(asked))
     answer.unlink(missing_ok=True)
-    program = [str(SCRIPTS / "standin" / "engine.py")] if STANDIN else ["-m", "vllm_specopt.benchmarks.engine_run"]
+    program = [str(SCRIPTS / "standin" / "engine.py")] if STANDIN else ["-m", "vllm_specopt.benchmarks.serve.engine"]
     began = time.monotonic()
     with log.open("w") as file:
         try:

@@ -14,9 +14,9 @@ import torch
 
 from first_run import batches, timing
 from first_run.places import RESULTS
-from vllm_specopt.benchmarks import measure, peers
-from vllm_specopt.benchmarks.grid import Case
-from vllm_specopt.benchmarks.inputs import make_inputs
+from vllm_specopt.benchmarks.kernels import measure, peers
+from vllm_specopt.benchmarks.kernels.grid import Case
+from vllm_specopt.benchmarks.kernels.inputs import make_inputs
 
 # Deviation of normal logits (None: rows as in the grid), and filters at T = 1.
 ROWS = (

@@ -27,7 +27,7 @@ def main() -> None:
             subprocess.run(command)
     import torch
 
-    from vllm_specopt.benchmarks import measure
+    from vllm_specopt.benchmarks.kernels import measure
 
     device = torch.device("cpu" if REHEARSE else "cuda")
     found["copy_gbps"] = round(measure.copy_bandwidth(device), 1)

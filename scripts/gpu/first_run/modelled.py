@@ -31,7 +31,7 @@ def card_of(device: str) -> str | None:
 
 def compare(counts: dict, rows: list[dict], card: str | None) -> list[dict]:
     """Per case and implementation that both know: microseconds measured, and the ends of what was modelled."""
-    from vllm_specopt.benchmarks.grid import Case
+    from vllm_specopt.benchmarks.kernels.grid import Case
 
     modelled = {
         (Case(**step["case"]).name, step["who"]): step["model_us"].get(card)

@@ -96,7 +96,7 @@ def grid() -> tuple[str, ...]:
 def pair() -> tuple[str, ...]:
     """Makes the engines' models on the CPU: the shipped pair, 4 times as wide, 12 layers deeper, with a vocabulary."""
     layers = "1" if STANDIN else "12"
-    command = ("-m", "vllm_specopt.benchmarks.wide_pair", str(PAIR), "--vocab-size", "151936", "--width", "4")
+    command = ("-m", "vllm_specopt.benchmarks.serve.wide_pair", str(PAIR), "--vocab-size", "151936", "--width", "4")
     return (
         "env",
         "CUDA_VISIBLE_DEVICES=",

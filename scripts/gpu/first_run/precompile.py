@@ -27,7 +27,7 @@ def work(number: int, count: int) -> None:
     """One process's share."""
     import torch
 
-    from vllm_specopt.benchmarks import peers
+    from vllm_specopt.benchmarks.kernels import peers
 
     peers.prepare(torch.device("cuda"))
     for task in tasks()[number::count]:
@@ -42,7 +42,7 @@ def work(number: int, count: int) -> None:
 def tasks() -> list[Callable[[], None]]:
     """The grid's first cases, the sweep if it is asked for, then the other cases."""
     from first_run import sweep
-    from vllm_specopt.benchmarks import grid
+    from vllm_specopt.benchmarks.kernels import grid
 
     cases = [partial(call_all, case) for case in grid.suite("gpu")]
     shapes = [partial(call_shapes, *variation) for variation in sweep.variations()]
@@ -55,8 +55,8 @@ def call_all(case) -> None:
     """Every implementation of a case, once."""
     import torch
 
-    from vllm_specopt.benchmarks import peers
-    from vllm_specopt.benchmarks.inputs import make_inputs
+    from vllm_specopt.benchmarks.kernels import peers
+    from vllm_specopt.benchmarks.kernels.inputs import make_inputs
 
     for implementation in peers.implementations(make_inputs(case, torch.device("cuda"), 1)):
         if not isinstance(implementation, tuple):

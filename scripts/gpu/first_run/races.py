@@ -14,8 +14,8 @@ import torch
 
 from first_run import batches, timing
 from first_run.places import REHEARSE, STANDIN, save
-from vllm_specopt.benchmarks.grid import Case
-from vllm_specopt.benchmarks.inputs import make_inputs
+from vllm_specopt.benchmarks.kernels.grid import Case
+from vllm_specopt.benchmarks.kernels.inputs import make_inputs
 from vllm_specopt.kernels.launch import verify_batch
 from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.testing import MARGIN

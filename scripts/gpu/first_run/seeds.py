@@ -39,7 +39,7 @@ def main(seconds: float) -> None:
 
 
 def request(run: Run, pair: Path, prompts: list[str]) -> dict:
-    """What engine_run.py is asked for: each workload once, and engines that leave room for each other."""
+    """What engine.py is asked for: each workload once, and engines that leave room for each other."""
     asked = engines.request(run, pair, prompts)
     asked["workloads"] = {name: each for name, each in asked["workloads"].items() if engines.AGAIN not in name}
     asked["profiled"] = []

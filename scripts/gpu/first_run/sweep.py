@@ -20,7 +20,7 @@ import triton
 
 from first_run import batches, timing
 from first_run.places import REHEARSE, RESULTS, STANDIN, save
-from vllm_specopt.benchmarks import measure
+from vllm_specopt.benchmarks.kernels import measure
 from vllm_specopt.kernels import launch, shapes
 from vllm_specopt.kernels.shapes import DEFAULTS, Shapes
 

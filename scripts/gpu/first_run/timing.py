@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from first_run.places import REHEARSE, STANDIN
-from vllm_specopt.benchmarks.engine_ab import KERNELS
+from vllm_specopt.benchmarks.serve.engine import KERNELS
 
 WARM_UPS, ROUNDS = 3, 20
 # About 1 ms: the host queues the call meanwhile, also a slow one that takes 0.5 ms for it.

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from vllm_specopt.benchmarks import gate, measure
+from vllm_specopt.benchmarks.kernels import gate, measure
 from vllm_specopt.cli.main import app
 
 

@@ -1,4 +1,4 @@
-"""One engine run (benchmarks/engine_run.py) on the stand-in GPU: every request gets one token a step.
+"""One engine run (benchmarks/serve/engine.py) on the stand-in GPU: every request gets one token a step.
 
 Our samplers run in PyTorch's mode that makes a synchronisation an error, as does a copy that waits.
 """
@@ -9,7 +9,7 @@ import sys
 import torch
 from vllm.v1.worker.gpu import async_utils
 
-from vllm_specopt.benchmarks import engine_run
+from vllm_specopt.benchmarks.serve import engine
 from vllm_specopt.integration import v2, v2_sampler
 
 TOKEN = 5
@@ -47,4 +47,4 @@ if __name__ == "__main__":
     give_a_token()
     forbid_waiting(v2.RejectionSampler, "_verify")
     forbid_waiting(v2_sampler.Sampler, "sample")
-    engine_run.main(*sys.argv[1:])
+    engine.main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Verification case by case: timed beside vLLM's own, and counted from machine code."""

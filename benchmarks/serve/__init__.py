@@ -1,0 +1,1 @@
+"""Arms that differ in the sampler, compared in whole vLLM engines: served, or offline."""

@@ -1,0 +1,1 @@
+"""What a lossy verifier does to texts that can be scored."""
