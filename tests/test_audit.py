@@ -379,9 +379,9 @@ def test_bad_arguments_are_told(change, message):
 
 def test_planted_faults_are_found_and_a_clean_run_is_not():
     run = runpy.run_path(str(Path(__file__).parent / "audit" / "run.py"))
-    for name, emit in run["FAULTS"].items():
-        if emit.__name__ != "is_2_percent_too_warm":
-            tokens, counts = run["tokens_to_alarm"](emit, 3, 100_000)
-            assert judge(counts).is_lossy and tokens < 100_000, name
+    # With the two others, near a good drafter's distribution, the alarm takes longer than a test should.
+    for name in ("accepts_by_the_root", "forgets_top_p", "is_2_percent_too_warm"):
+        tokens, counts = run["tokens_to_alarm"](run[name], 1, 200_000)
+        assert judge(counts).is_lossy and tokens < 200_000, name
     largest, counts = run["largest_evidence"](4, 100_000)
     assert largest < 1.3 and counts[BINS] == 0
