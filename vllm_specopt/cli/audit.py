@@ -94,16 +94,22 @@ def show(console: Console, found: dict[tuple[str, str, str], list[int]]) -> None
     """Print the verdicts."""
     for (model, engine, method), counts in found.items():
         verdict = judge(counts)
-        console.print(Text(f"{model}, engine {engine}, method {method}: {sentence(verdict)}", style=style(verdict)))
+        console.print(
+            Text(f"{model}, engine {engine}, method {method}: {sentence(verdict)}", style=style(verdict)),
+            soft_wrap=True,
+        )
         if verdict.largest is not None:
             largest = verdict.largest
-            console.print(Text(f"  |{picture(counts)}| share of tokens by bin, the middle being 1/{BINS}"))
+            console.print(
+                Text(f"  |{picture(counts)}| share of tokens by bin, half the height being 1/{BINS}"), soft_wrap=True
+            )
             console.print(
                 Text(
                     f"  {verdict.tokens:,} tokens, evidence 10^{verdict.log10_evidence:.1f}, bias at most "
                     f"{100 * verdict.bias:.2g} %; bin {largest.index} deviates most, by {100 * largest.deviation:+.2f} "
                     f"({100 * largest.low:+.2f} to {100 * largest.high:+.2f}) points"
-                )
+                ),
+                soft_wrap=True,
             )
         if verdict.impossible or verdict.skipped:
             console.print(Text(f"  {verdict.impossible:,} impossible tokens, {verdict.skipped:,} tokens not audited"))
