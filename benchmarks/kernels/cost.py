@@ -123,7 +123,8 @@ def count_steps(
         for (setting, step), launches in zip(half, answers, strict=True):
             tell(f"{step.who}: {setting}, B = {step.case.batch}, K = {step.case.num_drafts}")
             for architecture in architectures:
-                counts = tuple(count_launch(launch, architecture) for launch in launches)
+                strict = step.who == OURS
+                counts = tuple(count_launch(launch, architecture, strict) for launch in launches)
                 counted.append(Counted(setting, step, architecture, counts))
     return counted
 
@@ -160,6 +161,7 @@ def _row(step: Counted, number: int, count: Count) -> dict:
         "instructions_per_element": round(count.warp_instructions * 32 / step.elements, 3),
         "loaded_bytes": round(count.loaded),
         "stored_bytes": round(count.stored),
+        "loads_found": round(count.loads_found, 3),
     }
 
 

@@ -39,10 +39,25 @@ def run(out: Path, pattern: str | None, architectures: list[int]) -> int:
         console.print(_kernels(here, architecture))
         console.print(_steps(here, architecture))
     console.print(f"{out / cost.CSV_NAME}, {out / cost.JSON_NAME}")
+    for line in sorted(_lower_bounds(counted)):
+        console.print(line, highlight=False)
     found = budgets.violations(step for step in counted if step.step.who == cost.OURS)
     for line in found:
         console.print(f"over budget: {line}", style="red", highlight=False)
     return 1 if found else 0
+
+
+def _lower_bounds(counted: list) -> set[str]:
+    """What to say of kernels whose loads were not all found."""
+    from vllm_specopt.benchmarks.kernels.counting import LOADS_FOUND
+
+    return {
+        f"sm_{step.architecture}, {step.step.who}'s {count.kernel}, {step.setting}: at least so many instructions; "
+        f"those counted load {100 * count.loads_found:.0f} % of the bytes"
+        for step in counted
+        for count in step.counts
+        if count.loads_found < LOADS_FOUND
+    }
 
 
 def _kernels(counted: list, architecture: int) -> Table:

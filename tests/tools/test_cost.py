@@ -51,7 +51,8 @@ def test_counts_are_those_known_by_hand(architecture: int, tmp_path: Path) -> No
     assert loop in nothing and condition in nothing
     assert loop not in no_condition and condition in no_condition
     assert everything == ""
-    assert "the interpreter" in answer["lying"]
+    assert "the interpreter" in answer["lying"] and answer["loads_found"] < 0.95
+    assert all(count["loads_found"] == 1 for count in answer["counts"])
 
 
 def test_our_kernels_keep_within_their_budgets(tmp_path: Path) -> None:
