@@ -21,7 +21,7 @@ from vllm_specopt.benchmarks.repair import repair_expand_kernel
 if TYPE_CHECKING:
     from vllm_specopt.benchmarks.serve.arms import Arm
 
-KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel")
+KERNELS = ("statistics_kernel", "decide_kernel", "residual_kernel", "audit_sweep_kernel", "audit_kernel")
 
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip

@@ -131,7 +131,16 @@ class Sampler(stock.Sampler):
             rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished
         )
         account.recorder.plain_step()
-        look(self, account, rows, self._starts_of(len(rows)), sampled[:, None], pos, expanded_idx_mapping, parameters)
+        look(
+            self,
+            account,
+            rows,
+            starts_of(self._starts, len(rows)),
+            sampled[:, None],
+            pos,
+            expanded_idx_mapping,
+            parameters,
+        )
         if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             rows = reported(self, rows, sampled, expanded_idx_mapping, idx_mapping_np)
         return sampled, rows
@@ -152,7 +161,7 @@ class Sampler(stock.Sampler):
                     self,
                     self.account,
                     rows,
-                    self._starts_of(1),
+                    starts_of(self._starts, 1),
                     sampled[:, None],
                     zeros,
                     zeros,
@@ -163,7 +172,7 @@ class Sampler(stock.Sampler):
     def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters) -> torch.Tensor:
         token_ids, _ = verify(
             rows,
-            self._starts_of(len(rows)),
+            starts_of(self._starts, len(rows)),
             input_ids,
             0,
             positions=pos,
@@ -175,11 +184,12 @@ class Sampler(stock.Sampler):
         )
         return token_ids.view(-1)
 
-    def _starts_of(self, num_rows: int) -> torch.Tensor:
-        """``[num_rows + 1]`` int32, the first row of each request where each has one row."""
-        if num_rows < len(self._starts):
-            return self._starts[: num_rows + 1]
-        return torch.arange(num_rows + 1, dtype=torch.int32, device=self._starts.device)
+
+def starts_of(starts: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """``[num_rows + 1]`` int32, the first row of each request where each has one row; of ``starts`` as far as it goes."""
+    if num_rows < len(starts):
+        return starts[: num_rows + 1]
+    return torch.arange(num_rows + 1, dtype=torch.int32, device=starts.device)
 
 
 def audit_temperature(sampler: stock.Sampler) -> torch.Tensor:

@@ -7,7 +7,15 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock_rejection
 
 from vllm_specopt.integration.metrics import Account
-from vllm_specopt.integration.v2_sampler import KINDS, audit_temperature, look, parameters_of, prepare, processed
+from vllm_specopt.integration.v2_sampler import (
+    KINDS,
+    audit_temperature,
+    look,
+    parameters_of,
+    prepare,
+    processed,
+    starts_of,
+)
 
 
 class WatchedSampler(stock.Sampler):
@@ -55,7 +63,7 @@ class WatchedSampler(stock.Sampler):
         )
         if prepared is not None:
             rows, parameters = prepared
-            starts = self._starts[: len(rows) + 1]
+            starts = starts_of(self._starts, len(rows))
             self.look(rows, starts, sampled.view(-1, 1), pos, expanded_idx_mapping, parameters)
         return sampled, shown
 
