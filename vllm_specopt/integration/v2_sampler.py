@@ -186,7 +186,7 @@ class Sampler(stock.Sampler):
 
 
 def starts_of(starts: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """``[num_rows + 1]`` int32, the first row of each request where each has one row; of ``starts`` as far as it goes."""
+    """``[num_rows + 1]`` int32, the first row of each request where each has one row, of ``starts`` if it can be."""
     if num_rows < len(starts):
         return starts[: num_rows + 1]
     return torch.arange(num_rows + 1, dtype=torch.int32, device=starts.device)
