@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,7 @@ def conditions(argv: list[str], program: str = "specopt") -> dict:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
-        "command": " ".join([program, *argv]),
+        "command": shlex.join([program, *argv]),
         "machine": {
             "device": "cpu" if on_cpu else "cuda",
             "name": cpu_name() if on_cpu else gpu,
