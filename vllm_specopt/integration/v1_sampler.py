@@ -204,7 +204,7 @@ class Sampler(stock.Sampler):
         account = self.draws.account
         token_ids = self._launch(rows, account.bad_rows, account.unpublished, **parameters)
         account.recorder.plain_step()
-        if parameters:
+        if parameters and account.auditor is not None:
             self.draws.look(rows, self.draws.starts(len(rows)), token_ids, sampling_metadata, parameters)
         return token_ids
 

@@ -131,16 +131,9 @@ class Sampler(stock.Sampler):
             rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished
         )
         account.recorder.plain_step()
-        look(
-            self,
-            account,
-            rows,
-            starts_of(self._starts, len(rows)),
-            sampled[:, None],
-            pos,
-            expanded_idx_mapping,
-            parameters,
-        )
+        if account.auditor is not None:
+            starts = starts_of(self._starts, len(rows))
+            look(self, account, rows, starts, sampled[:, None], pos, expanded_idx_mapping, parameters)
         if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             rows = reported(self, rows, sampled, expanded_idx_mapping, idx_mapping_np)
         return sampled, rows
