@@ -1,5 +1,7 @@
 """Quality on tasks: scores, laws, records and refusals; and shipped models that write in real engines."""
 
+import contextlib
+import io
 import json
 import math
 import random
@@ -22,6 +24,10 @@ ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "models" / "tasks"
 PAIR = [str(TASKS / "summary" / role) for role in ("target", "draft")]
 
+# rouge-score logs with absl, whose handler closes its stream when vLLM sets up logging anew; pytest captures stderr.
+absl_handler = pytest.importorskip("absl.logging").get_absl_handler()
+absl_handler.python_handler.stream = sys.__stderr__
+
 
 def test_word_error_rate_counts_all_words_together():
     references, texts = ["one two three", "four"], ["one too three more", ""]
@@ -39,6 +45,14 @@ def test_repetition_rate():
     assert scores.repetition_rate(["a b c a b c", "x"], 3) == 0.25
     assert scores.repetition_rate(["a b a b", "a b"], 2) == 0.25
     assert scores.repetition_rate(["a b", ""], 3) is None
+
+
+def test_logging_set_up_anew_leaves_the_captured_stream_open():
+    scores.rouge(["a"], ["a"])
+    captured = absl_handler.python_handler.stream
+    with contextlib.redirect_stderr(io.StringIO()):
+        absl_handler.close()
+    assert not captured.closed and not sys.stderr.closed
 
 
 def test_perplexity():
