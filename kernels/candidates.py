@@ -14,7 +14,7 @@ from .constants import BAD_ROW, NO_TOKEN
 from .draw import draw_token, pick, row_mass
 from .load import load_logits, scaled, weights
 
-SPAN = tl.constexpr(2048)
+SPAN = tl.constexpr(1024)
 """Tokens read at once, several tiles of them."""
 
 

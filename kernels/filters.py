@@ -33,6 +33,12 @@ MAX_PASSES = tl.constexpr(40)
 CHUNK = tl.constexpr(2048)
 """Tokens that a pass adds up at once."""
 
+FEW_VALUES = tl.constexpr(16)
+"""Values of the dtype between the bounds that two passes tell apart."""
+
+MARGIN = tl.constexpr(0.0625)
+"""How far from where it is expected the threshold is still caught, as a share of the bounds' distance."""
+
 
 @triton.jit
 def _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size):
@@ -63,32 +69,51 @@ def _narrow(low, high, low_measure, high_measure, pivot, above, goal):
 
 
 @triton.jit
-def _pass(row_ptr, scale, shift, low, high, low_measure, high_measure, goal, reach, passes, vocab_size):
+def _values_left(low, high, KEY_BITS: tl.constexpr):
+    """How many values of the logits' dtype lie in (low, high]."""
+    return (order_key(high).to(tl.int64) >> KEY_BITS) - (order_key(low).to(tl.int64) >> KEY_BITS)
+
+
+@triton.jit
+def _pass(
+    row_ptr,
+    scale,
+    shift,
+    low,
+    high,
+    low_measure,
+    high_measure,
+    goal,
+    reach,
+    passes,
+    vocab_size,
+    KEY_BITS: tl.constexpr,
+):
     """One pass over the row: bounds, what lies above them, and ``reach``, narrowed by three pivots."""
-    pivot1, pivot2, pivot3 = low + 0.25 * (high - low), low + 0.5 * (high - low), low + 0.75 * (high - low)
+    values = _values_left(low, high, KEY_BITS)
+    by_key = (passes >= 6) | (values <= FEW_VALUES)
+    share = (goal - high_measure) / (low_measure - high_measure)
+    # Every other time as if what lies between the bounds were spread evenly, else in quarters.
+    is_even = (passes % 2 == 1) & (low_measure > high_measure)
+    pivot2 = high - tl.where(is_even, share, 0.5) * (high - low)
+    margin = tl.where(is_even, MARGIN, 0.25) * (high - low)
+    pivot1, pivot3 = pivot2 - margin, pivot2 + margin
     if low == float("-inf"):
         # Nothing is known of how far down the values go.
         pivot1, pivot2, pivot3 = high - 16.0 * reach, high - 4.0 * reach, high - reach
         reach = reach * 64.0
-    elif passes == 0:
-        share = (goal - high_measure) / (low_measure - high_measure)
+    elif (passes == 0) & (by_key == 0):
         pivot1, pivot2, pivot3 = guess(row_ptr, low, high, share, scale, shift, vocab_size)
-    elif passes >= 6:
-        low_key, high_key = order_key(low).to(tl.int64), order_key(high).to(tl.int64)
-        pivot1 = key_value((low_key + (high_key - low_key) // 4).to(tl.int32))
-        pivot2 = key_value((low_key + (high_key - low_key) // 2).to(tl.int32))
-        pivot3 = key_value((low_key + (high_key - low_key) * 3 // 4).to(tl.int32))
+    elif by_key:
+        low_key = order_key(low).to(tl.int64) >> KEY_BITS
+        pivot1 = key_value((low_key + values // 4 << KEY_BITS).to(tl.int32))
+        pivot2 = key_value((low_key + values // 2 << KEY_BITS).to(tl.int32))
+        pivot3 = key_value((low_key + values * 3 // 4 << KEY_BITS).to(tl.int32))
     above1, above2, above3 = _measures(row_ptr, pivot1, pivot2, pivot3, scale, shift, vocab_size)
     low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot1, above1, goal)
     low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot2, above2, goal)
     low, high, low_measure, high_measure = _narrow(low, high, low_measure, high_measure, pivot3, above3, goal)
     return low, high, low_measure, high_measure, reach
-
-
-@triton.jit
-def _gap(low, high):
-    """How many floats apart two are."""
-    return order_key(high).to(tl.int64) - order_key(low).to(tl.int64)
 
 
 @triton.jit
@@ -120,12 +145,14 @@ def _crossing(
     found = tl.full((), CAPACITY + 1, tl.int32)
     passes = tl.full((), 0, tl.int32)
     is_short = tl.full((), True, tl.int1)
-    while (found > CAPACITY) & (_gap(low, high) > (1 << KEY_BITS)) & (passes < MAX_PASSES):
-        if is_short:
+    while (found > CAPACITY) & (_values_left(low, high, KEY_BITS) > 1) & (passes < MAX_PASSES):
+        # A pass costs a third of gathering, and two tell a few values apart.
+        few = (_values_left(low, high, KEY_BITS) <= FEW_VALUES) & (2 * TILE * num_listed > vocab_size)
+        if is_short & (few == 0):
             found = gather(row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, high, vocab_size, TILE).count
         if found > CAPACITY:
             low, high, low_measure, high_measure, reach = _pass(
-                row_ptr, scale, shift, low, high, low_measure, high_measure, goal, reach, passes, vocab_size
+                row_ptr, scale, shift, low, high, low_measure, high_measure, goal, reach, passes, vocab_size, KEY_BITS
             )
             passes += 1
             # No logit above the lower bound measures less than it.

@@ -42,6 +42,7 @@ def rows() -> dict[str, torch.Tensor]:
         "constant": torch.full((VOCAB,), -1.25),
         "zeros of both signs": torch.where(ids % 2 == 0, -0.0, 0.0),
         "two values": torch.where(ids % 3 == 0, 1.0, 0.0),
+        "a dozen values": (normal * 2).round() / 8,
         "NaN and -inf among them": spoiled,
     }
 

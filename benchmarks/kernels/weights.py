@@ -208,7 +208,14 @@ class Weigher:
         return result
 
     def _visits(self, number: int) -> list[Visit]:
-        return [visit for visit, share in self.shares[number].items() if share >= MOSTLY]
+        visits = [visit for visit, share in self.shares[number].items() if share >= MOSTLY]
+        successors = set(self.code.blocks[number].successors)
+        entered = [loop for loop in self.code.loops if successors == {loop.header} and number not in loop.blocks]
+        if entered:
+            # What leads into a loop and nowhere else belongs there, though constants made for it may come from afar.
+            (header,) = successors
+            visits = [visit for visit in visits if self.shares[header].get(visit, 0) >= MOSTLY]
+        return visits
 
     def _identify(self, loop: Loop) -> None:
         inner = [other for other in self.code.loops if other.blocks < loop.blocks]
