@@ -1,7 +1,8 @@
 """How many tokens the audit takes to find faults planted in a real engine: model runner V1 on a CPU, shipped models.
 
-Usage: ``python tests/audit/engines.py [--limit N] [FAULT ...]``: prints a table in markdown, line by line. A fault changes what one call of the verification is given or returns; the audit beside it is the one that serving does,
-and takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours is clean.
+Usage: ``python tests/audit/engines.py [--limit N] [FAULT ...]``: prints a table in markdown, line by line. A fault
+changes what one call of the verification is given or returns; the audit beside it is the one that serving does, and
+takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours is clean.
 """
 
 import argparse
