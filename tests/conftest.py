@@ -13,6 +13,15 @@ if shutil.which("nvidia-smi") is None:
     sys.path.append(str(Path(__file__).parent / "engine" / "interpreter"))
     import one_patch  # noqa: F401
 
+# Several processes share the cores: threads of one that wait for each other spin where another could run.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name, value in {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }.items():
+        os.environ.setdefault(name, value)
+
 # A shell's background job and a worker of pytest-xdist ignore it, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).with_name("stress") / "ranks.py"
-STEPS = 100
+STEPS = 60
 
 
 @pytest.fixture(scope="module")

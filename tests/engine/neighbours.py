@@ -255,9 +255,9 @@ def features(folder: Path) -> dict:
 
 def main(result: str, *names: str) -> None:
     """Run features one after another; an error is what vLLM said."""
-    if V2:
-        # A rank's embedding is compiled, for which PyTorch asks Triton's interpreter for a GPU. Read at import.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if not V2:
+        # A pipeline's stages are not eager. Read at import.
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         known = features(Path(folder))

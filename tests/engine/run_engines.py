@@ -180,7 +180,11 @@ def environment(runner: str) -> dict[str, str]:
     environ = os.environ | {
         "HF_HUB_OFFLINE": "1",
         # One thread: on a busy machine threads that wait for each other cost more than they save in models this small.
+        # Numba's too, which n-gram drafting starts: they set how many vLLM's kernels take.
+        "NUMBA_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
+        # Engines are eager, but vLLM compiles what counts a log probability's rank even then.
+        "TORCHDYNAMO_DISABLE": "1",
         "TRITON_INTERPRET": "1" if runner == "V2" else "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

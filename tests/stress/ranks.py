@@ -22,6 +22,8 @@ from pathlib import Path
 ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    # Else each rank compiles its embedding, eager or not.
+    "TORCHDYNAMO_DISABLE": "1",
     "TRITON_INTERPRET": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
