@@ -4,20 +4,21 @@ A token's place is the probability of all tokens above it, plus a random share o
 places of tokens that follow their rows' distributions are uniform, whatever those are, so that counts in bins are all
 that is kept (``reference/audit.py``). It looks at tokens that are there already, so it works beside any sampler.
 
-Two launches over the rows that emitted: one sweep leaves, per tile, the statistics that a draw needs and what lies
-above the token; then a program per row adds up, finds the filters' threshold, and counts.
+One launch, a program for each row that emitted: with the statistics and thresholds that the verification of the step
+left, it reads the tiles whose largest logit reaches the token's. Beside another sampler a sweep of these rows comes
+first, and thresholds are found anew.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .bounds import CAPACITY
-from .candidates import Candidates, kept_mass
-from .constants import AUDIT, GREEDY_BELOW, LOG2_E, UNALIGNED
-from .draw import load_tiles, tile_masses
+from .bounds import CAPACITY, key_value, order_key
+from .candidates import SPAN, Candidates, kept_mass, list_tiles, load_candidates, load_listed
+from .constants import AUDIT, GREEDY_BELOW, LOG2_E, NUM_CANDIDATES, ROW_COLUMNS, THRESHOLD, UNALIGNED
+from .draw import load_tiles
 from .filters import filter_row
-from .launch import KEY_BITS, MOST_REQUESTS, row_tiling
+from .launch import KEY_BITS, MOST_REQUESTS, Swept, row_tiling
 from .load import (
     Noise,
     Tiles,
@@ -26,12 +27,12 @@ from .load import (
     load_logits,
     load_position,
     load_request,
-    scaled,
+    row_shift,
     weights,
 )
 from .noise import draw_uniform
 from .shapes import Shapes, shapes_of
-from .statistics import BLOCK
+from .statistics import sweep
 from .variants import Launcher, variant_of
 
 BINS = tl.constexpr(32)
@@ -70,47 +71,62 @@ def audit_sweep_kernel(
     temperature_ptr,  # [max_reqs]
     tile_max_ptr,  # [num_rows, num_tiles] out, as in statistics.py
     tile_sum_ptr,  # [num_rows, num_tiles] out
-    tile_above_ptr,  # [num_rows, num_tiles] out: the part of the sum that is above the row's token
-    tile_equal_ptr,  # [num_rows, num_tiles] out: and the part that equals it
     vocab_size,
     num_tiles,
     TILE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """One program per (group of STEPS tiles, row, request)."""
+    """One program per (group of STEPS tiles, row, request); rows that emitted are swept."""
     group, pos, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
-    is_emitted, token = _emitted(token_ids_ptr, token_ids_stride, num_sampled_ptr, request, pos)
+    is_emitted, _token = _emitted(token_ids_ptr, token_ids_stride, num_sampled_ptr, request, pos)
     if (is_emitted == 0) | (request.temperature < GREEDY_BELOW):
         return
     row = request.start_row + pos
-    row_ptr, out = logits_ptr + row * logits_stride, row * num_tiles
-    scale = LOG2_E / request.temperature
-    logit = _token_logit(row_ptr, token, vocab_size)
-    FITTING: tl.constexpr = BLOCK // TILE if TILE < BLOCK else 1
-    TOGETHER: tl.constexpr = FITTING if FITTING < STEPS else STEPS
-    for step in range(0, STEPS, TOGETHER):
-        tile_ids = group * STEPS + step + tl.arange(0, TOGETHER)
-        token_ids = tile_ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-        x = tl.where(x > float("-inf"), x, float("-inf"))
-        largest = tl.max(x, axis=1)
-        is_finite = (largest > float("-inf")) & (largest < float("inf"))
-        w = weights(x, scale, scaled(tl.where(is_finite, largest, 0.0), scale)[:, None])
-        w = tl.where(largest[:, None] == float("inf"), (x == float("inf")).to(tl.float32), w)
-        exists = tile_ids < num_tiles
-        tl.store(tile_max_ptr + out + tile_ids, largest, mask=exists)
-        tl.store(tile_sum_ptr + out + tile_ids, tl.sum(w, axis=1), mask=exists)
-        tl.store(tile_above_ptr + out + tile_ids, tl.sum(tl.where(x > logit, w, 0.0), axis=1), mask=exists)
-        tl.store(tile_equal_ptr + out + tile_ids, tl.sum(tl.where(x == logit, w, 0.0), axis=1), mask=exists)
+    sweep(
+        logits_ptr + row * logits_stride,
+        LOG2_E / request.temperature,
+        tile_max_ptr + row * num_tiles,
+        tile_sum_ptr + row * num_tiles,
+        None,
+        group * STEPS,
+        num_tiles,
+        vocab_size,
+        False,
+        TILE,
+        STEPS,
+    )
 
 
 @triton.jit
-def _part(tiles, part_ptr, row, scale, PADDED_TILES: tl.constexpr):
-    """What lies in a part of each tile, relative to the row's largest logit, fp64."""
-    maxima, sums = load_tiles(Tiles(tiles.max_ptr, part_ptr, None, tiles.count), row, PADDED_TILES)
-    _top, masses = tile_masses(maxima, sums, scale, float("-inf"))
-    return tl.sum(masses, axis=0)
+def _split_tiles(
+    row_ptr, tiles, row, list_ptr, logit, scale, top, vocab_size, TILE: tl.constexpr, PADDED_TILES: tl.constexpr
+):
+    """What lies above a logit, and what equals it, relative to the row's largest, fp64; reads tiles that reach it."""
+    TOGETHER: tl.constexpr = SPAN // TILE if TILE < SPAN else 1
+    maxima, _sums = load_tiles(tiles, row, PADDED_TILES)
+    num_listed = list_tiles(list_ptr, maxima, key_value(order_key(logit) - 1), PADDED_TILES)
+    shift = row_shift(top, scale)
+    above, equal = tl.zeros([TOGETHER, TILE], tl.float32), tl.zeros([TOGETHER, TILE], tl.float32)
+    start = tl.full((), 0, tl.int32)
+    following = load_listed(row_ptr, list_ptr, start, num_listed, vocab_size, TILE)
+    while start < num_listed:
+        x = following
+        start += TOGETHER
+        following = load_listed(row_ptr, list_ptr, start, num_listed, vocab_size, TILE)
+        w = tl.where(top == float("inf"), (x == float("inf")).to(tl.float32), weights(x, scale, shift))
+        above += tl.where(x > logit, w, 0.0)
+        equal += tl.where(x == logit, w, 0.0)
+    above, equal = tl.sum(above, axis=0).to(tl.float64), tl.sum(equal, axis=0).to(tl.float64)
+    return tl.sum(above, axis=0), tl.sum(equal, axis=0)
+
+
+@triton.jit
+def _split_candidates(candidates, logit, scale, top):
+    """The same of a row whose candidates hold all that it keeps."""
+    x = load_candidates(candidates)
+    w = weights(x, scale, row_shift(top, scale)).to(tl.float64)
+    return tl.sum(tl.where(x > logit, w, 0.0), axis=0), tl.sum(tl.where(x == logit, w, 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "token_ids_stride", "method"], do_not_specialize_on_alignment=UNALIGNED)
@@ -131,10 +147,9 @@ def audit_kernel(
     rule_requests_ptr,  # [max_reqs] or None
     tile_max_ptr,  # [num_rows, num_tiles]
     tile_sum_ptr,  # [num_rows, num_tiles]
-    tile_above_ptr,  # [num_rows, num_tiles]
-    tile_equal_ptr,  # [num_rows, num_tiles]
-    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch, or None
-    candidates_ptr,  # [num_rows, CAPACITY] scratch, or None
+    tile_list_ptr,  # [num_rows, num_tiles] scratch; with candidates_ptr CAPACITY more columns, as in decide.py
+    candidates_ptr,  # [num_rows, CAPACITY], or None where none filters
+    row_ptr,  # [num_rows, ROW_COLUMNS] with the thresholds; None: they are to be found here
     counts_ptr,  # [num_methods, COLUMNS]
     places_ptr,  # [num_reqs, width] out, or None
     vocab_size,
@@ -158,43 +173,57 @@ def audit_kernel(
         tl.atomic_add(counts_ptr + BINS + 1, 1, mask=is_left_out, sem="relaxed")
         return
     row = request.start_row + pos
-    row_ptr = logits_ptr + row * logits_stride
+    row_logits_ptr = logits_ptr + row * logits_stride
     scale = LOG2_E / request.temperature
     tiles = Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles)
     threshold = tl.full((), float("-inf"), tl.float32)
+    count = tl.full((), CAPACITY + 1, tl.int32)
     candidates = Candidates(None, None, None)
-    if tile_list_ptr is not None:
-        list_ptr = tile_list_ptr + row * (num_tiles + CAPACITY)
+    list_ptr = tile_list_ptr + row * (num_tiles if candidates_ptr is None else num_tiles + CAPACITY)
+    if candidates_ptr is not None:
         values_ptr = candidates_ptr + row * CAPACITY
-        count = tl.full((), CAPACITY + 1, tl.int32)
-        filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
-        if is_filtered(filters, vocab_size):
-            threshold, count = filter_row(
-                row_ptr,
-                tiles,
-                row,
-                filters,
-                scale,
-                list_ptr,
-                values_ptr,
-                vocab_size,
-                KEY_BITS,
-                TILE,
-                PADDED_TILES,
-            )
+        if row_ptr is not None:
+            threshold = tl.load(row_ptr + row * ROW_COLUMNS + THRESHOLD)
+            count = tl.load(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES).to(tl.int32)
+        else:
+            filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
+            if is_filtered(filters, vocab_size):
+                threshold, count = filter_row(
+                    row_logits_ptr,
+                    tiles,
+                    row,
+                    filters,
+                    scale,
+                    list_ptr,
+                    values_ptr,
+                    vocab_size,
+                    KEY_BITS,
+                    TILE,
+                    PADDED_TILES,
+                )
         candidates = Candidates(values_ptr, list_ptr + num_tiles, count)
     top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
     if ((mass > 0.0) & (mass < float("inf"))) == 0:
         # No usable logit, or some that are too large for single precision at this temperature.
         tl.atomic_add(counts_ptr + BINS + 1, 1, sem="relaxed")
         return
-    logit = _token_logit(row_ptr, token, vocab_size)
+    logit = _token_logit(row_logits_ptr, token, vocab_size)
     is_possible = (logit >= threshold) & (logit > float("-inf")) & ((top < float("inf")) | (logit == top))
-    above = _part(tiles, tile_above_ptr, row, scale, PADDED_TILES)
-    equal = _part(tiles, tile_equal_ptr, row, scale, PADDED_TILES)
-    noise = Noise(seeds_ptr, positions_ptr)
-    uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), AUDIT)
-    place = tl.where(is_possible, (above + uniform * equal) / mass, 1.0)
+    place = tl.full((), 1.0, tl.float64)
+    if is_possible:
+        above, equal = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+        is_gathered = tl.full((), False, tl.int1)
+        if candidates_ptr is not None:
+            is_gathered = count <= CAPACITY
+            if is_gathered:
+                above, equal = _split_candidates(candidates, logit, scale, top)
+        if is_gathered == 0:
+            above, equal = _split_tiles(
+                row_logits_ptr, tiles, row, list_ptr, logit, scale, top, vocab_size, TILE, PADDED_TILES
+            )
+        noise = Noise(seeds_ptr, positions_ptr)
+        uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), AUDIT)
+        place = (above + uniform * equal) / mass
     bin = tl.minimum(tl.maximum((place * BINS).to(tl.int32), 0), BINS - 1)
     tl.atomic_add(counts_ptr + bin, 1, sem="relaxed")
     tl.atomic_add(counts_ptr + BINS, 1, mask=is_possible == 0, sem="relaxed")
@@ -208,13 +237,14 @@ def _method_of(rule_requests_ptr, request, method):
     return tl.where(tl.load(rule_requests_ptr + request.state).to(tl.float32) > 0.0, method, 0)
 
 
-def audit_options(shapes: Shapes, is_filtered: bool) -> dict[str, int]:
-    """Launch options of the counting kernel: with filters it holds a few numbers more than the deciding one."""
-    if not is_filtered:
-        return {"num_warps": shapes.decide_warps}
+def audit_options(shapes: Shapes, finds_thresholds: bool) -> dict[str, int]:
+    """Launch options of the counting kernel: to find thresholds it holds a few numbers more than the deciding one."""
+    if not finds_thresholds:
+        return {"num_warps": COUNT_WARPS}
     return {"num_warps": shapes.filter_warps, "maxnreg": 160}
 
 
+COUNT_WARPS = 4
 _sweep, _count = Launcher(audit_sweep_kernel), Launcher(audit_kernel)
 
 
@@ -235,50 +265,66 @@ def audit_batch(
     min_p: torch.Tensor | None = None,  # [max_reqs]
     rule_requests: torch.Tensor | None = None,  # [max_reqs]
     places: torch.Tensor | None = None,  # [num_reqs, width]
+    notes: Swept | None = None,
 ) -> None:
     """Audit on the device of ``logits``; arguments and meaning as in :func:`vllm_specopt.audit.audit`."""
-    given = [each for each in locals().values() if not isinstance(each, int)]
+    given = [each for name, each in locals().items() if name not in ("method", "notes")]
     num_rows, vocab_size = logits.shape
     num_reqs, width = token_ids.shape
     if num_reqs > MOST_REQUESTS:
         raise ValueError(f"the batch has {num_reqs} requests, expected at most {MOST_REQUESTS}")
     shapes = shapes_of(logits.device)
-    filtered = top_k is not None or top_p is not None or min_p is not None
+    filters = (top_k, top_p, min_p)
+    filtered = any(each is not None for each in filters)
     tile, steps, num_tiles, num_groups, padded_tiles = row_tiling(vocab_size, shapes, filtered)
-    tiles = [torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(4)]
-    tile_list = candidates = None
-    if filtered:
-        tile_list = torch.empty(num_rows, num_tiles + CAPACITY.value, dtype=torch.int32, device=logits.device)
-        candidates = torch.empty(num_rows, CAPACITY.value, dtype=torch.float32, device=logits.device)
-    variant = variant_of(given, [logits], (logits.device, shapes, vocab_size, logits.stride(0)))
-    rows = (logits, logits.stride(0), cu_num_logits, token_ids, token_ids.stride(0), num_sampled, state_indices)
-    _sweep(
-        variant,
-        (num_groups, width, num_reqs),
-        {"num_warps": shapes.statistics_warps},
-        *rows,
+    values = (logits.device, shapes, vocab_size, logits.stride(0), notes is None)
+    variant = variant_of(given, [logits], values)
+    rows = (
+        logits,
+        logits.stride(0),
+        cu_num_logits,
+        token_ids,
+        token_ids.stride(0),
+        num_sampled,
+        state_indices,
         temperature,
-        *tiles,
-        vocab_size,
-        num_tiles,
-        TILE=tile,
-        STEPS=steps,
     )
+
+    def empty(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(num_rows, columns, dtype=dtype, device=logits.device)
+
+    finds_thresholds = filtered and notes is None
+    if notes is None:
+        notes = Swept(empty(num_tiles), empty(num_tiles), None, empty(CAPACITY.value) if filtered else None, None)
+        _sweep(
+            variant,
+            (num_groups, width, num_reqs),
+            {"num_warps": shapes.statistics_warps},
+            *rows,
+            notes.tile_max,
+            notes.tile_sum,
+            vocab_size,
+            num_tiles,
+            TILE=tile,
+            STEPS=steps,
+        )
+    tile_list = notes.tile_list
+    if tile_list is None:
+        tile_list = empty(num_tiles + (CAPACITY.value if filtered else 0), torch.int32)
     _count(
         variant,
         (width, num_reqs),
-        audit_options(shapes, filtered),
+        audit_options(shapes, finds_thresholds),
         *rows,
-        temperature,
         seeds,
         positions,
-        top_k,
-        top_p,
-        min_p,
+        *(filters if finds_thresholds else (None,) * 3),
         rule_requests,
-        *tiles,
+        notes.tile_max,
+        notes.tile_sum,
         tile_list,
-        candidates,
+        notes.candidates,
+        notes.row_data if filtered else None,
         counts,
         places,
         vocab_size,

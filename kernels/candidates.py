@@ -45,7 +45,7 @@ def list_tiles(list_ptr, maxima, floor, PADDED_TILES: tl.constexpr):
 @triton.jit
 def listed(list_ptr, start, num_listed, TILE: tl.constexpr):
     """The next tiles of a list, SPAN tokens together: their numbers, which of them there are, and ids of tokens."""
-    places = start + tl.arange(0, SPAN // TILE)
+    places = start + tl.arange(0, SPAN // TILE if TILE < SPAN else 1)
     tile_ids = tl.load(list_ptr + places, mask=places < num_listed, other=0)
     return tile_ids, places < num_listed, tile_ids[:, None] * TILE + tl.arange(0, TILE)[None, :]
 

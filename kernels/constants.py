@@ -67,8 +67,6 @@ UNALIGNED = (
     "bad_row_counter_ptr",
     "tile_list_ptr",
     "candidates_ptr",
-    "tile_above_ptr",
-    "tile_equal_ptr",
     "counts_ptr",
     "places_ptr",
 )

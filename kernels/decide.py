@@ -60,7 +60,7 @@ def decide_kernel(
     tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch: tiles, then ids of candidates; None where none filters
     candidates_ptr,  # [num_rows, CAPACITY] scratch: their logits, or None
     outcome_ptr,  # [num_rows] scratch: what each row found
-    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, or None
+    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual or an audit needs; None where none filters or is sampled
     arrived_ptr,  # [num_reqs, 2] zeros
     pending_ptr,  # [num_reqs] out: position of the row to draw a residual from, -1 if none; or None
     token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out

@@ -5,12 +5,13 @@ another; the last one of a request to arrive goes on.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 
 from .bounds import CAPACITY
-from .constants import BLOCK, BUDGET, EXACT, ROW_COLUMNS, TYPICAL
+from .constants import BLOCK, BUDGET, EXACT, ROW_COLUMNS, SIGMOID, TYPICAL
 from .decide import decide_kernel
 from .residual import residual_kernel
 from .shapes import DEFAULTS, Shapes, shapes_of
@@ -24,6 +25,20 @@ MOST_REQUESTS = 65535
 """What the last axes of a CUDA grid count to. Requests take the last one, so that a row's programs run side by side."""
 
 _statistics, _decide, _residual = map(Launcher, (statistics_kernel, decide_kernel, residual_kernel))
+
+
+class Swept(NamedTuple):
+    """What a verification leaves of its rows for an audit; the last three are None where no request filters.
+
+    tile_max, tile_sum: ``[num_rows, num_tiles]`` fp32, as the draw takes them. tile_list, candidates: Scratch of the
+    filters, with the candidates of each row. row_data: ``[num_rows, ROW_COLUMNS]`` fp32, thresholds among it.
+    """
+
+    tile_max: torch.Tensor
+    tile_sum: torch.Tensor
+    tile_list: torch.Tensor | None
+    candidates: torch.Tensor | None
+    row_data: torch.Tensor | None
 
 
 @cache
@@ -78,12 +93,13 @@ def verify_batch(
     constants: torch.Tensor | None = None,
     rule_requests: torch.Tensor | None = None,  # [max_reqs]
     counters: torch.Tensor | None = None,  # [num_rules, 8]
-) -> None:
+    takes_notes: bool = False,
+) -> Swept | None:
     """Verify on the device of ``logits``; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
     ``rule`` is a place in the registry, ``constants`` are packed as that function does. Writes every element of
     ``token_ids`` (int32 or int64) and ``num_sampled`` (int32); no synchronisation, nothing of the size of a row is
-    allocated.
+    allocated. Returns what the sweeps leave if that is to be noted, and if they are of every row that may emit.
     """
     given = [each for each in locals().values() if not isinstance(each, int)]
     num_rows, vocab_size = logits.shape
@@ -114,8 +130,8 @@ def verify_batch(
     if draft_logits is not None:
         draft_tile_max, draft_tile_sum = floats(num_rows, num_tiles), floats(num_rows, num_tiles)
     if draft is not None:
-        row_data, pending = floats(num_rows, ROW_COLUMNS.value), ints(num_reqs)
-    if rule == BUDGET.value:
+        pending = ints(num_reqs)
+    if draft is not None or rule == BUDGET.value or is_filtered:
         row_data = floats(num_rows, ROW_COLUMNS.value)
     if is_filtered:
         tile_list, candidates = ints(num_rows, num_tiles + CAPACITY.value), floats(num_rows, CAPACITY.value)
@@ -206,8 +222,10 @@ def verify_batch(
         BLOCK_K=block_k,
         RULE=rule,
     )
+    leaves_all = temperature is not None and bonus_token_ids is None and rule != SIGMOID.value
+    left = Swept(tile_max, tile_sum, tile_list, candidates, row_data) if takes_notes and leaves_all else None
     if draft is None:
-        return
+        return left
     is_block = rule == BLOCK.value
     num_row_tiles, padded_row_tiles, row_tile = num_tiles, padded_tiles, tile
     tile, steps, num_tiles, num_groups, padded_tiles = tiling(vocab_size, shapes.tile, shapes.residual_steps)
@@ -253,3 +271,4 @@ def verify_batch(
         BLOCK_K=block_k,
         RULE=rule,
     )
+    return left

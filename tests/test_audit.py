@@ -30,7 +30,7 @@ from vllm_specopt.rules import (
     TypicalConstants,
 )
 from vllm_specopt.testing import LOGITS, MARGIN, NO_DRAFT, poisoned_empty, random_batch
-from vllm_specopt.verify import verify
+from vllm_specopt.verify import Notes, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("cpu", "triton")
@@ -173,8 +173,10 @@ def audit_step(batch, verified, counts, **kwargs) -> None:
 # Backends against the reference.
 
 
-def check(batch, token_ids, num_sampled, backend, monkeypatch, method=0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare places and counts with the reference's; return both."""
+def check(
+    batch, token_ids, num_sampled, backend, monkeypatch, method=0, notes=None, logits=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare places and counts with the reference's; return both. ``logits``: what the audit is given instead."""
     expected = audit_ref(batch.logits, batch.cu_num_logits, token_ids, num_sampled=num_sampled, **parameters(batch))
     on_device = batch.to(device_of(backend))
     ids = token_ids.to(device_of(backend))
@@ -184,11 +186,12 @@ def check(batch, token_ids, num_sampled, backend, monkeypatch, method=0) -> tupl
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned_empty)
         audit(
-            on_device.logits,
+            on_device.logits if logits is None else logits.to(ids.device),
             on_device.cu_num_logits,
             ids,
             counts,
             num_sampled=sampled,
+            notes=notes,
             places=places,
             method=method,
             backend=backend,
@@ -240,6 +243,64 @@ def test_matches_reference(backend, filters, dtype, monkeypatch):
     assert audited > 10
 
 
+def verified_with_notes(batch, backend, monkeypatch, **more):
+    """What a backend emits for a batch, and its notes; memory is poisoned."""
+    notes, on_device = Notes(), batch.to(device_of(backend))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned_empty)
+        verified = verify(*on_device.args(), **on_device.kwargs, **more, notes=notes, backend=backend)
+    return verified.token_ids.cpu(), notes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("filters", [(), FILTERS], ids=["plain", "filtered"])
+@pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS], ids=str)
+@pytest.mark.parametrize("method", RULES)
+def test_notes_of_a_verification_stand_in_for_a_sweep(backend, filters, draft, method, monkeypatch):
+    if (method == "budget" and draft != NO_DRAFT) or (method == "block" and draft == NO_DRAFT):
+        pytest.skip("not of this rule")
+    for seed, vocab_size, dtype in ((3, 1000, torch.bfloat16), (4, 2100, torch.float32)):
+        batch = random_batch(
+            seed=seed,
+            num_drafts=[2, 0, 3, 1],
+            vocab_size=vocab_size,
+            dtype=dtype,
+            draft=draft,
+            filters=filters,
+            temperatures=(0.0, 0.7, 1.3, 1.0),
+        )
+        token_ids, notes = verified_with_notes(batch, backend, monkeypatch, rule=CONSTANTS[method])
+        assert (notes.left is None) == (backend == "triton" and method == "sigmoid")
+        check(batch, token_ids, None, backend, monkeypatch, notes=notes)
+        # Any token may be audited, drawn or not, and any row.
+        anything = torch.randint(-2, vocab_size + 2, token_ids.shape, generator=torch.manual_seed(seed))
+        check(batch, anything, torch.tensor([3, 1, 4, 2]), backend, monkeypatch, notes=notes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("filters", [(), ("top_p",)], ids=["plain", "filtered"])
+def test_with_notes_only_tiles_that_reach_the_token_are_read(backend, filters, monkeypatch):
+    batch = random_batch(
+        seed=7, num_drafts=[0] * 8, vocab_size=4096, dtype=torch.float32, filters=filters, temperatures=(1.0,)
+    )
+    token_ids, notes = verified_with_notes(batch, backend, monkeypatch)
+    tiles = batch.logits.view(8, -1, 1024)
+    reached = batch.logits.gather(1, token_ids.long())
+    spoilt = tiles.where(tiles.amax(2, keepdim=True) >= reached[..., None], torch.nan)
+    assert spoilt.isnan().any(1).any()
+    check(batch, token_ids, None, backend, monkeypatch, notes=notes, logits=spoilt.view(8, -1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_narrow_draft_vocabulary_leaves_no_notes(backend, monkeypatch):
+    batch = random_batch(seed=7, num_drafts=[2, 1], vocab_size=300, draft=LOGITS, temperatures=(1.0,))
+    batch.kwargs["draft_logits"] = batch.kwargs["draft_logits"][..., :200].contiguous()
+    batch.draft_token_ids %= 200
+    token_ids, notes = verified_with_notes(batch, backend, monkeypatch)
+    assert notes.left is None
+    check(batch, token_ids, None, backend, monkeypatch, notes=notes)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("filtered", [False, True])
 def test_rows_that_go_bad(backend, filtered, monkeypatch):
@@ -259,6 +320,8 @@ def test_rows_that_go_bad(backend, filtered, monkeypatch):
             seed=1, num_drafts=[0] * 9, vocab_size=50, temperatures=(0.8,), filters=FILTERS if filtered else ()
         )
         batch.logits = rows
+        _, notes = verified_with_notes(batch, backend, monkeypatch)
+        check(batch, torch.full((9, 1), token), None, backend, monkeypatch, notes=notes)
         places, row = check(batch, torch.full((9, 1), token), None, backend, monkeypatch)
         assert places[:2].isnan().all() and not places[2:].isnan().any()
         assert row[BINS + 1] == 2
@@ -302,9 +365,10 @@ def test_requests_count_for_the_method_they_follow(backend, dtype):
 def test_a_wide_row_of_which_much_is_kept(monkeypatch):
     batch = random_batch(seed=2, num_drafts=[1, 0], vocab_size=9000, spread=0.1, temperatures=(1.0,))
     batch.kwargs |= {"top_k": torch.full_like(batch.kwargs["temperature"], 7000).int()}
-    verified = verify(*batch.args(), **batch.kwargs)
     for backend in BACKENDS:
-        check(batch, verified.token_ids, None, backend, monkeypatch)
+        token_ids, notes = verified_with_notes(batch, backend, monkeypatch)
+        check(batch, token_ids, None, backend, monkeypatch)
+        check(batch, token_ids, None, backend, monkeypatch, notes=notes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,7 @@ import torch
 
 from vllm_specopt.checks import INDEX_DTYPES, LOGIT_DTYPES, check_tensor
 from vllm_specopt.evidence import COLUMNS
-from vllm_specopt.verify import backend_name
+from vllm_specopt.verify import Notes, backend_name
 
 NOT_AUDITED = -1.0
 """A temperature that leaves a request out: its tokens are counted as skipped."""
@@ -41,6 +41,7 @@ def audit(
     top_p: torch.Tensor | None = None,  # [max_reqs]
     min_p: torch.Tensor | None = None,  # [max_reqs]
     rule_requests: torch.Tensor | None = None,  # [max_reqs]
+    notes: Notes | None = None,
     places: torch.Tensor | None = None,  # [num_reqs, width]
     backend: str | None = None,
 ) -> None:
@@ -62,6 +63,8 @@ def audit(
         positions, state_indices, top_k, top_p, min_p: As in ``verify``.
         rule_requests: bool, or fp32 above 0, for which entries ``method`` is the row of the counts; it is 0 for the
             others. None: for all.
+        notes: As :func:`vllm_specopt.verify.verify` filled them in, for the same rows and parameters (temperatures may
+            be below 0 here). None: the rows are swept anew.
         places: fp32 contiguous, set to the places, NaN where there is none. For tests.
         backend: As in ``verify``.
 
@@ -70,9 +73,10 @@ def audit(
             should be.
     """
     num_reqs = cu_num_logits.shape[0] - 1
-    _check(**{name: value for name, value in locals().items() if name != "backend"})
+    _check(**{name: value for name, value in locals().items() if name not in ("backend", "notes")})
     if num_reqs:
         given = {name: value for name, value in locals().items() if name not in ("backend", "num_reqs")}
+        given["notes"] = None if notes is None else notes.left
         _backend(backend_name(logits.device, backend))(**given)
 
 
@@ -107,7 +111,9 @@ def _check(
 @functools.cache
 def _backend(name: str) -> Callable[..., None]:
     if name == "cpu":
-        from vllm_specopt.cpu.audit import audit_batch
-    else:
-        from vllm_specopt.kernels.audit import audit_batch
-    return audit_batch
+        from vllm_specopt.cpu import audit as cpu
+
+        return cpu.audit_batch
+    from vllm_specopt.kernels import audit as kernels
+
+    return kernels.audit_batch

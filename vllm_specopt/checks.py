@@ -52,12 +52,13 @@ def check_arguments(
     rule,
     rule_requests,
     counters,
+    notes,
     token_dtype,
     backend,
 ) -> int:
     """Raise ValueError on the first argument that breaks the contract; return the number of requests.
 
-    Takes what ``verify`` takes; neither ``backend`` nor what ``rule`` holds is checked here.
+    Takes what ``verify`` takes; neither ``notes`` and ``backend`` nor what ``rule`` holds is checked here.
     """
     check = functools.partial(check_tensor, logits.device)
     check("logits", logits, 2, LOGIT_DTYPES)

@@ -14,7 +14,8 @@ token is drawn): row ``i`` verifies draft token ``i``, the last row gives the bo
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +32,16 @@ class Verified(NamedTuple):
 
     token_ids: torch.Tensor
     num_sampled: torch.Tensor
+
+
+@dataclass
+class Notes:
+    """What a verification knows of its rows beside their tokens: it fills this in for the audit of the same step.
+
+    left: In the backend's own form; None where there is nothing that an audit could use.
+    """
+
+    left: Any = None
 
 
 def verify(
@@ -53,6 +64,7 @@ def verify(
     rule: Constants | None = None,
     rule_requests: torch.Tensor | None = None,  # [max_reqs]
     counters: torch.Tensor | None = None,  # [num_rules, 8]
+    notes: Notes | None = None,
     token_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Verified:
@@ -122,6 +134,8 @@ def verify(
             one-hot drafts under the block rule), increased by the number of draft tokens accepted, of recovered tokens,
             of bonus tokens (of requests with draft tokens), of rows read in full, of rows that were not, and of
             divergence spent by the budget rule (in units of 2^-20 nats). Contiguous.
+        notes: Filled in for :func:`vllm_specopt.audit.audit` of the same rows with the same parameters, which then need
+            not sweep them again.
         token_dtype: int32 or int64, of the returned ids.
         backend: ``triton`` or ``cpu``. None: by device. Triton on a CPU device needs its interpreter (the V2
             runner on a CPU runs that way).
@@ -155,7 +169,7 @@ def verify(
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
-        _backend(backend_name(logits.device, backend))(
+        left = _backend(backend_name(logits.device, backend))(
             logits=logits,
             cu_num_logits=cu_num_logits,
             draft_token_ids=draft_token_ids,
@@ -176,7 +190,13 @@ def verify(
             counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
+            takes_notes=notes is not None,
         )
+        if notes is not None:
+            draft = draft_probs if draft_probs is not None else draft_logits
+            # A draft vocabulary that narrows the rows makes other rows of them.
+            is_narrowed = draft is not None and draft.shape[-1] < logits.shape[1]
+            notes.left = None if is_narrowed else left
     return Verified(token_ids, num_sampled)
 
 
@@ -197,12 +217,14 @@ def backend_name(device: torch.device, backend: str | None = None) -> str:
 
 
 @functools.cache
-def _backend(name: str) -> Callable[..., None]:
+def _backend(name: str) -> Callable[..., Any]:
     if name == "cpu":
-        from vllm_specopt.cpu import verify_batch
-    else:
-        from vllm_specopt.kernels.launch import verify_batch
-    return verify_batch
+        from vllm_specopt import cpu
+
+        return cpu.verify_batch
+    from vllm_specopt.kernels import launch
+
+    return launch.verify_batch
 
 
 @functools.lru_cache(maxsize=32)

@@ -10,8 +10,7 @@ from numba import carray, types
 from vllm_specopt.cpu.cache import compile_entry
 from vllm_specopt.cpu.filters import apply_filters
 from vllm_specopt.cpu.memory import BF16, FP32, INF, ZERO, jit, pointer, read_float, read_int
-from vllm_specopt.cpu.plan import scratch_at
-from vllm_specopt.cpu.requests import LOG2_E
+from vllm_specopt.cpu.plan import LOG2_E, scratch_at
 from vllm_specopt.cpu.rows import TILE, Row, weigh_tile
 from vllm_specopt.cpu.sweeps import sweep
 from vllm_specopt.cpu.target import Target, draw_target

@@ -10,18 +10,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from vllm_specopt.cpu.job import JOB_BAD_ROWS, JOB_MISFIT, JOB_PLAN, PLAN_LENGTH
 from vllm_specopt.cpu.memory import BF16, FP16, FP32
-from vllm_specopt.cpu.plan import JOB_BAD_ROWS, JOB_MISFIT, JOB_PLAN, LOGITS, ONE_HOT, PROBS, Plan, scratch_at
+from vllm_specopt.cpu.notes import size_of_note
+from vllm_specopt.cpu.plan import LOGITS, ONE_HOT, PROBS, scratch_at
 from vllm_specopt.cpu.requests import verify_requests
 
 KIND = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
-_run_alone = verify_requests.ctypes
 # Below this many logits a second thread costs more than it saves.
 _MIN_LOGITS_TO_SPLIT = 1 << 17
 _ANY_STATE = 1 << 62
 _INT64 = torch.int64
 _ALIGNMENT = 64
-_JOB, _JOB_BEGINS = struct.Struct(f"{JOB_PLAN + len(Plan._fields)}q"), (0,) * JOB_PLAN
+_JOB, _JOB_BEGINS = struct.Struct(f"{JOB_PLAN + PLAN_LENGTH}q"), (0,) * JOB_PLAN
 
 
 def verify_batch(
@@ -46,21 +47,20 @@ def verify_batch(
     constants: torch.Tensor | None = None,
     rule_requests: torch.Tensor | None = None,  # [max_reqs]
     counters: torch.Tensor | None = None,  # [num_rules, 8]
-) -> None:
+    takes_notes: bool = False,
+) -> torch.Tensor | None:
     """Verify draft tokens on the CPU; arguments and meaning as in :func:`vllm_specopt.verify.verify`.
 
     ``rule`` is a place in the registry, ``constants`` are packed as that function does.
 
     Writes every element of ``token_ids`` (int32 or int64) and ``num_sampled`` (int32). Uses up to
-    ``torch.get_num_threads()`` threads; the result does not depend on their number.
+    ``torch.get_num_threads()`` threads; the result does not depend on their number. Returns notes of the rows for
+    ``audit_batch`` if they are to be taken.
 
     Raises:
         ValueError: ``cu_num_logits`` or ``state_indices`` of some request points outside the other arguments.
     """
-    num_reqs = cu_num_logits.shape[0] - 1
     num_rows, vocab_size = logits.shape
-    per_state = (temperature, seeds, draft_logits, top_k, top_p, min_p, rule_requests)
-    num_states = min([len(t) for t in per_state if t is not None], default=_ANY_STATE)
     mode, draft = ONE_HOT, None
     draft_stride = draft_position_stride = draft_kind = 0
     if draft_probs is not None:
@@ -71,61 +71,120 @@ def verify_batch(
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
         draft_kind = KIND[draft.dtype]
-    num_workers = workers_for(num_reqs, num_rows * vocab_size)
-    per_worker = memory_per_worker(vocab_size)
-    memory = Memory.take(num_workers * per_worker)
-    _JOB.pack_into(
-        memory.job, 0,
-        *_JOB_BEGINS,
-        memory.address,
-        per_worker,
-        num_reqs,
-        num_rows,
-        vocab_size,
-        logits.data_ptr(),
-        logits.stride(0),
-        KIND[logits.dtype],
-        *ints_of(cu_num_logits),
+    notes = torch.empty(num_rows, note_words(vocab_size), dtype=_INT64) if takes_notes else None
+    common = common_of(
+        logits, cu_num_logits, token_ids, num_sampled, vocab_size, rule, counters, notes,
+        temperature=temperature,
+        seeds=seeds,
+        positions=positions,
+        state_indices=state_indices,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        rule_requests=rule_requests,
+        num_states=_ANY_STATE if draft_logits is None else len(draft_logits),
+    )  # fmt: skip
+    own = (
+        0,
         *ints_of(draft_token_ids),
         draft_token_ids.shape[0] != num_rows,
-        address_of(temperature),
-        address_of(seeds),
-        *ints_of(positions),
-        *ints_of(state_indices),
-        num_states,
         mode,
         address_of(draft),
         draft_stride,
         draft_position_stride,
         draft_kind,
+        *ints_of(bonus_token_ids),
+        address_of(constants),
+    )
+    bad_rows = run(verify_requests, common, own, "1 to max_num_draft_tokens + 1")
+    if bad_rows and bad_row_counter is not None:
+        bad_row_counter += bad_rows
+    return notes
+
+
+def common_of(
+    logits,
+    cu_num_logits,
+    token_ids,
+    num_sampled,
+    vocab_size: int,
+    rule: int,
+    counters,
+    notes,
+    *,
+    temperature,
+    seeds,
+    positions=None,
+    state_indices=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    rule_requests=None,
+    num_states: int = _ANY_STATE,
+) -> tuple[int, ...]:
+    """What a verification and an audit are both told, in the plan's order from the number of requests on."""
+    per_state = (temperature, seeds, top_k, top_p, min_p, rule_requests)
+    return (
+        cu_num_logits.shape[0] - 1,
+        logits.shape[0],
+        vocab_size,
+        logits.data_ptr(),
+        logits.stride(0),
+        KIND[logits.dtype],
+        *ints_of(cu_num_logits),
+        address_of(temperature),
+        address_of(seeds),
+        *ints_of(positions),
+        *ints_of(state_indices),
+        min([num_states, *(len(each) for each in per_state if each is not None)]),
         *ints_of(top_k),
         address_of(top_p),
         address_of(min_p),
-        *ints_of(bonus_token_ids),
-        rule,
-        address_of(constants),
         address_of(rule_requests),
         rule_requests is not None and rule_requests.dtype is torch.float32,
-        address_of(counters),
         token_ids.data_ptr(),
         token_ids.stride(0),
         token_ids.shape[1],
         token_ids.dtype is _INT64,
-        num_sampled.data_ptr(),
-    )  # fmt: skip
+        *ints_of(num_sampled),
+        rule,
+        address_of(counters),
+        address_of(notes),
+    )
+
+
+def run(entry, common: tuple[int, ...], own: tuple[int, ...], rows: str) -> int:
+    """Run a compiled entry point on as many threads as pay.
+
+    Args:
+        entry: Of :func:`vllm_specopt.cpu.cache.compile_entry`.
+        common: Of :func:`common_of`. own: What the entry alone is told; what is left out is 0.
+        rows: How many rows a request may have, in words.
+
+    Returns:
+        How many rows emitted a token without a usable logit.
+
+    Raises:
+        ValueError: A request's arguments do not fit together.
+    """
+    num_reqs, num_rows, vocab_size = common[:3]
+    num_workers = workers_for(num_reqs, num_rows * vocab_size)
+    per_worker = memory_per_worker(vocab_size)
+    memory = Memory.take(num_workers * per_worker)
+    plan = (memory.address, per_worker, *common, *own)
+    _JOB.pack_into(memory.job, 0, *_JOB_BEGINS, *plan, *(0,) * (PLAN_LENGTH - len(plan)))
     if num_workers > 1:
-        openmp()(verify_requests.address, memory.job_address, num_workers, 0)
+        openmp()(entry.address, memory.job_address, num_workers, 0)
     else:
-        _run_alone(memory.job_address)
+        entry.ctypes(memory.job_address)
     bad_rows, misfit = int(memory.job[JOB_BAD_ROWS]), int(memory.job[JOB_MISFIT])
     Memory.idle.append(memory)
     if misfit:
         raise ValueError(
             f"request {misfit - 1}: cu_num_logits or state_indices points outside the other arguments "
-            "(expected 1 to max_num_draft_tokens + 1 rows per request, and indices below max_reqs)"
+            f"(expected {rows} rows per request, and indices below max_reqs)"
         )
-    if bad_rows and bad_row_counter is not None:
-        bad_row_counter += bad_rows
+    return bad_rows
 
 
 def warm_up(dtype: torch.dtype = torch.bfloat16) -> None:
@@ -165,6 +224,12 @@ def memory_per_worker(vocab_size: int) -> int:
     """Bytes that a thread computes in."""
     _, size = scratch_at.py_func(0, vocab_size)
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@functools.lru_cache(maxsize=32)
+def note_words(vocab_size: int) -> int:
+    """64-bit words of a row's note."""
+    return int(size_of_note.py_func(vocab_size)) // 8
 
 
 class Memory:

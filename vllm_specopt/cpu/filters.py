@@ -25,7 +25,7 @@ MANY = 8
 
 
 @jit
-def _tops_of_tiles(num_tiles, scratch):
+def tops_of_tiles(num_tiles, scratch):
     """Reduce the groups' largest logits to one number per tile; returns the row's largest."""
     top = -INF
     for tile in range(num_tiles):
@@ -106,7 +106,7 @@ def apply_filters(row, frame, mass, top_k, top_p, min_p, scratch):
         top_k: 0 to keep all. top_p: 1 to keep all. min_p: 0 to keep all.
     """
     num_tiles = (row.vocab + TILE - 1) // TILE
-    top = _tops_of_tiles(num_tiles, scratch)
+    top = tops_of_tiles(num_tiles, scratch)
     low = frame.lowest
     if min_p > 0:
         exact = np.float64(top) + math.log2(np.float64(min_p)) / np.float64(frame.scale)

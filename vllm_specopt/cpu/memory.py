@@ -100,6 +100,18 @@ def write_float(address, i, value):
 
 
 @inline
+def read_double(address, i):
+    """Element i of an fp64 array."""
+    return carray(pointer(address + 8 * i, types.float64), 1)[0]
+
+
+@inline
+def write_double(address, i, value):
+    """Set element i of an fp64 array."""
+    carray(pointer(address + 8 * i, types.float64), 1)[0] = value
+
+
+@inline
 def floats(address, count):
     """``count`` numbers of an fp32 tensor, as an array."""
     return carray(pointer(address, types.float32), count)

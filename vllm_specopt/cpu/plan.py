@@ -11,18 +11,21 @@ from vllm_specopt.cpu.sweeps import Left
 
 ONE_HOT, PROBS, LOGITS = 0, 1, 2
 GREEDY_BELOW = 1e-5
+LOG2_E = 1.4426950408889634
+WARMEST = 1e30
+"""Temperatures above count as this one: single precision would run out of range."""
 EXACT, SIGMOID, BLOCK, TYPICAL, BUDGET = range(5)
 """Verification rules, by their places in the registry."""
 POOL = 4096
 """Values that are gathered at most from a filtered row."""
 
-# A job, in 64-bit words: requests and workers that have begun, emitting rows without a usable logit, 1 + a request that
-# does not fit; then the plan.
-JOB_REQUESTS, JOB_WORKERS, JOB_BAD_ROWS, JOB_MISFIT, JOB_PLAN = range(5)
-
 
 class Plan(NamedTuple):
-    """Addresses are 0 for what is absent; ``wide`` means int64 rather than int32; strides count elements."""
+    """Addresses are 0 for what is absent; ``wide`` means int64 rather than int32; strides count elements.
+
+    Up to ``notes`` it is what a verification and an audit are both told. notes: Of each row, see ``notes.py``. rule,
+    counters: Of an audit, the row of the counts, and the counts.
+    """
 
     memory: int
     memory_per_worker: int
@@ -34,9 +37,6 @@ class Plan(NamedTuple):
     kind: int
     starts: int
     wide_starts: int
-    drafts: int
-    wide_drafts: int
-    is_compact: int
     temperature: int
     seeds: int
     positions: int
@@ -44,27 +44,33 @@ class Plan(NamedTuple):
     states: int
     wide_states: int
     num_states: int
-    mode: int
-    draft: int
-    draft_stride: int
-    draft_position_stride: int
-    draft_kind: int
     top_k: int
     wide_top_k: int
     top_p: int
     min_p: int
-    bonus: int
-    wide_bonus: int
-    rule: int
-    constants: int
     rule_requests: int
     has_deltas: int
-    counters: int
     token_ids: int
     token_ids_stride: int
     token_ids_width: int
     wide_token_ids: int
     num_sampled: int
+    wide_num_sampled: int
+    rule: int
+    counters: int
+    notes: int
+    places: int
+    drafts: int
+    wide_drafts: int
+    is_compact: int
+    mode: int
+    draft: int
+    draft_stride: int
+    draft_position_stride: int
+    draft_kind: int
+    bonus: int
+    wide_bonus: int
+    constants: int
 
 
 class Scratch(NamedTuple):

@@ -4,31 +4,15 @@ Every request is computed by one call in a fixed order, so results depend neithe
 """
 
 import numpy as np
-from numba import carray, types
-from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from vllm_specopt.cpu.cache import compile_entry
 from vllm_specopt.cpu.filters import apply_filters
-from vllm_specopt.cpu.inputs import draft_of, position_of, row_of, token_of
-from vllm_specopt.cpu.memory import INF, fetch_add, jit, pointer, read_bool, read_float, read_int, write_int
+from vllm_specopt.cpu.inputs import draft_of, follows_rule, position_of, request_of, row_of, token_of
+from vllm_specopt.cpu.job import JOB_BAD_ROWS, join, next_request, tell_misfit
+from vllm_specopt.cpu.memory import INF, fetch_add, jit, read_float, read_int, write_int
 from vllm_specopt.cpu.noise import DRAW, acceptance_uniform, draw_uniform
-from vllm_specopt.cpu.plan import (
-    BLOCK,
-    BUDGET,
-    EXACT,
-    GREEDY_BELOW,
-    JOB_BAD_ROWS,
-    JOB_MISFIT,
-    JOB_PLAN,
-    JOB_REQUESTS,
-    JOB_WORKERS,
-    LOGITS,
-    ONE_HOT,
-    SIGMOID,
-    TYPICAL,
-    Plan,
-    scratch_at,
-)
+from vllm_specopt.cpu.notes import clear_notes, note_at, noted, write_note
+from vllm_specopt.cpu.plan import BLOCK, BUDGET, EXACT, LOGITS, ONE_HOT, SIGMOID, TYPICAL
 from vllm_specopt.cpu.rules.block import block_rule
 from vllm_specopt.cpu.rules.budget import budget_spent, budget_test, kept_prob
 from vllm_specopt.cpu.rules.exact import Draft, exact_rule
@@ -38,22 +22,20 @@ from vllm_specopt.cpu.sweeps import largest_logit, sweep
 from vllm_specopt.cpu.target import Target, draw_target, is_kept
 from vllm_specopt.rules import SPENT_UNIT
 
-LOG2_E = 1.4426950408889634
-WARMEST = 1e30
-"""Temperatures above count as this one: single precision would run out of range."""
 SURVIVES = np.int64(-1)
 BAD_ROW = np.int64(-2)
 
 
 @jit
-def _verify_row(row, draft_row, mode, token, scale, temperature, filters, rule, seed, position, scratch):
+def _verify_row(row, draft_row, mode, token, scale, temperature, filters, rule, seed, position, note, scratch):
     """Verify a draft token of a request that samples.
 
     Args:
         draft_row: The draft's row; not looked at where ``mode`` is ONE_HOT.
         token: -1 for none: a placeholder, or a bonus row.
-        filters: As :func:`vllm_specopt.cpu.inputs.target_of` takes them.
+        filters: Of the request.
         rule: The request's rule, the address of its constants, and what it may spend on a token.
+        note: Where to note the row; 0 for nowhere.
 
     Returns:
         SURVIVES, BAD_ROW, or the token that is emitted; and the divergence spent.
@@ -71,6 +53,8 @@ def _verify_row(row, draft_row, mode, token, scale, temperature, filters, rule, 
     target = Target(row, frame, mass, -INF, row, -INF, np.int64(-1))
     if is_filtered:
         target = apply_filters(row, frame, mass, top_k, top_p, min_p, scratch)
+    if note:
+        write_note(note, noted(target, is_filtered, scratch))
     if by_scores:
         if passes and is_kept(target, token):
             return SURVIVES, 0.0
@@ -95,38 +79,22 @@ def _verify_row(row, draft_row, mode, token, scale, temperature, filters, rule, 
 @jit
 def _rule_of(plan, state, is_greedy):
     """A request's rule, the address of its constants, and what it may spend on a token."""
-    method, delta = (np.int64(EXACT) if is_greedy else plan.rule), 0.0
+    method, delta = (plan.rule if not is_greedy and follows_rule(plan, state) else np.int64(EXACT)), 0.0
     if method == BUDGET:
-        delta = np.float64(read_float(plan.constants, 0))
-    if method != EXACT and plan.rule_requests:
-        if plan.has_deltas:
-            delta = np.float64(read_float(plan.rule_requests, state))
-            method = method if delta > 0.0 else np.int64(EXACT)
-        elif not read_bool(plan.rule_requests, state):
-            method = np.int64(EXACT)
+        by_request = plan.rule_requests and plan.has_deltas
+        delta = np.float64(read_float(plan.rule_requests, state) if by_request else read_float(plan.constants, 0))
     return method, plan.constants, delta
 
 
 @jit
 def _verify_request(request, plan, scratch):
     """Verify one request; 1 if the row that emitted had no usable logit, -1 if the arguments do not fit together."""
-    start = read_int(plan.starts, request, plan.wide_starts)
-    num_drafts = read_int(plan.starts, request + 1, plan.wide_starts) - start - 1
-    state = read_int(plan.states, request, plan.wide_states) if plan.states else request
-    if start < 0 or num_drafts < 0 or num_drafts >= plan.token_ids_width or start + num_drafts >= plan.num_rows:
+    start, num_rows, state, is_greedy, temperature, scale, seed, filters = request_of(plan, request)
+    if num_rows < 1:
         return -1
-    if state < 0 or state >= plan.num_states:
-        return -1
-    temperature = np.float64(read_float(plan.temperature, state)) if plan.temperature else 0.0
-    is_greedy = not temperature >= GREEDY_BELOW
-    temperature = min(temperature, WARMEST)
-    scale = np.float32(1.0 if is_greedy else LOG2_E / temperature)
-    seed = read_int(plan.seeds, state, True) if not is_greedy else np.int64(0)
-    top_k = read_int(plan.top_k, state, plan.wide_top_k) if plan.top_k else np.int64(0)
-    top_k = top_k if 1 <= top_k < plan.vocab else np.int64(0)
-    top_p = np.float64(read_float(plan.top_p, state)) if plan.top_p else 1.0
-    min_p = np.float64(read_float(plan.min_p, state)) if plan.min_p else 0.0
-    filters = (top_k > 0 or top_p < 1.0 or min_p > 0.0, top_k, top_p, min_p)
+    num_drafts = num_rows - 1
+    if plan.notes:
+        clear_notes(plan, start, num_rows)
     rule = _rule_of(plan, state, is_greedy)
     out = plan.token_ids + request * plan.token_ids_stride * (8 if plan.wide_token_ids else 4)
     place, emitted, num_read, spent, is_bad = np.int64(0), SURVIVES, np.int64(0), 0.0, 0
@@ -153,8 +121,9 @@ def _verify_request(request, plan, scratch):
             else:
                 position = position_of(plan, start + place, place)
                 draft_row = draft_of(plan, request, start + place, state, place)
+                note = note_at(plan, start + place)
                 emitted, cost = _verify_row(
-                    row, draft_row, plan.mode, token, scale, temperature, filters, rule, seed, position, scratch
+                    row, draft_row, plan.mode, token, scale, temperature, filters, rule, seed, position, note, scratch
                 )
                 is_bad = 1 if emitted == BAD_ROW else 0
                 spent += cost
@@ -185,20 +154,15 @@ def _count(counters, num_accepted, num_drafts, num_read, spent):
     fetch_add(counters + 40, np.int64(spent / SPENT_UNIT))
 
 
-PLAN_LENGTH = len(Plan._fields)
-
-
 @compile_entry
 def verify_requests(job):
     """Verify requests of a job (its address) until none is left; threads may share a job."""
-    plan = Plan(*to_fixed_tuple(carray(pointer(job + 8 * JOB_PLAN, types.int64), PLAN_LENGTH), PLAN_LENGTH))
-    worker = fetch_add(job + 8 * JOB_WORKERS, np.int64(1))
-    scratch, _ = scratch_at(plan.memory + worker * plan.memory_per_worker, plan.vocab)
-    request = fetch_add(job + 8 * JOB_REQUESTS, np.int64(1))
+    plan, scratch = join(job)
+    request = next_request(job)
     while request < plan.num_reqs:
         bad = _verify_request(request, plan, scratch)
         if bad < 0:
-            write_int(job + 8 * JOB_MISFIT, 0, True, 1 + request)
+            tell_misfit(job, request)
         elif bad > 0:
             fetch_add(job + 8 * JOB_BAD_ROWS, np.int64(bad))
-        request = fetch_add(job + 8 * JOB_REQUESTS, np.int64(1))
+        request = next_request(job)

@@ -94,7 +94,7 @@ def reach(values, weights, count, low, top, need, finest):
 
 
 @inline
-def _largest_of_group(address, kind):
+def largest_of_group(address, kind):
     """The largest of every eighth of ``GROUP`` logits in a row."""
     tops = splat(-INF)
     if kind == BF16:
@@ -121,7 +121,7 @@ def collect(row, low, beyond, tile_tops, scratch):
         address, kind = tile_at(row, start, scratch.tile)
         size = size_of(kind)
         for group in range(0, TILE, GROUP):
-            if at_least(_largest_of_group(address + size * group, kind), lower) == 0:
+            if at_least(largest_of_group(address + size * group, kind), lower) == 0:
                 continue
             for i in range(group, group + GROUP, WIDTH):
                 x = load(address + size * i, kind)

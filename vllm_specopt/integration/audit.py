@@ -11,6 +11,7 @@ from vllm_specopt.audit import NOT_AUDITED, audit, new_counts
 from vllm_specopt.evidence import ALARM, BINS, Verdict, judge
 from vllm_specopt.integration.config import METHODS, STOCK, SpecoptConfig
 from vllm_specopt.rules import Constants, place_of
+from vllm_specopt.verify import Notes
 
 ROWS = (*METHODS, STOCK)
 """What a row of the counts stands for."""
@@ -41,6 +42,10 @@ class Auditor:
     def chooses(self) -> bool:
         """Whether the next step is audited."""
         return self._config.audit >= 1.0 or self._chance.random() < self._config.audit
+
+    def notes(self) -> Notes | None:
+        """For the next step's verification to fill in; None where that step is not audited."""
+        return Notes() if self.chooses() else None
 
     def look(
         self,

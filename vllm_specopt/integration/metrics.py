@@ -25,6 +25,7 @@ import torch
 from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import METHODS
 from vllm_specopt.rules import SPENT_UNIT
+from vllm_specopt.verify import Notes
 
 DIRECTORY = "SPECOPT_METRICS_DIR"
 """Environment variable by which the process that makes the configuration tells the workers where to write."""
@@ -124,6 +125,10 @@ class Account:
         self.unpublished, _ = new_counters(device)
         if self.auditor is not None:
             self.auditor.restart(device)
+
+    def notes(self) -> Notes | None:
+        """For the next step's verification to fill in; None where that step is not audited."""
+        return None if self.auditor is None else self.auditor.notes()
 
 
 def record(account: Account, vllm_config, method: str, first: bool) -> None:

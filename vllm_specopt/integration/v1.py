@@ -38,7 +38,7 @@ from vllm_specopt.integration.v1_sampler import (
     works_on_probabilities,
 )
 from vllm_specopt.rules import SigmoidConstants
-from vllm_specopt.verify import verify
+from vllm_specopt.verify import Notes, verify
 
 EXACT = SpecoptConfig("exact")
 BY_REQUEST = "_specopt_by_request"
@@ -104,6 +104,8 @@ class RejectionSampler(stock.RejectionSampler):
         if drafted:
             account.recorder.begin_step()
         cu_num_logits = torch.cat((self.draws.starts(0), metadata.cu_num_sampled_tokens))
+        # Bonus tokens of another sampler are not known to be drawn from these rows.
+        notes = account.notes() if parameters and bonus is None else None
         token_ids, _ = verify(
             rows,
             cu_num_logits,
@@ -115,6 +117,7 @@ class RejectionSampler(stock.RejectionSampler):
             rule=rule,
             rule_requests=rule_requests,
             counters=account.counters if drafted else account.unpublished,
+            notes=notes,
             token_dtype=torch.int32,
             **parameters,
         )
@@ -122,10 +125,8 @@ class RejectionSampler(stock.RejectionSampler):
             account.recorder.end_step()
         else:
             account.recorder.plain_step()
-        # Bonus tokens of another sampler are not known to be drawn from these rows.
-        if parameters and bonus is None:
-            chosen = {"rule": rule, "rule_requests": rule_requests}
-            self.draws.look(rows, cu_num_logits, token_ids, sampling_metadata, parameters, **chosen)
+        chosen = {"rule": rule, "rule_requests": rule_requests}
+        self.draws.look(rows, cu_num_logits, token_ids, sampling_metadata, parameters, notes, **chosen)
 
         logprobs = None
         if wants_logprobs(sampling_metadata):
@@ -205,21 +206,23 @@ class RejectionSampler(stock.RejectionSampler):
         cu_num_logits = torch.tensor([0, 2], dtype=torch.int32, device=device)
         # A step without drafts has the narrowest output.
         starts, no_drafts = self.draws.starts(1), torch.empty(0, dtype=torch.int32, device=device)
+        notes = Notes()
         for rows in (logits[:2], copied(logits[:2])):
             for batch in batches:
                 for width in _output_widths(num_speculative_tokens):
-                    token_ids, _ = verify(rows, cu_num_logits, zeros(dtype=torch.int32), width - 1, **common, **batch)
-                    self._warm_audit(rows, cu_num_logits, token_ids, batch)
+                    drafts = zeros(dtype=torch.int32)
+                    token_ids, _ = verify(rows, cu_num_logits, drafts, width - 1, notes=notes, **common, **batch)
+                    self._warm_audit(rows, cu_num_logits, token_ids, batch, notes)
                 if batch.get("draft_probs") is None:
                     positions = {} if batch.get("positions") is None else {"positions": batch["positions"][:1]}
-                    token_ids, _ = verify(rows[:1], starts, no_drafts, 0, **common, **(batch | positions))
-                    self._warm_audit(rows[:1], starts, token_ids, batch | positions)
+                    token_ids, _ = verify(rows[:1], starts, no_drafts, 0, notes=notes, **common, **(batch | positions))
+                    self._warm_audit(rows[:1], starts, token_ids, batch | positions, notes)
 
-    def _warm_audit(self, rows, cu_num_logits, token_ids, batch: dict[str, Any]) -> None:
+    def _warm_audit(self, rows, cu_num_logits, token_ids, batch: dict[str, Any], notes: Notes) -> None:
         auditor = self.account.auditor
         if auditor is not None and "temperature" in batch and is_stock(self.sampler):
             audited = {name: value for name, value in batch.items() if name != "draft_probs"}
-            auditor.look(rows, cu_num_logits, token_ids, **audited)
+            auditor.look(rows, cu_num_logits, token_ids, notes=notes, **audited)
 
     def _custom_bonus(self, metadata, logits, sampling_metadata) -> SamplerOutput:
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""

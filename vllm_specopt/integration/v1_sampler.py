@@ -26,7 +26,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.metrics import Account, new_counters
-from vllm_specopt.verify import verify
+from vllm_specopt.verify import Notes, verify
 
 GREEDY_BELOW = 1e-5
 # What one draw of the stock sampler advances a CUDA generator by; the runner takes it back for a discarded draw.
@@ -89,13 +89,20 @@ class Draws:
             self._unused = {name: tensor.repeat(2 * num_reqs) for name, tensor in _unused(given[0].device).items()}
         return {name: self._unused[name][:num_reqs] if tensor is None else tensor for name, tensor in used.items()}
 
-    def look(self, rows, cu_num_logits, token_ids, sampling_metadata: SamplingMetadata, parameters, **rule) -> None:
-        """Have the tokens of a step audited, if it is chosen; ``parameters`` are those that ``verify`` was given."""
-        auditor = self.account.auditor
-        if auditor is not None and auditor.chooses():
+    def look(self, rows, cu_num_logits, token_ids, sampling_metadata: SamplingMetadata, parameters, notes, **rule):
+        """Have the tokens of a step audited.
+
+        Args:
+            rows, cu_num_logits, token_ids: As ``verify`` took them, or as they came out.
+            sampling_metadata: Of the step.
+            parameters: What else ``verify`` was given of the requests, not all of them greedy.
+            notes: Which it filled in; None where the step is not audited.
+        """
+        if notes is not None:
             temperature = self.audit_temperature(sampling_metadata, parameters["temperature"])
-            given: dict[str, Any] = parameters | {"temperature": temperature} | rule
-            auditor.look(rows, cu_num_logits, token_ids, **given)
+            given: dict[str, Any] = parameters | {"temperature": temperature, "notes": notes} | rule
+            assert self.account.auditor is not None
+            self.account.auditor.look(rows, cu_num_logits, token_ids, **given)
 
     def starts(self, num_reqs: int) -> torch.Tensor:
         """``[num_reqs + 1]`` int32, the first row of each request where each has one row."""
@@ -182,9 +189,10 @@ class Sampler(stock.Sampler):
         counters, bad_rows = new_counters(logits.device)
         for rows in (logits[:1], copied(logits[:1])):
             for batch in batches:
-                token_ids = self._launch(rows, bad_rows, counters, **batch)
+                notes = Notes()
+                token_ids = self._launch(rows, bad_rows, counters, notes=notes, **batch)
                 if batch and self.account.auditor is not None:
-                    audited: dict[str, Any] = batch
+                    audited: dict[str, Any] = batch | {"notes": notes}
                     self.account.auditor.look(rows, self.draws.starts(1), token_ids, **audited)
 
     def _draw(self, rows, sampling_metadata: SamplingMetadata, scaled: bool = False) -> torch.Tensor:
@@ -202,10 +210,10 @@ class Sampler(stock.Sampler):
                 parameters["positions"] = runner.positions[last]
             parameters |= self.draws.filters(sampling_metadata, min_p=not scaled)
         account = self.draws.account
-        token_ids = self._launch(rows, account.bad_rows, account.unpublished, **parameters)
+        notes = account.notes() if parameters else None
+        token_ids = self._launch(rows, account.bad_rows, account.unpublished, notes=notes, **parameters)
         account.recorder.plain_step()
-        if parameters and account.auditor is not None:
-            self.draws.look(rows, self.draws.starts(len(rows)), token_ids, sampling_metadata, parameters)
+        self.draws.look(rows, self.draws.starts(len(rows)), token_ids, sampling_metadata, parameters, notes)
         return token_ids
 
     def _launch(self, rows, bad_rows, counters, **parameters) -> torch.Tensor:

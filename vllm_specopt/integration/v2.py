@@ -23,13 +23,14 @@ from vllm_specopt.integration.v2_sampler import (
     RequestedMethods,
     Sampler,
     look,
+    notes_for,
     parameters_of,
     prepare,
     processed,
     reported,
 )
 from vllm_specopt.rules import Constants
-from vllm_specopt.verify import verify
+from vllm_specopt.verify import Notes, verify
 
 EXACT = SpecoptConfig("exact")
 
@@ -146,6 +147,7 @@ class RejectionSampler(stock.RejectionSampler):
         )
         rows, parameters = prepare(self.sampler, logits, context)
         account, rule = self.account, self._rule(idx_mapping_np)
+        notes = notes_for(account, parameters)
         account.recorder.begin_step()
         token_ids, num_sampled = self._launch(
             rows,
@@ -158,18 +160,20 @@ class RejectionSampler(stock.RejectionSampler):
             rule,
             account.bad_rows,
             account.counters,
+            notes,
         )
         account.recorder.end_step()
-        self._look(rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, rule)
+        if notes is not None:
+            self._look(rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, rule, notes)
         self._chunk = expanded_idx_mapping, idx_mapping_np
         return rows, token_ids, num_sampled
 
-    def _look(self, rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, rule, always=False) -> None:
-        step = (rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, always)
-        look(self.sampler, self.account, *step, rule=rule[0], rule_requests=rule[1])
+    def _look(self, rows, cu_num_logits, token_ids, pos, idx_mapping, parameters, rule, notes) -> None:
+        step = (rows, cu_num_logits, token_ids, pos, idx_mapping, parameters)
+        look(self.sampler, self.account, *step, rule=rule[0], rule_requests=rule[1], notes=notes)
 
     def _launch(
-        self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, rule, bad_rows, counters
+        self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, rule, bad_rows, counters, notes
     ):
         constants, rule_requests = rule
         return verify(
@@ -184,6 +188,7 @@ class RejectionSampler(stock.RejectionSampler):
             rule=constants,
             rule_requests=rule_requests,
             counters=counters,
+            notes=notes,
             backend=BACKEND,
             **parameters,
         )
@@ -219,9 +224,9 @@ class RejectionSampler(stock.RejectionSampler):
             for kind in KINDS:
                 for chosen in rules:
                     counters, bad_rows = new_counters(device)
-                    parameters = parameters_of(self.sampler, *kind)
-                    token_ids, _ = self._launch(rows, *arguments, parameters, chosen, bad_rows, counters)
-                    self._look(rows, arguments[0], token_ids, *arguments[2:4], parameters, chosen, always=True)
+                    parameters, notes = parameters_of(self.sampler, *kind), Notes()
+                    token_ids, _ = self._launch(rows, *arguments, parameters, chosen, bad_rows, counters, notes)
+                    self._look(rows, arguments[0], token_ids, *arguments[2:4], parameters, chosen, notes)
 
     def _rule(self, idx_mapping_np: np.ndarray):
         """Constants of the rule beside exact if this batch uses it, and which slots do (None: all)."""

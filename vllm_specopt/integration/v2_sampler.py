@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
-from vllm_specopt.verify import verify
+from vllm_specopt.verify import Notes, verify
 
 # V2 runs on Triton only; on a CPU that is Triton's interpreter.
 BACKEND = "triton"
@@ -126,14 +126,14 @@ class Sampler(stock.Sampler):
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
         rows, parameters = prepare(self, logits, context)
-        account = self.account
+        account, notes = self.account, notes_for(self.account, parameters)
         sampled = self._launch(
-            rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished
+            rows, input_ids, pos, expanded_idx_mapping, parameters, account.bad_rows, account.unpublished, notes
         )
         account.recorder.plain_step()
-        if account.auditor is not None:
+        if notes is not None:
             starts = starts_of(self._starts, len(rows))
-            look(self, account, rows, starts, sampled[:, None], pos, expanded_idx_mapping, parameters)
+            look(self, self.account, rows, starts, sampled[:, None], pos, expanded_idx_mapping, parameters, notes=notes)
         if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             rows = reported(self, rows, sampled, expanded_idx_mapping, idx_mapping_np)
         return sampled, rows
@@ -148,21 +148,12 @@ class Sampler(stock.Sampler):
         counters, bad_rows = new_counters(logits.device)
         for rows in (logits[:1], processed(logits[:1])):
             for random, filtered in KINDS:
-                parameters = parameters_of(self, random, filtered)
-                sampled = self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters)
-                look(
-                    self,
-                    self.account,
-                    rows,
-                    starts_of(self._starts, 1),
-                    sampled[:, None],
-                    zeros,
-                    zeros,
-                    parameters,
-                    always=True,
-                )
+                parameters, notes = parameters_of(self, random, filtered), Notes()
+                sampled = self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters, notes)
+                starts = starts_of(self._starts, 1)
+                look(self, self.account, rows, starts, sampled[:, None], zeros, zeros, parameters, notes=notes)
 
-    def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters) -> torch.Tensor:
+    def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters, notes) -> torch.Tensor:
         token_ids, _ = verify(
             rows,
             starts_of(self._starts, len(rows)),
@@ -172,6 +163,7 @@ class Sampler(stock.Sampler):
             state_indices=slots,
             bad_row_counter=bad_rows,
             counters=counters,
+            notes=notes,
             backend=BACKEND,
             **parameters,
         )
@@ -192,21 +184,23 @@ def audit_temperature(sampler: stock.Sampler) -> torch.Tensor:
     return leave_out(temperature, async_tensor_h2d(states.seeds_set.copy(), device=temperature.device))
 
 
-def look(
-    sampler, account: Account, rows, cu_num_logits, token_ids, pos, state_indices, parameters, always=False, **more
-) -> None:
-    """Have the tokens of a step audited, if some request samples and the step is chosen.
+def notes_for(account: Account, parameters: dict) -> Notes | None:
+    """For a step's verification to fill in; None where no request samples, or the step is not audited."""
+    return None if parameters["temperature"] is None else account.notes()
+
+
+def look(sampler, account: Account, rows, cu_num_logits, token_ids, pos, state_indices, parameters, **more) -> None:
+    """Have the tokens of a step audited, if some request samples.
 
     Args:
         sampler: Ours, or the one that watches vLLM's: it has ``audit_temperature``.
         account: Of the worker.
         rows, cu_num_logits, token_ids, pos, state_indices: As ``verify`` took them, or as they came out.
         parameters: Of :func:`parameters_of`.
-        always: Whether the step is audited whatever the share.
         more: Further arguments of :meth:`vllm_specopt.integration.audit.Auditor.look`.
     """
     auditor = account.auditor
-    if auditor is not None and parameters["temperature"] is not None and (always or auditor.chooses()):
+    if auditor is not None and parameters["temperature"] is not None:
         given = parameters | {"temperature": sampler.audit_temperature}
         auditor.look(rows, cu_num_logits, token_ids, positions=pos, state_indices=state_indices, **given, **more)
 

@@ -79,7 +79,7 @@ class WatchedSampler(stock.Sampler):
     def look(self, rows, cu_num_logits, token_ids, pos, state_indices, parameters, num_sampled=None) -> None:
         """Audit a step, which was chosen; as :func:`vllm_specopt.integration.v2_sampler.look` takes it."""
         step = (rows, cu_num_logits, token_ids, pos, state_indices, parameters)
-        look(self, self.account, *step, always=True, num_sampled=num_sampled)
+        look(self, self.account, *step, num_sampled=num_sampled)
 
     def warm_up(self, logits: torch.Tensor) -> None:
         """Launch every variant of the audit's kernels, as ``v2_sampler.Sampler.warm_up`` does of ours."""

@@ -8,7 +8,7 @@ prefix that no later one can beat are not read.
 
 import numpy as np
 
-from vllm_specopt.cpu.inputs import draft_of, position_of, row_of, target_of, token_of
+from vllm_specopt.cpu.inputs import draft_of, position_of, target_at, token_of
 from vllm_specopt.cpu.memory import inline, jit, read
 from vllm_specopt.cpu.noise import DRAW, RESIDUAL, draw_uniform, prefix_uniform
 from vllm_specopt.cpu.plan import LOGITS, PROBS
@@ -23,7 +23,7 @@ _total_of, _pick = weighing_by(sum_residual), picking_by(weigh_residual)
 @jit
 def _pair_of(plan, request, start, state, place, scale, filters, scratch):
     """Target and draft at a place of a request; the target's mass is 0 where it has no usable logit."""
-    target = target_of(row_of(plan, start + place), scale, filters, scratch)
+    target = target_at(plan, start + place, scale, filters, scratch)
     row = draft_of(plan, request, start + place, state, place)
     draft = Draft(plan.mode, row, target.frame, 1.0)
     if plan.mode == LOGITS:
@@ -123,7 +123,7 @@ def block_rule(plan, request, start, num_drafts, state, scale, filters, seed, sc
         kept = num_tokens
         if kept == num_drafts and plan.bonus:
             return kept, np.int64(-1), num_read
-        target = target_of(row_of(plan, start + kept), scale, filters, scratch)
+        target = target_at(plan, start + kept, scale, filters, scratch)
         num_read = kept + 1
         if not target.mass > 0.0:
             return kept, np.int64(-2), num_read
