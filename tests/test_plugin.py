@@ -213,13 +213,13 @@ def test_a_worker_hooks_its_own_runner_once_and_none_without_the_option(runner, 
     ],
 )
 def test_a_configuration_we_do_not_cover_keeps_stock(changes, reason, engine_config):
-    from vllm_specopt.integration import plugin
+    from vllm_specopt.integration import validation
 
     config = engine_config
     exec(changes)
-    option = plugin.parse(config.additional_config)
-    assert plugin.stock_reason(config, option) == reason
-    assert plugin._active_config(config) is None
+    option = validation.parse(config.additional_config)
+    assert validation.stock_reason(config, option) == reason
+    assert validation.active_config(config) is None
 
 
 @pytest.fixture
@@ -238,30 +238,30 @@ def engine_config(monkeypatch):
 
 
 def test_vllms_own_block_verification_is_ours(engine_config):
-    from vllm_specopt.integration import plugin
+    from vllm_specopt.integration import validation
     from vllm_specopt.rules import BlockConstants
 
     engine_config.speculative_config.rejection_sample_method = "block"
-    option = plugin.parse(engine_config.additional_config)
-    assert plugin.stock_reason(engine_config, option) is None
-    active = plugin._active_config(engine_config)
+    option = validation.parse(engine_config.additional_config)
+    assert validation.stock_reason(engine_config, option) is None
+    active = validation.active_config(engine_config)
     assert active.method == "block" and active.rule == BlockConstants()
 
 
 def test_nothing_stands_against_the_plain_configuration(engine_config):
-    from vllm_specopt.integration import plugin
+    from vllm_specopt.integration import validation
 
-    option = plugin.parse(engine_config.additional_config)
-    assert plugin.stock_reason(engine_config, option) is None
-    assert plugin._active_config(engine_config) == option
+    option = validation.parse(engine_config.additional_config)
+    assert validation.stock_reason(engine_config, option) is None
+    assert validation.active_config(engine_config) == option
 
 
 def test_an_unknown_vllm_runs_stock_if_asked_to(engine_config, monkeypatch):
-    from vllm_specopt.integration import plugin
+    from vllm_specopt.integration import validation
 
     engine_config.additional_config = {"specopt": {"method": "exact", "on_unknown_vllm": "stock"}}
-    monkeypatch.setattr(plugin.vllm, "__version__", "0.40.1")
-    reason = plugin.stock_reason(engine_config, plugin.validate(engine_config))
+    monkeypatch.setattr(validation.vllm, "__version__", "0.40.1")
+    reason = validation.stock_reason(engine_config, validation.validate(engine_config))
     assert reason == "vLLM 0.40.1 is not among the versions it was checked against (0.32.x, 0.33.x)"
 
 

@@ -66,9 +66,9 @@ def test_a_served_request_chooses_by_vllm_xargs(server, xargs, low, high):
 def test_a_choice_the_server_does_not_allow_is_refused(monkeypatch, config, message):
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_specopt.integration import plugin
+    from vllm_specopt.integration import validation
 
-    monkeypatch.setattr(plugin, "_active_config", lambda vllm_config: config)
-    plugin.check_request(None, {"specopt": None})
+    monkeypatch.setattr(validation, "active_config", lambda vllm_config: config)
+    validation.check_request(None, {"specopt": None})
     with pytest.raises(VLLMValidationError, match=message):
-        plugin.check_request(None, {"specopt": {"method": "sigmoid"}})
+        validation.check_request(None, {"specopt": {"method": "sigmoid"}})

@@ -21,7 +21,7 @@ from vllm_specopt.benchmarks.kernels.measure import cache_flusher
 from vllm_specopt.verify import Notes, verify
 
 BATCH, NUM_DRAFTS, SEED, WARM_UPS = 8, 3, 7, 2
-SETTINGS = {
+SETTINGS: dict[str, dict] = {
     "T = 1": {"temperature": 1.0},
     "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
 }

@@ -1,7 +1,9 @@
 """Upper bounds for what our kernels may cost, counted from machine code for sm_90 at V = 151,936; none may spill.
 
 Unit ``element``: instructions per logit that a sweep of all rows reads; ``pair``: per target logit and draft logit of
-the rejected rows; ``row``: warp instructions per target row; ``logit``: per logit of all target rows, read or not.
+the rejected rows; ``row``: warp instructions per target row; ``logit``: per logit of all target rows, read or not;
+``share``: modelled time that the audit of every step adds to its verification, as a part of it, on the worst card. Of a
+tenth of the steps it adds a tenth of that.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_specopt.benchmarks.kernels.cost import Counted
+from vllm_specopt.benchmarks.kernels.cost import AUDIT, AUDITED, Counted
+from vllm_specopt.benchmarks.kernels.cost_model import CARDS
 from vllm_specopt.benchmarks.kernels.counting import Count
 from vllm_specopt.benchmarks.kernels.grid import LOGITS
 
@@ -42,6 +45,7 @@ BUDGETS = (
     Budget("residual", ("draft logits",), "pair", 20.0),
     Budget("decide", FILTERED, "logit", 30.0),
     Budget("decide", FILTERED, "logit", 90.0, flat=True),
+    Budget(AUDIT, (AUDITED,), "share", 0.30),
 )
 
 
@@ -64,7 +68,7 @@ def violations(counted: Iterable[Counted]) -> list[str]:
                 continue
             limit = budget.limit * DTYPE_FACTOR[step.step.case.dtype]
             if used > limit:
-                found.append(f"{_where(step)}: {budget.kernel or 'all'} {used:.1f} per {budget.unit}, budget {limit:g}")
+                found.append(f"{_where(step)}: {budget.kernel or 'all'} {used:.3g} per {budget.unit}, budget {limit:g}")
             fewest = min(count.warps for count in counts)
             if step.step.case.dtype == "bf16" and fewest < budget.least_warps:
                 found.append(f"{_where(step)}: {budget.kernel} {fewest} warps per SM, budget {budget.least_warps}")
@@ -76,6 +80,8 @@ def spent(step: Counted, counts: Iterable[Count], unit: str) -> float | None:
     counts, case = list(counts), step.step.case
     warp_instructions = sum(count.warp_instructions for count in counts)
     rows = case.batch * (case.num_drafts + 1)
+    if unit == "share":
+        return max(step.audit_share(card) for card in CARDS if card.architecture == step.architecture)
     if unit == "row":
         return warp_instructions / rows
     read = step.elements

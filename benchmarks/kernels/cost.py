@@ -36,6 +36,11 @@ SETTINGS: dict[str, dict] = {
     "min-p 0.05": {"temperature": 0.7, "min_p": 0.05},
     "greedy": {"temperature": 0.0},
 }
+AUDIT = "audit"
+"""In the names of the audit's kernels."""
+AUDITED = "audited "
+"""Beginning of the names of settings whose tokens are audited, too."""
+WITH_AUDIT = ("one-hot T=1", "draft logits", "top-p 0.9")
 # Shape in which other dtypes and flat rows are counted too, and kernels are listed.
 MORE = (64, 7)
 # Rows that the interpreter runs: those of the first requests, which the rest of the batch repeats.
@@ -74,6 +79,12 @@ class Counted:
     def bytes(self) -> float:
         return sum(count.bytes for count in self.counts)
 
+    def audit_share(self, card: Card) -> float:
+        """What the audit adds to the modelled time of the verification, as a part of it; the worse of both ends."""
+        whole = self.modelled(card)
+        rest = model((count for count in self.counts if AUDIT not in count.kernel), card, self.floor_bytes)
+        return max(whole.low / rest.low, whole.high / rest.high) - 1.0
+
     def modelled(self, card: Card) -> Modelled:
         """Modelled time on a card of this architecture."""
         return model(self.counts, card, self.floor_bytes)
@@ -84,14 +95,16 @@ def plan(
     settings: Iterable[str] = tuple(SETTINGS),
     more: tuple[int, int] = MORE,
 ) -> list[tuple[str, Step]]:
-    """(setting, step) of everything that is counted: ours beside stock; in shape ``more`` also ours in other dtypes and
-    on flat rows."""
+    """(setting, step) of everything that is counted: ours beside stock, some audited; in shape ``more`` also ours
+    in other dtypes and on flat rows."""
     steps = []
     for name in settings:
         for batch, num_drafts in shapes:
             case = Case(batch, num_drafts, **SETTINGS[name])
             sampled = max(1, SAMPLED_ROWS // (num_drafts + 1))
             steps += [(name, Step(who, case, sampled=sampled, block=name == BLOCK)) for who in (OURS, STOCK)]
+            if name in WITH_AUDIT:
+                steps.append((AUDITED + name, Step(OURS, case, sampled=sampled, audit=True)))
             if (batch, num_drafts) != more:
                 continue
             steps += [
@@ -100,6 +113,9 @@ def plan(
             ]
             if case.filters != "none":
                 steps.append((f"{name}, flat rows", Step(OURS, case, flat=True, sampled=sampled)))
+            if name in WITH_AUDIT:
+                flat = Step(OURS, case, flat=True, sampled=sampled, audit=True)
+                steps.append((f"{AUDITED}{name}, flat rows", flat))
     return steps
 
 

@@ -17,11 +17,13 @@ from unittest import mock
 
 import torch
 
+from vllm_specopt.audit import audit, new_counts
 from vllm_specopt.benchmarks.kernels import peers
 from vllm_specopt.benchmarks.kernels.grid import Case
 from vllm_specopt.benchmarks.kernels.inputs import Inputs, make_inputs
 from vllm_specopt.benchmarks.kernels.watching import Launch, install, watch
 from vllm_specopt.testing import Batch
+from vllm_specopt.verify import Notes, verify
 
 OURS, STOCK = "ours", "stock-v2"
 SEED = 7
@@ -36,6 +38,7 @@ class Step:
     flat: Rows of small random logits instead of the benchmark's: every token may be kept.
     sampled: Requests that are run; the others of the batch repeat them.
     block: Whether drafts are judged as a block.
+    audit: Whether the step's tokens are audited, too.
     """
 
     who: str
@@ -43,6 +46,7 @@ class Step:
     flat: bool = False
     sampled: int = 8
     block: bool = False
+    audit: bool = False
 
     @property
     def requests(self) -> int:
@@ -68,10 +72,20 @@ def launches_of(step: Step) -> list[Launch]:
     call: Callable[[], object] = lambda: implementation.call(0)  # noqa: E731
     if step.case.temperature == 0:
         call = implementation.greedy
+    elif step.audit:
+        call = lambda: _audited(inputs)  # noqa: E731
     on_a_gpu = _as_on_a_gpu() if step.who == STOCK else contextlib.nullcontext()
     with on_a_gpu, watch(step.case.batch, len(inputs.batch.logits), step.requests) as launches:
         call()
     return launches
+
+
+def _audited(inputs: Inputs) -> None:
+    batch, notes = inputs.round(0), Notes()
+    token_ids = verify(*batch.args(), **batch.kwargs, notes=notes, token_dtype=torch.int32, backend="triton").token_ids
+    taken = {name: value for name, value in batch.kwargs.items() if name != "draft_logits"}
+    counts = new_counts(1, "cpu")
+    audit(batch.logits, batch.cu_num_logits, token_ids, counts, **taken, notes=notes, backend="triton")
 
 
 def tiled_inputs(step: Step) -> Inputs:

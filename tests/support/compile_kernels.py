@@ -21,7 +21,8 @@ VOCAB_SIZE = 151936
 BLOCK_K = 8
 METHODS = ("sigmoid", "sigmoid-mixed", "block-mixed", "typical-mixed", "budget-mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOATS = ("tile_max_ptr", "tile_sum_ptr", "tile_above_ptr", "tile_equal_ptr", "temperature_ptr")
+FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
+FILTERS = {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = SCALARS
@@ -35,7 +36,7 @@ COMMON = {
 
 
 def variants(with_all: bool):
-    """Yield (variant name, argument types, constants, launches) for the combinations that serving can produce."""
+    """Yield (variant name, constants, launches with options and argument types) for all that serving can produce."""
     for dtype, runner, draft, filtered, method in itertools.product(
         DTYPES, ("v1", "v2"), ("one-hot", "probs", "logits"), (False, True), ("exact", "greedy", *METHODS)
     ):
@@ -71,19 +72,22 @@ def variants(with_all: bool):
         if name == "budget":
             types["row_ptr"] = "*fp32"
         if filtered:
-            types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
-            types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32"}
+            types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32", "row_ptr": "*fp32"} | FILTERS
         launches = [
-            (statistics.statistics_kernel, {"num_warps": DEFAULTS.statistics_warps}),
-            (decide.decide_kernel, launch.decide_options(DEFAULTS, filtered)),
+            (statistics.statistics_kernel, {"num_warps": DEFAULTS.statistics_warps}, types),
+            (decide.decide_kernel, launch.decide_options(DEFAULTS, filtered), types),
         ]
         if not greedy:
+            alone = {name: kind for name, kind in types.items() if name != "row_ptr"} | {"tile_list_ptr": "*i32"}
             launches += [
-                (audit.audit_sweep_kernel, {"num_warps": DEFAULTS.statistics_warps}),
-                (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered)),
+                (audit.audit_sweep_kernel, {"num_warps": DEFAULTS.statistics_warps}, types),
+                (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered), alone),
             ]
+        if filtered:
+            noted = {name: kind for name, kind in types.items() if name not in FILTERS}
+            launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), noted))
         if draft != "one-hot":
-            launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}))
+            launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}, types))
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)
         known = {
             "COMPACT_DRAFTS": runner == "v1",
@@ -98,7 +102,6 @@ def variants(with_all: bool):
         }
         yield (
             "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method])),
-            types,
             known,
             launches,
         )
@@ -107,8 +110,8 @@ def variants(with_all: bool):
 def main() -> None:
     architecture = int(sys.argv[1])
     seen = set()
-    for variant, types, known, launches in variants(sys.argv[2:] == ["all"]):
-        for kernel, options in launches:
+    for variant, known, launches in variants(sys.argv[2:] == ["all"]):
+        for kernel, options, types in launches:
             known_here = {name: known[name] for name in kernel.arg_names if name in known}
             if kernel is residual.residual_kernel:
                 names = "TILE", "STEPS", "PADDED_TILES"

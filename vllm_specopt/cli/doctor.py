@@ -130,11 +130,11 @@ def configuration(arguments: dict) -> tuple[str | None, list[Check]]:
     """What vLLM makes of the arguments: the runner (None if it refuses them), and whether the drop-in is active."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_specopt.integration import plugin as hooks
+    from vllm_specopt.integration.validation import stock_reason, validate
 
     try:
         vllm_config = EngineArgs(**arguments).create_engine_config()
-        option = hooks.validate(vllm_config)
+        option = validate(vllm_config)
     except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         return None, [Check("active", PROBLEM, "no", f"vLLM would not start: {reason}")]
@@ -143,7 +143,7 @@ def configuration(arguments: dict) -> tuple[str | None, list[Check]]:
     if option is None:
         sentence = f"the option is not given: add --additional-config '{DEFAULT_OPTION}'."
         return runner, [*checks, Check("active", PROBLEM, "no", sentence)]
-    if stock := hooks.stock_reason(vllm_config, option):
+    if stock := stock_reason(vllm_config, option):
         return runner, [*checks, Check("active", PROBLEM, "no", f"vLLM's own sampler would stay in place: {stock}.")]
     speculative = vllm_config.speculative_config
     drafts = "no drafts"

@@ -19,31 +19,23 @@ import copy
 import functools
 import sys
 import weakref
-from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
-import vllm
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_specopt.checks import MAX_DRAFT_TOKENS
-from vllm_specopt.integration import compat, metrics
+from vllm_specopt.integration import metrics
 from vllm_specopt.integration.audit import Auditor
-from vllm_specopt.integration.config import (
-    REQUEST_KEY,
-    STOCK,
-    Requested,
-    SpecoptConfig,
-    contradiction,
-    parse,
-    refusal,
-    requested,
-)
-from vllm_specopt.integration.heads import foreign_head
+from vllm_specopt.integration.config import REQUEST_KEY
 from vllm_specopt.integration.messages import log_active, log_not_replaced, log_unstable
-from vllm_specopt.rules import BlockConstants
+from vllm_specopt.integration.validation import (
+    active_config,
+    check_logits_processors,
+    check_request,
+    stock_reason,
+    unknown_vllm,
+    validate,
+)
 from vllm_specopt.verify import backend_name
 
 logger = init_logger("vllm.specopt")
@@ -66,78 +58,6 @@ def register() -> None:
     _wrap(WorkerBase, "__init__", _worker_init)
 
 
-def validate(vllm_config) -> SpecoptConfig | None:
-    """Check the option against a finished configuration.
-
-    Args:
-        vllm_config: vLLM's configuration.
-
-    Returns:
-        The option; None if it is not given.
-
-    Raises:
-        ValueError: The option is malformed, contradicts the speculative configuration, or has another method than exact
-            where speculative decoding is off; the platform is neither CUDA nor CPU; there are more draft tokens than
-            model runner V1 takes; the head that drafts was made for another target; or this vLLM is unknown and the
-            option does not allow for that.
-    """
-    config = parse(vllm_config.additional_config)
-    if config is None:
-        return None
-    allowed = ("exact", STOCK)
-    if vllm_config.speculative_config is None and (config.method not in allowed or config.allow_per_request):
-        raise ValueError(
-            "specopt.method 'exact' alone, and no other for single requests, works without --speculative-config, as "
-            "there are no draft tokens to verify; add one, or change the option"
-        )
-    if not (current_platform.is_cuda() or current_platform.is_cpu()):
-        raise ValueError(
-            f"specopt runs on CUDA GPUs and CPUs, not on {current_platform.device_name}; remove the option"
-        )
-    if reason := contradiction(config, vllm_config.speculative_config):
-        raise ValueError(reason)
-    drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0)
-    if drafts > MAX_DRAFT_TOKENS and not vllm_config.use_v2_model_runner:
-        raise ValueError(
-            f"specopt: num_speculative_tokens is {drafts}, expected at most {MAX_DRAFT_TOKENS} on model runner V1, "
-            "whose own sampler stops at the first request with more"
-        )
-    if reason := foreign_head(vllm_config.speculative_config, vllm_config.model_config):
-        raise ValueError(f"specopt: {reason}")
-    unknown = _unknown_vllm(vllm_config)
-    if unknown and config.on_unknown_vllm == "error":
-        raise ValueError(
-            f"specopt: {unknown}; install a vllm-specopt that knows this vLLM, or set "
-            '"on_unknown_vllm": "stock" beside "method" to run vLLM\'s own sampler'
-        )
-    return config
-
-
-def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
-    """Why vLLM's own sampler stays in place under this configuration, whatever the batches; None if it does not."""
-    speculative, model = vllm_config.speculative_config, vllm_config.model_config
-    if config.on_unknown_vllm == "stock" and (unknown := _unknown_vllm(vllm_config)):
-        return unknown
-    if speculative is not None:
-        if config.verifies and speculative.rejection_sample_method not in ("standard", "block"):
-            return f"rejection_sample_method is {speculative.rejection_sample_method!r}"
-        if speculative.enable_adaptive_verification:
-            return "adaptive verification is on"
-        if speculative.num_speculative_tokens > MAX_DRAFT_TOKENS:
-            return f"num_speculative_tokens is above {MAX_DRAFT_TOKENS}"
-    if getattr(vllm_config, "watermark_config", None) is not None:
-        return "watermarking is on"
-    for flag in ("return_sampling_mask", "use_fp64_gumbel"):
-        if config.verifies and getattr(model, flag, False):
-            return f"{flag} is set"
-    return None
-
-
-def _unknown_vllm(vllm_config) -> str | None:
-    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
-    return compat.problem(runner, vllm.__version__, Path(vllm.__file__).parent)
-
-
 def _wrap(owner: type | ModuleType, name: str, make_wrapper) -> None:
     original = vars(owner)[name]
     if hasattr(original, _OURS):
@@ -150,16 +70,16 @@ def _wrap(owner: type | ModuleType, name: str, make_wrapper) -> None:
 def _create_engine_config(original):
     def create_engine_config(self, *args, **kwargs):
         vllm_config = original(self, *args, **kwargs)
-        if validate(vllm_config) and not _unknown_vllm(vllm_config):
+        if validate(vllm_config) and not unknown_vllm(vllm_config):
             from vllm.v1.engine.input_processor import InputProcessor
 
             _wrap(InputProcessor, "_validate_params", _validate_params)
-        config = _active_config(vllm_config)
+        config = active_config(vllm_config)
         if vllm_config.speculative_config is not None and config is not None and config.verifies:
             from vllm.sampling_params import SamplingParams
 
             if not vllm_config.use_v2_model_runner:
-                _check_logits_processors(vllm_config.model_config)
+                check_logits_processors(vllm_config.model_config)
 
             _wrap(SamplingParams, "_validate_spec_decode", _validate_spec_decode)
             _applies_all.append(weakref.ref(vllm_config.speculative_config))
@@ -169,17 +89,6 @@ def _create_engine_config(original):
         return vllm_config
 
     return create_engine_config
-
-
-def _check_logits_processors(model_config) -> None:
-    from vllm.v1.sample.logits_processor import cached_load_custom_logitsprocs
-
-    from vllm_specopt.integration.v1_rows import cannot_process_rows
-
-    named = model_config.logits_processors
-    for processor in cached_load_custom_logitsprocs(None if named is None else tuple(named)):
-        if reason := cannot_process_rows(processor):
-            raise ValueError(f"specopt: logits processors see draft tokens here, and {reason}")
 
 
 def _validate_spec_decode(original):
@@ -196,7 +105,7 @@ def _worker_init(original):
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         _install_runner_hook(vllm_config)
         original(self, *args, **kwargs)
-        if _active_config(vllm_config):
+        if active_config(vllm_config):
             name = "compile_or_warm_up_model"
             _wrap(next(owner for owner in type(self).__mro__ if name in vars(owner)), name, _warm_up)
 
@@ -213,33 +122,9 @@ def _validate_params(original):
     return _validate_params
 
 
-def check_request(vllm_config, extra_args) -> None:
-    """Check a request's own choice of method against the engine's configuration.
-
-    Args:
-        vllm_config: vLLM's configuration.
-        extra_args: The request's ``SamplingParams.extra_args`` (``vllm_xargs`` in the OpenAI API).
-
-    Raises:
-        VLLMValidationError: The choice is malformed, the engine does not verify with this drop-in, or its option does
-            not let requests choose. A server answers it with HTTP 400.
-    """
-    try:
-        choice = requested(extra_args)
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="extra_args") from error
-    config = _active_config(vllm_config)
-    if choice == Requested():
-        return
-    reason = "specopt is not active here" if config is None else refusal(config, choice)
-    if reason:
-        asked = f"the method {choice.method!r}" if choice.method else f"a delta of {choice.delta}"
-        raise VLLMValidationError(f"the request asks specopt for {asked}, but {reason}", parameter="extra_args")
-
-
 def _warm_up(original):
     def compile_or_warm_up_model(self, *args, **kwargs):
-        config = _active_config(self.vllm_config)
+        config = active_config(self.vllm_config)
         sampler = getattr(self.model_runner, "rejection_sampler", None) or getattr(self.model_runner, "sampler", None)
         if config and current_platform.is_cuda() and hasattr(sampler, "warm_up"):
             from vllm_specopt.integration.warm_up import warm_up
@@ -282,27 +167,10 @@ def _install_runner_hook(vllm_config) -> None:
         _wrap(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", _calc_spec_decode_metadata)
 
 
-def _active_config(vllm_config) -> SpecoptConfig | None:
-    """The option if it is given and nothing in the configuration stands against it.
-
-    Asked per runner: a process may hold several engines, and not all of them need to use the drop-in.
-    """
-    config = parse(vllm_config.additional_config)
-    if config is None or stock_reason(vllm_config, config):
-        return None
-    if (
-        config.verifies
-        and config.rule is None
-        and getattr(vllm_config.speculative_config, "rejection_sample_method", "") == "block"
-    ):
-        return replace(config, method="block", rule=BlockConstants())
-    return config
-
-
 def _custom_sampler(original):
     def custom_sampler(self, sampler):
         custom = original(self, sampler)
-        config = _active_config(self.vllm_config)
+        config = active_config(self.vllm_config)
         if custom or config is None:
             return custom
         from vllm.v1.worker.gpu.sample.sampler import Sampler as Stock
@@ -331,7 +199,7 @@ def _custom_sampler(original):
 def _v2_load_model(original):
     def load_model(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        config = _active_config(self.vllm_config)
+        config = active_config(self.vllm_config)
         if config is None:
             return
         from vllm_specopt.integration.v2 import RejectionSampler
@@ -351,7 +219,7 @@ def _v2_load_model(original):
 
 def _build_logitsprocs(original):
     def build_logitsprocs(vllm_config, *args, **kwargs):
-        config = None if vllm_config.speculative_config is None else _active_config(vllm_config)
+        config = None if vllm_config.speculative_config is None else active_config(vllm_config)
         if config is None or not config.verifies:
             return original(vllm_config, *args, **kwargs)
         from vllm_specopt.integration.v1_rows import MinTokens, is_min_tokens
@@ -371,7 +239,7 @@ def _build_logitsprocs(original):
 def _v1_init(original):
     def __init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        config = _active_config(self.vllm_config)
+        config = active_config(self.vllm_config)
         if config is None:
             return
         from vllm.distributed.parallel_state import get_pp_group
