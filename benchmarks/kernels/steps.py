@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -73,19 +74,22 @@ def launches_of(step: Step) -> list[Launch]:
     if step.case.temperature == 0:
         call = implementation.greedy
     elif step.audit:
-        call = lambda: _audited(inputs)  # noqa: E731
+        call = _audited(inputs)
     on_a_gpu = _as_on_a_gpu() if step.who == STOCK else contextlib.nullcontext()
     with on_a_gpu, watch(step.case.batch, len(inputs.batch.logits), step.requests) as launches:
         call()
     return launches
 
 
-def _audited(inputs: Inputs) -> None:
-    batch, notes = inputs.round(0), Notes()
-    token_ids = verify(*batch.args(), **batch.kwargs, notes=notes, token_dtype=torch.int32, backend="triton").token_ids
-    taken = {name: value for name, value in batch.kwargs.items() if name != "draft_logits"}
-    counts = new_counts(1, "cpu")
-    audit(batch.logits, batch.cu_num_logits, token_ids, counts, **taken, notes=notes, backend="triton")
+def _audited(inputs: Inputs) -> Callable[[], None]:
+    batch, notes, counts = inputs.round(0), Notes(), new_counts(1, "cpu")
+    taken: dict[str, Any] = {name: value for name, value in batch.kwargs.items() if name != "draft_logits"}
+
+    def call() -> None:
+        verified = verify(*batch.args(), **batch.kwargs, notes=notes, token_dtype=torch.int32, backend="triton")
+        audit(batch.logits, batch.cu_num_logits, verified.token_ids, counts, **taken, notes=notes, backend="triton")
+
+    return call
 
 
 def tiled_inputs(step: Step) -> Inputs:
