@@ -149,7 +149,7 @@ def audit_kernel(
     tile_sum_ptr,  # [num_rows, num_tiles]
     tile_list_ptr,  # [num_rows, num_tiles] scratch; with candidates_ptr CAPACITY more columns, as in decide.py
     candidates_ptr,  # [num_rows, CAPACITY], or None where none filters
-    row_ptr,  # [num_rows, ROW_COLUMNS] with the thresholds; None: they are to be found here
+    row_ptr,  # [num_rows, ROW_COLUMNS], thresholds of requests that filter; None: they are to be found here
     counts_ptr,  # [num_methods, COLUMNS]
     places_ptr,  # [num_reqs, width] out, or None
     vocab_size,
@@ -182,12 +182,12 @@ def audit_kernel(
     list_ptr = tile_list_ptr + row * (num_tiles if candidates_ptr is None else num_tiles + CAPACITY)
     if candidates_ptr is not None:
         values_ptr = candidates_ptr + row * CAPACITY
-        if row_ptr is not None:
-            threshold = tl.load(row_ptr + row * ROW_COLUMNS + THRESHOLD)
-            count = tl.load(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES).to(tl.int32)
-        else:
-            filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
-            if is_filtered(filters, vocab_size):
+        filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
+        if is_filtered(filters, vocab_size):
+            if row_ptr is not None:
+                threshold = tl.load(row_ptr + row * ROW_COLUMNS + THRESHOLD)
+                count = tl.load(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES).to(tl.int32)
+            else:
                 threshold, count = filter_row(
                     row_logits_ptr,
                     tiles,
@@ -274,7 +274,7 @@ def audit_batch(
     if num_reqs > MOST_REQUESTS:
         raise ValueError(f"the batch has {num_reqs} requests, expected at most {MOST_REQUESTS}")
     shapes = shapes_of(logits.device)
-    filters = (top_k, top_p, min_p)
+    filters = top_k, top_p, min_p
     filtered = any(each is not None for each in filters)
     tile, steps, num_tiles, num_groups, padded_tiles = row_tiling(vocab_size, shapes, filtered)
     values = (logits.device, shapes, vocab_size, logits.stride(0), notes is None)
@@ -318,7 +318,7 @@ def audit_batch(
         *rows,
         seeds,
         positions,
-        *(filters if finds_thresholds else (None,) * 3),
+        *filters,
         rule_requests,
         notes.tile_max,
         notes.tile_sum,

@@ -70,6 +70,9 @@ def _ratio_test(
         draft_prob, draft_scale = token_prob(draft_logit, scale, draft_top, draft_mass, float("-inf"))
         tl.store(row_ptr + DRAFT_TOP, draft_top)
         tl.store(row_ptr + DRAFT_SCALE, draft_scale)
+    tl.store(row_ptr + THRESHOLD, threshold)
+    if candidates.values_ptr is not None:
+        tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
     tl.store(row_ptr + TARGET_TOP, top)
     tl.store(row_ptr + TARGET_SCALE, target_scale)
     if RULE == BLOCK:
@@ -146,6 +149,11 @@ def _sampled_outcome(
                     is_drawn = survives == 0
                     excluded = token
                     purpose = tl.full((), RESIDUAL, tl.int32)
+                else:
+                    row_ptr += (request.start_row + pos) * ROW_COLUMNS
+                    tl.store(row_ptr + THRESHOLD, threshold)
+                    if candidates.values_ptr is not None:
+                        tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
         else:
             if not IS_ONE_HOT:
                 survives = _ratio_test(
@@ -259,10 +267,9 @@ def find_outcome(
                         TILE,
                         PADDED_TILES,
                     )
+                    tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
+                    tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, count.to(tl.float32))
                 candidates = Candidates(values_ptr, list_ptr + tiles.count, count)
-                tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, count.to(tl.float32))
-            if row_ptr is not None:
-                tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
             if RULE == TYPICAL:
                 is_typical = is_typical & (load_logits(logits_ptr, token, token >= 0) >= threshold)
             outcome = _sampled_outcome(

@@ -38,9 +38,11 @@ class Verified(NamedTuple):
 class Notes:
     """What a verification knows of its rows beside their tokens: it fills this in for the audit of the same step.
 
-    left: In the backend's own form; None where there is nothing that an audit could use.
+    wanted: Whether to fill it in.
+    left: In the backend's own form; None where there is nothing that an audit could use, which then sweeps the rows.
     """
 
+    wanted: bool = True
     left: Any = None
 
 
@@ -190,7 +192,7 @@ def verify(
             counters=counters,
             token_ids=token_ids,
             num_sampled=num_sampled,
-            takes_notes=notes is not None,
+            takes_notes=notes is not None and notes.wanted,
         )
         if notes is not None:
             draft = draft_probs if draft_probs is not None else draft_logits

@@ -2,8 +2,8 @@
 
 Unit ``element``: instructions per logit that a sweep of all rows reads; ``pair``: per target logit and draft logit of
 the rejected rows; ``row``: warp instructions per target row; ``logit``: per logit of all target rows, read or not;
-``share``: modelled time that the audit of every step adds to its verification, as a part of it, on the worst card. Of a
-tenth of the steps it adds a tenth of that.
+``share``: modelled time that the audit of every step adds to its verification, as a part of it, on the worst card,
+unless the verification is mostly launches (the audit is one more). Of a tenth of the steps it adds a tenth of that.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def violations(counted: Iterable[Counted]) -> list[str]:
 
 
 def spent(step: Counted, counts: Iterable[Count], unit: str) -> float | None:
-    """Instructions in a budget's unit; None where no row was rejected, so that there is no pair."""
+    """Instructions in a budget's unit; None where it does not apply: no row was rejected, so that there is no pair."""
     counts, case = list(counts), step.step.case
     warp_instructions = sum(count.warp_instructions for count in counts)
     rows = case.batch * (case.num_drafts + 1)
     if unit == "share":
-        return max(step.audit_share(card) for card in CARDS if card.architecture == step.architecture)
+        shares = [step.audit_share(card) for card in CARDS if card.architecture == step.architecture]
+        return max((share for share in shares if share is not None), default=None)
     if unit == "row":
         return warp_instructions / rows
     read = step.elements

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from vllm_specopt.benchmarks.kernels.cost_model import CARDS, Card, Modelled, model
+from vllm_specopt.benchmarks.kernels.cost_model import CARDS, LAUNCH_US, Card, Modelled, model
 from vllm_specopt.benchmarks.kernels.counting import Count, count_launch
 from vllm_specopt.benchmarks.kernels.grid import LOGITS, Case
 from vllm_specopt.benchmarks.kernels.steps import OURS, STOCK, Step, record
@@ -79,10 +79,13 @@ class Counted:
     def bytes(self) -> float:
         return sum(count.bytes for count in self.counts)
 
-    def audit_share(self, card: Card) -> float:
-        """What the audit adds to the modelled time of the verification, as a part of it; the worse of both ends."""
-        whole = self.modelled(card)
-        rest = model((count for count in self.counts if AUDIT not in count.kernel), card, self.floor_bytes)
+    def audit_share(self, card: Card) -> float | None:
+        """What the audit adds to the modelled time of the verification, as a part of it, the worse of both ends; None
+        where the verification is mostly launches."""
+        counts = [count for count in self.counts if AUDIT not in count.kernel]
+        whole, rest = self.modelled(card), model(counts, card, self.floor_bytes)
+        if rest.low < 2 * LAUNCH_US * len(counts):
+            return None
         return max(whole.low / rest.low, whole.high / rest.high) - 1.0
 
     def modelled(self, card: Card) -> Modelled:
@@ -197,6 +200,7 @@ def _document(counted: list[Counted]) -> dict:
                 "bytes": step.bytes,
                 "floor_bytes": step.floor_bytes,
                 "model_us": {card.name: asdict(step.modelled(card)) for card in cards},
+                "audit_share": {card.name: step.audit_share(card) for card in cards} if step.step.audit else None,
                 "kernels": [asdict(count) for count in step.counts],
             }
         )

@@ -1,8 +1,10 @@
 """How many tokens the audit takes to find planted faults, and how often it raises a false alarm.
 
-Usage: ``python tests/audit/run.py [--runs N] [--tokens N]``: prints a table in markdown. Rows of logits are random,
-drafts are sampled near them, and each step verifies one draft per request; a fault's step is written here, the clean
-one is the project's own, on the CPU. The audit is the one that serving does.
+Usage: ``python tests/audit/run.py [--runs N] [--first SEED] [--tokens N] [--no-faults]``: prints a table in markdown.
+Rows of logits are random, drafts are sampled near them, and each step verifies one draft per request; a fault's step is
+written here, the clean one is the project's own, on the CPU. The audit is the one that serving does. Clean runs have
+filters of all kinds, tokens that a penalty makes less likely or a grammar forbids, and every other one drafts that are
+certain.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import torch
 
 from vllm_specopt.audit import audit, new_counts
 from vllm_specopt.evidence import ALARM, BINS, judge, log_evidence
-from vllm_specopt.verify import verify
+from vllm_specopt.verify import Notes, verify
 
 REQUESTS, VOCAB = 2048, 128
 LIMIT = 3_000_000
@@ -60,7 +62,27 @@ class Step:
         return torch.where(accepted, self.drafts, self.sample(residual))
 
 
-def clean(step: Step) -> torch.Tensor:
+class Varied(Step):
+    """The same with more parameters, for the project's own verification."""
+
+    def __init__(self, gen: torch.Generator, drafts_are_certain: bool):
+        super().__init__(gen)
+        penalised = torch.rand(self.logits.shape, generator=gen) < 0.2 * self.some()[:, None, None]
+        self.logits = torch.where(penalised, self.logits - self.logits.abs() * 0.2, self.logits)
+        forbidden = torch.rand(self.logits.shape, generator=gen) < 0.5 * self.some()[:, None, None]
+        self.logits = self.logits.masked_fill(forbidden, -math.inf)
+        self.top_k = torch.where(self.some(), 20, 0).int()
+        self.min_p = torch.where(self.some(), 0.05, 0.0)
+        self.drafts_are_certain = drafts_are_certain
+        if drafts_are_certain:
+            self.drafts = self.draft.argmax(1)
+
+    def some(self) -> torch.Tensor:
+        """One request in four."""
+        return torch.rand(REQUESTS, generator=self.gen) < 0.25
+
+
+def clean(step: Varied, notes: Notes) -> torch.Tensor:
     """The project's own verification, bonus tokens included."""
     return verify(
         step.logits.flatten(0, 1),
@@ -70,7 +92,10 @@ def clean(step: Step) -> torch.Tensor:
         temperature=step.temperature,
         seeds=step.seeds,
         top_p=step.top_p,
-        draft_logits=step.draft_logits,
+        top_k=step.top_k,
+        min_p=step.min_p,
+        draft_logits=None if step.drafts_are_certain else step.draft_logits,
+        notes=notes,
     ).token_ids
 
 
@@ -110,7 +135,7 @@ FAULTS: dict[str, Callable[[Step], torch.Tensor]] = {
 }
 
 
-def look(step: Step, token_ids: torch.Tensor, counts: torch.Tensor) -> None:
+def look(step: Step, token_ids: torch.Tensor, counts: torch.Tensor, **more) -> None:
     """Audit a step; a fault's emits one token per request."""
     token_ids = token_ids if token_ids.ndim == 2 else torch.nn.functional.pad(token_ids[:, None], (0, 1), value=-1)
     audit(
@@ -121,6 +146,7 @@ def look(step: Step, token_ids: torch.Tensor, counts: torch.Tensor) -> None:
         temperature=step.temperature,
         seeds=step.seeds,
         top_p=step.top_p,
+        **more,
     )
 
 
@@ -139,19 +165,16 @@ def largest_evidence(seed: int, tokens: int) -> tuple[float, list[int]]:
     """The largest log10 of the e-value after any step of a clean run, and the run's counts."""
     gen, counts, largest = torch.Generator().manual_seed(seed), new_counts(1, "cpu"), 0.0
     while True:
-        step = Step(gen)
-        look(step, clean(step), counts)
+        step, notes = Varied(gen, seed % 2 == 1), Notes()
+        look(step, clean(step, notes), counts, top_k=step.top_k, min_p=step.min_p, notes=notes)
         row = counts[0].tolist()
         largest = max(largest, log_evidence(row[:BINS]) / math.log(10))
         if sum(row[:BINS]) >= tokens:
             return largest, row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=100_000)
-    given = parser.parse_args()
+def find_faults() -> None:
+    """Print a table of the planted faults."""
     print("| fault | tokens until the alarm | impossible | largest deviation of a bin, points |")
     print("| --- | ---: | ---: | ---: |")
     for name, emit in FAULTS.items():
@@ -160,14 +183,30 @@ def main() -> None:
         assert verdict.largest is not None
         said = f"{tokens:,}" if verdict.is_lossy else f"not within {tokens:,}"
         print(f"| {name} | {said} | {verdict.impossible:,} | {100 * verdict.largest.deviation:+.2f} |", flush=True)
-    runs = [largest_evidence(seed, given.tokens) for seed in range(given.runs)]
+
+
+def find_false_alarms(seeds: range, tokens: int) -> None:
+    """Print what clean runs come to."""
+    runs = [largest_evidence(seed, tokens) for seed in seeds]
     alarms = sum(largest > math.log10(20) for largest, _ in runs)
     highest = max(largest for largest, _ in runs)
     impossible = sum(row[BINS] for _, row in runs)
     print(
-        f"\n{given.runs} clean runs of {given.tokens:,} tokens: e passes 20 in {alarms} of them (at most 5 % may), the "
+        f"\n{len(runs)} clean runs of {tokens:,} tokens: e passes 20 in {alarms} of them (at most 5 % may), the "
         f"highest is {10**highest:.1f}; {impossible} impossible tokens"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first clean run")
+    parser.add_argument("--no-faults", action="store_true", help="clean runs alone")
+    given = parser.parse_args()
+    if not given.no_faults:
+        find_faults()
+    find_false_alarms(range(given.first, given.first + given.runs), given.tokens)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ BLOCK_K = 8
 METHODS = ("sigmoid", "sigmoid-mixed", "block-mixed", "typical-mixed", "budget-mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
-FILTERS = {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = SCALARS
@@ -72,7 +71,8 @@ def variants(with_all: bool):
         if name == "budget":
             types["row_ptr"] = "*fp32"
         if filtered:
-            types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32", "row_ptr": "*fp32"} | FILTERS
+            types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+            types |= {"tile_list_ptr": "*i32", "candidates_ptr": "*fp32", "row_ptr": "*fp32"}
         launches = [
             (statistics.statistics_kernel, {"num_warps": DEFAULTS.statistics_warps}, types),
             (decide.decide_kernel, launch.decide_options(DEFAULTS, filtered), types),
@@ -84,8 +84,7 @@ def variants(with_all: bool):
                 (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered), alone),
             ]
         if filtered:
-            noted = {name: kind for name, kind in types.items() if name not in FILTERS}
-            launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), noted))
+            launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), types))
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}, types))
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)

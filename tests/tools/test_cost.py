@@ -58,6 +58,7 @@ def test_counts_are_those_known_by_hand(architecture: int, tmp_path: Path) -> No
 def test_our_kernels_keep_within_their_budgets(tmp_path: Path) -> None:
     filtered = "top-k 50, top-p 0.9"
     settings = ("one-hot T=0.7", "one-hot T=0.7, fp32", "draft logits", filtered, f"{filtered}, flat rows")
+    settings += ("audited one-hot T=1", "audited draft logits")
     assert run(tmp_path, "ours", *settings).splitlines() == []
 
 
@@ -112,6 +113,21 @@ def test_budgets_catch_what_exceeds_them() -> None:
                 [counted("top-p 0.9", [count("decide_kernel", used, case=filtered)], filtered, flat)]
             )
             assert bool(lines) == exceeded
+
+
+def test_the_share_of_the_audit_is_bound_where_launches_are_not_most_of_a_step() -> None:
+    case = Case(64, 7, temperature=1.0)
+    verification = [count("statistics_kernel", 10.0, case=case), count("decide_kernel", 0.5, case=case)]
+    alone = cost_model.model(verification, H100, 1.0)
+    for part, found in ((0.1, 0), (0.6, 1)):
+        more = count("audit_kernel", 0.0, case=case, loaded=part * verification[0].loaded)
+        step = counted("audited one-hot T=1", [*verification, more], case)
+        lines = budgets.violations([step])
+        assert len(lines) == found and all("audit" in line and "share" in line for line in lines)
+        whole = step.modelled(H100)
+        assert step.audit_share(H100) == pytest.approx(max(whole.low / alone.low, whole.high / alone.high) - 1)
+    launches = [replace(each, pipes={}, loaded=0.0) for each in [*verification, more]]
+    assert counted("audited one-hot T=1", launches, case).audit_share(H100) is None
 
 
 def test_model_is_bound_by_the_slowest_resource_and_by_launches() -> None:

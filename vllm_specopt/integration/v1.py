@@ -222,7 +222,8 @@ class RejectionSampler(stock.RejectionSampler):
         auditor = self.account.auditor
         if auditor is not None and "temperature" in batch and is_stock(self.sampler):
             audited = {name: value for name, value in batch.items() if name != "draft_probs"}
-            auditor.look(rows, cu_num_logits, token_ids, notes=notes, **audited)
+            for given in (notes, None):
+                auditor.look(rows, cu_num_logits, token_ids, notes=given, **audited)
 
     def _custom_bonus(self, metadata, logits, sampling_metadata) -> SamplerOutput:
         """Bonus tokens from a sampler that is not vLLM's own, called as the stock rejection sampler calls it."""

@@ -192,8 +192,9 @@ class Sampler(stock.Sampler):
                 notes = Notes()
                 token_ids = self._launch(rows, bad_rows, counters, notes=notes, **batch)
                 if batch and self.account.auditor is not None:
-                    audited: dict[str, Any] = batch | {"notes": notes}
-                    self.account.auditor.look(rows, self.draws.starts(1), token_ids, **audited)
+                    audited: dict[str, Any] = batch
+                    for given in (notes, None):
+                        self.account.auditor.look(rows, self.draws.starts(1), token_ids, notes=given, **audited)
 
     def _draw(self, rows, sampling_metadata: SamplingMetadata, scaled: bool = False) -> torch.Tensor:
         """Token ids ``[batch, 1]``; temperature and min-p have been applied to ``scaled`` rows."""

@@ -226,7 +226,8 @@ class RejectionSampler(stock.RejectionSampler):
                     counters, bad_rows = new_counters(device)
                     parameters, notes = parameters_of(self.sampler, *kind), Notes()
                     token_ids, _ = self._launch(rows, *arguments, parameters, chosen, bad_rows, counters, notes)
-                    self._look(rows, arguments[0], token_ids, *arguments[2:4], parameters, chosen, notes)
+                    for given in (notes, None):
+                        self._look(rows, arguments[0], token_ids, *arguments[2:4], parameters, chosen, given)
 
     def _rule(self, idx_mapping_np: np.ndarray):
         """Constants of the rule beside exact if this batch uses it, and which slots do (None: all)."""

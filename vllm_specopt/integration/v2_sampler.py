@@ -150,8 +150,9 @@ class Sampler(stock.Sampler):
             for random, filtered in KINDS:
                 parameters, notes = parameters_of(self, random, filtered), Notes()
                 sampled = self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters, notes)
-                starts = starts_of(self._starts, 1)
-                look(self, self.account, rows, starts, sampled[:, None], zeros, zeros, parameters, notes=notes)
+                step = (rows, starts_of(self._starts, 1), sampled[:, None], zeros, zeros, parameters)
+                for given in (notes, None):
+                    look(self, self.account, *step, notes=given)
 
     def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters, notes) -> torch.Tensor:
         token_ids, _ = verify(

@@ -1,0 +1,155 @@
+"""How many tokens the audit takes to find faults planted in a real engine: model runner V1 on a CPU, shipped models.
+
+Usage: ``python tests/audit/engines.py [--limit N] [FAULT ...]``: prints a table in markdown, line by line. A fault changes what one call of the verification is given or returns; the audit beside it is the one that serving does,
+and takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours is clean.
+"""
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS, REPEATS, LENGTH, LIMIT = 32, 3, 40, 100_000
+SAMPLED = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "repetition_penalty": 1.2})
+
+
+def rows_of_drafts(cu_num_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each draft token: its row, and its request."""
+    counts = cu_num_logits.diff() - 1
+    request = torch.arange(len(counts)).repeat_interleave(counts)
+    return torch.arange(int(counts.sum())) + request, request
+
+
+def target_probs(rows: torch.Tensor, request: torch.Tensor, parameters: dict) -> torch.Tensor:
+    """Distributions of rows after temperature, top-k and top-p."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    k, p = (None if parameters.get(name) is None else parameters[name][request] for name in ("top_k", "top_p"))
+    return apply_top_k_top_p(rows.float() / parameters["temperature"][request, None], k, p).softmax(1)
+
+
+def is_2_percent_too_warm(verify: Callable, *args, **kwargs):
+    return verify(*args, **kwargs | {"temperature": kwargs["temperature"] * 1.02})
+
+
+def forgets_top_p(verify: Callable, *args, **kwargs):
+    return verify(*args, **kwargs | {"top_p": None})
+
+
+def accepts_by_the_root(verify: Callable, rows, cu_num_logits, drafts, *args, draft_probs=None, **kwargs):
+    """A draft probability of sqrt(target draft) in place of the draft's at the draft token makes the ratio its root."""
+    if draft_probs is not None and len(drafts):
+        at, request = rows_of_drafts(cu_num_logits)
+        place = drafts.long()[:, None]
+        target = target_probs(rows[at], request, kwargs).gather(1, place)
+        draft_probs = draft_probs.scatter(1, place, (target * draft_probs.gather(1, place)).sqrt())
+    return verify(rows, cu_num_logits, drafts, *args, draft_probs=draft_probs, **kwargs)
+
+
+def recovers_from_target(verify: Callable, rows, cu_num_logits, drafts, *args, **kwargs):
+    verified = verify(rows, cu_num_logits, drafts, *args, **kwargs)
+    counts = cu_num_logits.diff()
+    is_rejected = verified.num_sampled < counts
+    last = (verified.num_sampled - 1).long()
+    at = (cu_num_logits[:-1] + last).long()
+    given = {name: kwargs.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    fresh = torch.randint(-(2**63), 2**63 - 1, (len(counts),))
+    none = torch.empty(0, dtype=torch.int32)
+    drawn = verify(rows[at], torch.arange(len(counts) + 1, dtype=torch.int32), none, 0, seeds=fresh, **given)
+    recovered = drawn.token_ids[:, 0].to(verified.token_ids.dtype)
+    kept = verified.token_ids.gather(1, last[:, None])[:, 0]
+    verified.token_ids.scatter_(1, last[:, None], torch.where(is_rejected, recovered, kept)[:, None])
+    return verified
+
+
+FAULTS: dict[str, tuple[str, Callable | None]] = {
+    "the recovered token comes from the target": ("exact", recovers_from_target),
+    "acceptance by the square root of the ratio": ("exact", accepts_by_the_root),
+    "top-p is applied to the draft only": ("exact", forgets_top_p),
+    "the temperature is 2 % too high": ("exact", is_2_percent_too_warm),
+    "vLLM's own sampler on a CPU": ("stock", None),
+    "none": ("exact", None),
+}
+
+
+def run(name: str, limit: int) -> None:
+    """Serve until the alarm, or until ``limit`` tokens are audited; print the counts as JSON."""
+    from vllm import LLM, SamplingParams
+
+    from vllm_specopt.benchmarks.host import small_model_dtype
+    from vllm_specopt.evidence import BINS, judge
+    from vllm_specopt.integration import v1
+    from vllm_specopt.integration.audit import ROWS
+
+    method, fault = FAULTS[name]
+    sys.modules.pop("llvmlite.binding.ffi", None)
+    drafts = {"model": str(ROOT / "models" / "specopt-draft"), "num_speculative_tokens": 3}
+    llm = LLM(
+        model=str(ROOT / "models" / "specopt-target"),
+        speculative_config=drafts | {"draft_sample_method": "probabilistic"},
+        additional_config={"specopt": {"method": method, "audit": True}},
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        enable_prefix_caching=False,
+        max_model_len=512,
+        max_num_seqs=PROMPTS * REPEATS,
+        dtype=small_model_dtype(),
+    )
+    if fault is not None:
+        verify = v1.verify
+        v1.verify = lambda *args, **kwargs: (
+            verify(*args, **kwargs) if kwargs.get("temperature") is None else fault(verify, *args, **kwargs)
+        )
+    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:PROMPTS]
+    prompts = [json.loads(line)["prompt"] for line in lines] * REPEATS
+    auditor = llm.llm_engine.model_executor.driver_worker.worker.model_runner.sampler.account.auditor
+    while True:
+        parameters = [
+            SamplingParams(**SAMPLED[i % len(SAMPLED)], ignore_eos=True, max_tokens=LENGTH) for i in range(len(prompts))
+        ]
+        llm.generate(prompts, parameters, use_tqdm=False)
+        counts = auditor.counts[ROWS.index(method)].tolist()
+        if judge(counts).is_lossy or sum(counts[:BINS]) >= limit:
+            print("\n" + json.dumps(counts), flush=True)
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of: {', '.join(FAULTS)}; all if none is given")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="tokens after which to give up")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if unknown := set(given.faults) - set(FAULTS):
+        parser.error(f"{unknown.pop()!r} is no fault")
+    if given.here:
+        run(given.faults[0], given.limit)
+        return
+    from vllm_specopt.evidence import judge
+
+    environment = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["environment"]("V1")
+    print("| fault | tokens until the alarm | impossible | largest deviation of a bin, points | log10 e |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name in given.faults or FAULTS:
+        command = [sys.executable, __file__, "--here", "--limit", str(given.limit), name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        verdict = judge(json.loads(done.stdout.splitlines()[-1]))
+        assert verdict.largest is not None
+        said = f"{verdict.tokens:,}" if verdict.is_lossy else f"none in {verdict.tokens:,}"
+        print(
+            f"| {name} | {said} | {verdict.impossible:,} | {100 * verdict.largest.deviation:+.2f} | "
+            f"{verdict.log10_evidence:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
