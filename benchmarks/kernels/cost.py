@@ -38,8 +38,8 @@ SETTINGS: dict[str, dict] = {
 }
 AUDIT = "audit"
 """In the names of the audit's kernels."""
-AUDITED = "audited "
-"""Beginning of the names of settings whose tokens are audited, too."""
+AUDITED, ANEW = "audited ", "anew audited "
+"""Beginnings of the names of settings whose tokens are audited, too: as in most steps, and with a sweep of its own."""
 WITH_AUDIT = ("one-hot T=1", "draft logits", "top-p 0.9")
 # Shape in which other dtypes and flat rows are counted too, and kernels are listed.
 MORE = (64, 7)
@@ -119,6 +119,7 @@ def plan(
             if name in WITH_AUDIT:
                 flat = Step(OURS, case, flat=True, sampled=sampled, audit=True)
                 steps.append((f"{AUDITED}{name}, flat rows", flat))
+                steps.append((ANEW + name, Step(OURS, case, sampled=sampled, audit=True, anew=True)))
     return steps
 
 
