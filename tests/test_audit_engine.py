@@ -120,7 +120,8 @@ def test_v2_engines(prompts, tmp_path_factory):
     batches = [{"name": "sampled", "prompts": prompts[:16], "sampling": sampling}]
     options = {
         "exact": ({"method": "exact", "audit": True}, PROBABILISTIC),
-        "stock": ({"method": "stock", "audit": True}, PROBABILISTIC),
+        # Triton's interpreter lacks what stock's kernels for sampled drafts use.
+        "stock": ({"method": "stock", "audit": True}, DRAFT),
     }
     listed = engines(options, batches, dtype="float32", max_num_seqs=16, max_model_len=256)
     results, _ = START(listed, tmp_path_factory.mktemp("engines"), "V2")

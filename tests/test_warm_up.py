@@ -27,11 +27,12 @@ from launch_keys import recorded, unexpected
 from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, min_p_processor, sampling, spec_metadata
 
 from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
+from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import SpecoptConfig
 from vllm_specopt.rules import PAPER, RULES, BlockConstants, BudgetConstants
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"statistics_kernel", "decide_kernel"}
+KERNELS, AUDIT = {"statistics_kernel", "decide_kernel"}, {"audit_sweep_kernel", "audit_kernel"}
 VOCAB = 60
 SEED_COUNTS = [3, 0, 2, 4]
 
@@ -67,6 +68,7 @@ def v1_steps(probabilistic, most_drafts):
         ("custom", False, 4),
         ("block", True, 4),
         ("budget", False, 4),
+        ("audited", True, 4),
     ],
 )
 def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, most_drafts):
@@ -74,11 +76,14 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
     monkeypatch.setattr(v1, "verify", functools.partial(v1.verify, backend="triton"))
     per_request = choice == "per-request"
     method = choice if choice in RULES else "exact"
-    rule = {"block": BlockConstants(), "budget": BudgetConstants(0.1), "exact": None, "custom": None}.get(choice, PAPER)
+    rules = {"block": BlockConstants(), "budget": BudgetConstants(0.1), "sigmoid": PAPER, "per-request": PAPER}
+    rule, is_audited = rules.get(choice), choice == "audited"
     config = SpecoptConfig(method, rule=rule, allow_per_request=per_request)
     runner = Runner(torch.arange(999))
     sampler = type("Own", (Sampler,), {})() if choice == "custom" else Sampler()
     ours = RejectionSampler(sampler, None, CPU, runner=runner, config=config)
+    if is_audited:
+        ours.account.auditor = Auditor(SpecoptConfig("exact", audit=1.0), CPU, "triton")
     with recorded() as warmed:
         ours.warm_up(torch.zeros(3, VOCAB + 4, dtype=torch.bfloat16)[:, :VOCAB], most_drafts, probabilistic)
     assert not ours.account.counters.any(), "the dummy requests were counted"
@@ -89,9 +94,11 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
             runner.input_batch = SimpleNamespace(req_ids=list("abcd"))
             for step in v1_steps(probabilistic, most_drafts):
                 ours(*step)
-    assert {name for name, *_ in warmed} == KERNELS | ({"residual_kernel"} if probabilistic else set())
+    kernels = KERNELS | ({"residual_kernel"} if probabilistic else set()) | (AUDIT if is_audited else set())
+    assert {name for name, *_ in warmed} == {name for name, *_ in served} == kernels
     assert not unexpected(served, warmed), "compiles while serving"
-    assert not unexpected(warmed, served), "compiled in vain"
+    # Chance decides which steps are swept anew.
+    assert is_audited or not unexpected(warmed, served), "compiled in vain"
 
 
 def test_v1_draws_without_speculation_launch_only_what_was_warmed_up(monkeypatch):
@@ -122,7 +129,7 @@ def test_v1_draws_without_speculation_launch_only_what_was_warmed_up(monkeypatch
 def test_a_gpu_worker_warms_up_before_vllm_watches_for_compilation(monkeypatch):
     """vLLM starts its monitor, which may be set to raise, at the end of its own warm-up."""
     order = []
-    monkeypatch.setattr(plugin, "_active_config", lambda vllm_config: SpecoptConfig("exact"))
+    monkeypatch.setattr(plugin, "active_config", lambda vllm_config: SpecoptConfig("exact"))
     monkeypatch.setattr(
         "vllm_specopt.integration.warm_up.warm_up", lambda runner: order.append(runner.rejection_sampler)
     )

@@ -81,8 +81,11 @@ def spent(step: Counted, counts: Iterable[Count], unit: str) -> float | None:
     warp_instructions = sum(count.warp_instructions for count in counts)
     rows = case.batch * (case.num_drafts + 1)
     if unit == "share":
-        shares = [step.audit_share(card) for card in CARDS if card.architecture == step.architecture]
-        return max((share for share in shares if share is not None), default=None)
+        cards = [card for card in CARDS if card.architecture == step.architecture]
+        verification = step.without_audit()
+        return max(
+            (step.audit_share(card) for card in cards if not verification.is_mostly_launches(card)), default=None
+        )
     if unit == "row":
         return warp_instructions / rows
     read = step.elements

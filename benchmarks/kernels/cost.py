@@ -38,8 +38,8 @@ SETTINGS: dict[str, dict] = {
 }
 AUDIT = "audit"
 """In the names of the audit's kernels."""
-AUDITED = "audited "
-"""Beginning of the names of settings whose tokens are audited, too."""
+AUDITED, ANEW = "audited ", "anew audited "
+"""Beginnings of the names of settings whose tokens are audited, too: as in most steps, and with a sweep of its own."""
 WITH_AUDIT = ("one-hot T=1", "draft logits", "top-p 0.9")
 # Shape in which other dtypes and flat rows are counted too, and kernels are listed.
 MORE = (64, 7)
@@ -79,14 +79,18 @@ class Counted:
     def bytes(self) -> float:
         return sum(count.bytes for count in self.counts)
 
-    def audit_share(self, card: Card) -> float | None:
-        """What the audit adds to the modelled time of the verification, as a part of it, the worse of both ends; None
-        where the verification is mostly launches."""
-        counts = [count for count in self.counts if AUDIT not in count.kernel]
-        whole, rest = self.modelled(card), model(counts, card, self.floor_bytes)
-        if rest.low < 2 * LAUNCH_US * len(counts):
-            return None
+    def without_audit(self) -> Counted:
+        """The same step with the verification's launches alone."""
+        return replace(self, counts=tuple(count for count in self.counts if AUDIT not in count.kernel))
+
+    def audit_share(self, card: Card) -> float:
+        """What the audit adds to the modelled time of the verification, as a part of it, the worse of both ends."""
+        whole, rest = self.modelled(card), self.without_audit().modelled(card)
         return max(whole.low / rest.low, whole.high / rest.high) - 1.0
+
+    def is_mostly_launches(self, card: Card) -> bool:
+        """Whether launching takes more than half of the modelled time, at its low end."""
+        return self.modelled(card).low < 2 * LAUNCH_US * len(self.counts)
 
     def modelled(self, card: Card) -> Modelled:
         """Modelled time on a card of this architecture."""
@@ -119,6 +123,7 @@ def plan(
             if name in WITH_AUDIT:
                 flat = Step(OURS, case, flat=True, sampled=sampled, audit=True)
                 steps.append((f"{AUDITED}{name}, flat rows", flat))
+                steps.append((ANEW + name, Step(OURS, case, sampled=sampled, audit=True, anew=True)))
     return steps
 
 

@@ -39,7 +39,7 @@ def run(out: Path, pattern: str | None, architectures: list[int]) -> int:
         console.print(_kernels(here, architecture))
         console.print(_steps(here, architecture))
     console.print(f"{out / cost.CSV_NAME}, {out / cost.JSON_NAME}")
-    for line in sorted(_lower_bounds(counted)):
+    for line in (*_audits(counted), *sorted(_lower_bounds(counted))):
         console.print(line, highlight=False)
     found = budgets.violations(step for step in counted if step.step.who == cost.OURS)
     for line in found:
@@ -58,6 +58,22 @@ def _lower_bounds(counted: list) -> set[str]:
         for count in step.counts
         if count.loads_found < LOADS_FOUND
     }
+
+
+def _audits(counted: list) -> list[str]:
+    """What audits add to the modelled time of their verification."""
+    from vllm_specopt.benchmarks.kernels.cost_model import CARDS
+
+    lines = []
+    for step in counted:
+        for card in CARDS if step.step.audit else ():
+            if card.architecture == step.architecture:
+                where = f"{step.setting}, B = {step.step.case.batch}, K = {step.step.case.num_drafts}"
+                share = step.audit_share(card)
+                lines.append(
+                    f"{card.name}, {where}: {share:.1%} more than the verification; of a tenth {share / 10:.1%}"
+                )
+    return lines
 
 
 def _kernels(counted: list, architecture: int) -> Table:

@@ -39,7 +39,7 @@ class Step:
     flat: Rows of small random logits instead of the benchmark's: every token may be kept.
     sampled: Requests that are run; the others of the batch repeat them.
     block: Whether drafts are judged as a block.
-    audit: Whether the step's tokens are audited, too.
+    audit: Whether the step's tokens are audited, too; ``anew``: by an audit that sweeps the rows itself.
     """
 
     who: str
@@ -48,6 +48,7 @@ class Step:
     sampled: int = 8
     block: bool = False
     audit: bool = False
+    anew: bool = False
 
     @property
     def requests(self) -> int:
@@ -74,15 +75,15 @@ def launches_of(step: Step) -> list[Launch]:
     if step.case.temperature == 0:
         call = implementation.greedy
     elif step.audit:
-        call = _audited(inputs)
+        call = _audited(inputs, Notes(wanted=not step.anew))
     on_a_gpu = _as_on_a_gpu() if step.who == STOCK else contextlib.nullcontext()
     with on_a_gpu, watch(step.case.batch, len(inputs.batch.logits), step.requests) as launches:
         call()
     return launches
 
 
-def _audited(inputs: Inputs) -> Callable[[], None]:
-    batch, notes, counts = inputs.round(0), Notes(), new_counts(1, "cpu")
+def _audited(inputs: Inputs, notes: Notes) -> Callable[[], None]:
+    batch, counts = inputs.round(0), new_counts(1, "cpu")
     taken: dict[str, Any] = {name: value for name, value in batch.kwargs.items() if name != "draft_logits"}
 
     def call() -> None:

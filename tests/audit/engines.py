@@ -1,7 +1,7 @@
 """How many tokens the audit takes to find faults planted in a real engine: model runner V1 on a CPU, shipped models.
 
-Usage: ``python tests/audit/engines.py [--limit N] [FAULT ...]``: prints a table in markdown, line by line. A fault
-changes what one call of the verification is given or returns; the audit beside it is the one that serving does, and
+Usage: ``python tests/audit/engines.py [--limit N] [FAULT ...]``: prints a table in markdown, line by line. A fault is a
+change to what one call of the verification is given or returns; the audit beside it is the one that serving does, and
 takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours is clean.
 """
 
@@ -28,11 +28,11 @@ def rows_of_drafts(cu_num_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def target_probs(rows: torch.Tensor, request: torch.Tensor, parameters: dict) -> torch.Tensor:
-    """Distributions of rows after temperature, top-k and top-p."""
+    """Distributions of rows after temperature and top-p."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-    k, p = (None if parameters.get(name) is None else parameters[name][request] for name in ("top_k", "top_p"))
-    return apply_top_k_top_p(rows.float() / parameters["temperature"][request, None], k, p).softmax(1)
+    top_p = None if parameters.get("top_p") is None else parameters["top_p"][request]
+    return apply_top_k_top_p(rows.float() / parameters["temperature"][request, None], None, top_p).softmax(1)
 
 
 def is_2_percent_too_warm(verify: Callable, *args, **kwargs):

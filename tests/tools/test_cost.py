@@ -127,7 +127,8 @@ def test_the_share_of_the_audit_is_bound_where_launches_are_not_most_of_a_step()
         whole = step.modelled(H100)
         assert step.audit_share(H100) == pytest.approx(max(whole.low / alone.low, whole.high / alone.high) - 1)
     launches = [replace(each, pipes={}, loaded=0.0) for each in [*verification, more]]
-    assert counted("audited one-hot T=1", launches, case).audit_share(H100) is None
+    step = counted("audited one-hot T=1", launches, case)
+    assert step.audit_share(H100) == pytest.approx(0.5) and budgets.violations([step]) == []
 
 
 def test_model_is_bound_by_the_slowest_resource_and_by_launches() -> None:

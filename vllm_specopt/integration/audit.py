@@ -16,7 +16,7 @@ from vllm_specopt.verify import Notes
 ROWS = (*METHODS, STOCK)
 """What a row of the counts stands for."""
 
-AFRESH = 1 / 16
+AFRESH = 0.2
 """Share of the audited steps of our own methods whose rows are swept anew: a wrong sum or threshold of the verification
 itself would not show against its own notes."""
 
