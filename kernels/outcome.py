@@ -70,9 +70,6 @@ def _ratio_test(
         draft_prob, draft_scale = token_prob(draft_logit, scale, draft_top, draft_mass, float("-inf"))
         tl.store(row_ptr + DRAFT_TOP, draft_top)
         tl.store(row_ptr + DRAFT_SCALE, draft_scale)
-    tl.store(row_ptr + THRESHOLD, threshold)
-    if candidates.values_ptr is not None:
-        tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
     tl.store(row_ptr + TARGET_TOP, top)
     tl.store(row_ptr + TARGET_SCALE, target_scale)
     if RULE == BLOCK:
@@ -149,11 +146,6 @@ def _sampled_outcome(
                     is_drawn = survives == 0
                     excluded = token
                     purpose = tl.full((), RESIDUAL, tl.int32)
-                else:
-                    row_ptr += (request.start_row + pos) * ROW_COLUMNS
-                    tl.store(row_ptr + THRESHOLD, threshold)
-                    if candidates.values_ptr is not None:
-                        tl.store(row_ptr + NUM_CANDIDATES, candidates.count.to(tl.float32))
         else:
             if not IS_ONE_HOT:
                 survives = _ratio_test(
@@ -230,6 +222,7 @@ def find_outcome(
 
     tile_list_ptr, candidates_ptr: scratch of the batch's rows, None where no request filters.
     """
+    IS_ONE_HOT: tl.constexpr = drafts.probs_ptr is None and drafts.logits_ptr is None
     row = request.start_row + pos
     logits_ptr = rows.ptr + row * rows.stride
     greedy = request.temperature < GREEDY_BELOW
@@ -267,8 +260,9 @@ def find_outcome(
                         TILE,
                         PADDED_TILES,
                     )
-                    tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
-                    tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, count.to(tl.float32))
+                    if IS_ONE_HOT:
+                        tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
+                        tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, count.to(tl.float32))
                 candidates = Candidates(values_ptr, list_ptr + tiles.count, count)
             if RULE == TYPICAL:
                 is_typical = is_typical & (load_logits(logits_ptr, token, token >= 0) >= threshold)
@@ -292,4 +286,9 @@ def find_outcome(
                 PADDED_TILES,
                 RULE,
             )
+            # The same store earlier costs registers that the filters need.
+            if not IS_ONE_HOT:
+                tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
+                if candidates.values_ptr is not None:
+                    tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, candidates.count.to(tl.float32))
     return outcome

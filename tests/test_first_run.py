@@ -182,7 +182,9 @@ def test_modelled_times_stand_beside_measured_ones():
         for who in ("ours", "stock-v2")
     ]
     found = modelled.compare(counts, rows, modelled.card_of("NVIDIA H200"))
-    assert len(found) >= 6 and all(0 < each["floor"] < each["low"] <= each["high"] for each in found)
+    assert len(found) >= 6 and all(0 < each["low"] <= each["high"] for each in found)
+    # Behind a greedy rejection vLLM reads nothing, so that it may stay below what all rows cost.
+    assert all(0 < each["floor"] < each["low"] for each in found if "-t0-" not in each["case"])
     assert modelled.compare(counts, rows, modelled.card_of("Another card")) == []
 
 

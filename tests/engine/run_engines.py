@@ -133,7 +133,7 @@ def compared_with_reference(result: dict):
 
     def compared(*args, **kwargs):
         verified = verify(*args, **kwargs)
-        for name in ("bad_row_counter", "counters", "backend"):
+        for name in ("bad_row_counter", "counters", "backend", "notes"):
             kwargs.pop(name)
         reference = verify_ref(*args, **kwargs)
         drafted = args[1].diff() - 1

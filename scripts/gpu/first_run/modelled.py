@@ -34,9 +34,9 @@ def compare(counts: dict, rows: list[dict], card: str | None) -> list[dict]:
     from vllm_specopt.benchmarks.kernels.grid import Case
 
     modelled = {
-        (Case(**step["case"]).name, step["who"]): step["model_us"].get(card)
+        (Case(**step["case"]).name, step["who"] + "-block" * step["setting"].endswith("block")): step["model_us"][card]
         for step in counts["steps"]
-        if not step["flat_rows"]
+        if card in step["model_us"] and not step["flat_rows"] and step.get("audit_share") is None
     }
     found = []
     for row in rows:
