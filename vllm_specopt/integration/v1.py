@@ -125,8 +125,9 @@ class RejectionSampler(stock.RejectionSampler):
             account.recorder.end_step()
         else:
             account.recorder.plain_step()
-        chosen = {"rule": rule, "rule_requests": rule_requests}
-        self.draws.look(rows, cu_num_logits, token_ids, sampling_metadata, parameters, notes, **chosen)
+        if notes is not None:
+            chosen = {"rule": rule, "rule_requests": rule_requests}
+            self.draws.look(rows, cu_num_logits, token_ids, sampling_metadata, parameters, notes, **chosen)
 
         logprobs = None
         if wants_logprobs(sampling_metadata):

@@ -96,13 +96,12 @@ class Draws:
             rows, cu_num_logits, token_ids: As ``verify`` took them, or as they came out.
             sampling_metadata: Of the step.
             parameters: What else ``verify`` was given of the requests, not all of them greedy.
-            notes: Which it filled in; None where the step is not audited.
+            notes: Which it filled in.
         """
-        if notes is not None:
-            temperature = self.audit_temperature(sampling_metadata, parameters["temperature"])
-            given: dict[str, Any] = parameters | {"temperature": temperature, "notes": notes} | rule
-            assert self.account.auditor is not None
-            self.account.auditor.look(rows, cu_num_logits, token_ids, **given)
+        temperature = self.audit_temperature(sampling_metadata, parameters["temperature"])
+        given: dict[str, Any] = parameters | {"temperature": temperature, "notes": notes} | rule
+        assert self.account.auditor is not None
+        self.account.auditor.look(rows, cu_num_logits, token_ids, **given)
 
     def starts(self, num_reqs: int) -> torch.Tensor:
         """``[num_reqs + 1]`` int32, the first row of each request where each has one row."""
@@ -214,7 +213,9 @@ class Sampler(stock.Sampler):
         notes = account.notes() if parameters else None
         token_ids = self._launch(rows, account.bad_rows, account.unpublished, notes=notes, **parameters)
         account.recorder.plain_step()
-        self.draws.look(rows, self.draws.starts(len(rows)), token_ids, sampling_metadata, parameters, notes)
+        if notes is not None:
+            starts = self.draws.starts(len(rows))
+            self.draws.look(rows, starts, token_ids, sampling_metadata, parameters, notes)
         return token_ids
 
     def _launch(self, rows, bad_rows, counters, **parameters) -> torch.Tensor:
