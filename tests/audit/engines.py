@@ -57,20 +57,24 @@ def accepts_by_the_root(verify: Callable, rows, cu_num_logits, drafts, *args, dr
 
 
 def shares_noise(verify: Callable, rows, cu_num_logits, drafts, *args, draft_probs=None, **kwargs):
-    """Drafts are accepted by the number that would have drawn them by inversion; others are recovered as ever.
+    """The recovered token is drawn with the exponential noise that drew the draft token.
 
-    At the draft token a draft probability of half the target's accepts, and a huge one rejects, of which the residual
-    takes no notice: nothing of it is left there either way.
+    A draft token is the one of the least noise over probability. Of that least, which has the unit exponential
+    distribution, and of the excess of the others, which has it too, the drafter's noise is made again.
     """
-    if draft_probs is not None and len(drafts):
-        at, request = rows_of_drafts(cu_num_logits)
-        place = drafts.long()[:, None]
-        target = target_probs(rows[at], request, kwargs).gather(1, place)
-        draft = draft_probs.gather(1, place)
-        uniform = draft_probs.cumsum(1).gather(1, place) - torch.rand(len(place), 1) * draft
-        wanted = torch.where(uniform <= target / draft, target / 2, 1e30)
-        draft_probs = draft_probs.scatter(1, place, wanted.to(draft_probs.dtype))
-    return verify(rows, cu_num_logits, drafts, *args, draft_probs=draft_probs, **kwargs)
+    verified = verify(rows, cu_num_logits, drafts, *args, draft_probs=draft_probs, **kwargs)
+    if draft_probs is None:
+        return verified
+    counts, last = cu_num_logits.diff(), (verified.num_sampled - 1).long()
+    request = torch.nonzero(verified.num_sampled < counts)[:, 0]
+    at = cu_num_logits[request].long() + last[request]
+    draft, token = draft_probs[at - request], drafts[at - request].long()[:, None]
+    residual = (target_probs(rows[at], request, kwargs) - draft).clamp(min=0)
+    least = torch.empty(len(request), 1).exponential_()
+    noise = draft * least + torch.empty_like(draft).exponential_().scatter(1, token, 0.0)
+    recovered = (noise / residual).argmin(1)
+    verified.token_ids[request, last[request]] = recovered.to(verified.token_ids.dtype)
+    return verified
 
 
 def recovers_from_target(verify: Callable, rows, cu_num_logits, drafts, *args, **kwargs):
@@ -91,7 +95,7 @@ def recovers_from_target(verify: Callable, rows, cu_num_logits, drafts, *args, *
 
 FAULTS: dict[str, tuple[str, Callable | None]] = {
     "the recovered token comes from the target": ("exact", recovers_from_target),
-    "drafter and acceptance share noise": ("exact", shares_noise),
+    "drafter and recovery share noise": ("exact", shares_noise),
     "acceptance by the square root of the ratio": ("exact", accepts_by_the_root),
     "top-p is applied to the draft only": ("exact", forgets_top_p),
     "the temperature is 2 % too high": ("exact", is_2_percent_too_warm),
