@@ -13,9 +13,13 @@ from vllm_specopt.cli.main import app
 from vllm_specopt.evidence import BINS
 
 
-def text_of(bins: list[int], method="exact", impossible=0, skipped=0) -> str:
+def text_of(bins: list[int], method="exact", impossible=0, skipped=0, afresh: list[int] | None = None) -> str:
     labels = f'model_name="target",engine="0",method="{method}"'
-    lines = [f'specopt:audited_tokens_total{{{labels},bin="{i:02d}"}} {float(n)}' for i, n in enumerate(bins)]
+    lines = [
+        f'specopt:audited_tokens_total{{{labels},sweep="{sweep}",bin="{i:02d}"}} {float(n)}'
+        for sweep, counts in (("noted", bins), ("afresh", afresh or [0] * BINS))
+        for i, n in enumerate(counts)
+    ]
     lines += [f"specopt:audit_impossible_tokens_total{{{labels}}} {float(impossible)}"]
     lines += [f"specopt:audit_skipped_tokens_total{{{labels}}} {float(skipped)}"]
     return "\n".join(lines) + "\n"
@@ -65,6 +69,16 @@ def test_a_lossy_method_beside_a_lossless_one(serving):
     assert done.exit_code == 1
     assert "method exact: no sign of loss" in done.output
     assert "method sigmoid: LOSSY" in done.output and "2 impossible tokens" in done.output
+
+
+def test_rows_swept_anew_speak_for_themselves(serving):
+    """What is wrong with the verification's own sums is diluted by the rows that were not swept anew."""
+    afresh = [900] * (BINS // 2) + [1100] * (BINS // 2)
+    for noted, said in (([30_000] * BINS, "LOSSY"), ([60_000 - count for count in afresh], "LOSSY")):
+        done = audit(serving(text_of(noted, afresh=afresh)))
+        assert said in done.output and f"{sum(noted) + sum(afresh):,} tokens" in done.output
+    whole = [count + 30_000 for count in afresh]
+    assert "no sign of loss" in audit(serving(text_of(whole))).output
 
 
 def test_few_tokens_are_no_verdict(serving):

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[1]
 DRAFT = {"model": str(ROOT / "models" / "specopt-draft"), "num_speculative_tokens": 3}
 PROBABILISTIC = {**DRAFT, "draft_sample_method": "probabilistic"}
+SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 3.5}
 ALIKE = {"alpha": -3.0, "beta": 3.0}
 SAMPLED = [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "repetition_penalty": 1.2}]
 MORE = {"ignore_eos": True}
@@ -122,10 +123,12 @@ def test_v2_engines(prompts, tmp_path_factory):
         "exact": ({"method": "exact", "audit": True}, PROBABILISTIC),
         # Triton's interpreter lacks what stock's kernels for sampled drafts use.
         "stock": ({"method": "stock", "audit": True}, DRAFT),
+        "synthetic": ({"method": "stock", "audit": True}, DRAFT | SYNTHETIC),
     }
     listed = engines(options, batches, dtype="float32", max_num_seqs=16, max_model_len=256)
     results, _ = START(listed, tmp_path_factory.mktemp("engines"), "V2")
-    for name in options:
+    assert judge(counted(results["synthetic"], "stock")).log10_evidence > 3
+    for name in ("exact", "stock"):
         verdict = judge(counted(results[name], name))
         assert 16 * 12 <= verdict.tokens <= 16 * (12 + 7)
         assert verdict.impossible == verdict.skipped == 0

@@ -128,13 +128,14 @@ def test_a_scrape_sees_the_audit_and_the_log_one_warning(tmp_path, account, capl
     recorder = Recorder(account, tmp_path, LABELS, "stock")
     seen = scrape(tmp_path)
     assert seen[key("audit_evidence_log10", method="stock")] == 0
-    assert seen[key("audited_tokens_total", method="stock", bin="31")] == 0
-    account.auditor.counts[ROWS.index("stock"), :34] = torch.tensor([50] * 31 + [950, 3, 4])
+    assert seen[key("audited_tokens_total", method="stock", sweep="afresh", bin="31")] == 0
+    account.auditor.counts[:, ROWS.index("stock")] = torch.tensor([[25] * 31 + [475, 1, 2], [25] * 31 + [475, 2, 2]])
     recorder.write()
     recorder.write()
     seen = scrape(tmp_path)
-    assert seen[key("audited_tokens_total", method="stock", bin="07")] == 50
-    assert seen[key("audited_tokens_total", method="stock", bin="31")] == 950
+    for sweep in ("noted", "afresh"):
+        assert seen[key("audited_tokens_total", method="stock", sweep=sweep, bin="07")] == 25
+        assert seen[key("audited_tokens_total", method="stock", sweep=sweep, bin="31")] == 475
     assert seen[key("audit_impossible_tokens_total", method="stock")] == 3
     assert seen[key("audit_skipped_tokens_total", method="stock")] == 4
     assert seen[key("audit_evidence_log10", method="stock")] > 100

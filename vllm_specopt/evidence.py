@@ -57,8 +57,14 @@ class Verdict:
         return self.log10_evidence > math.log10(ALARM)
 
 
-def judge(counts: Sequence[int]) -> Verdict:
-    """Judge one row of counts, ``[COLUMNS]``."""
+def judge(counts: Sequence[int], afresh: Sequence[int] | None = None) -> Verdict:
+    """Judge one row of counts, ``[COLUMNS]``.
+
+    Args:
+        counts: Of all tokens.
+        afresh: The part of them whose rows were swept anew, if that is not all. Half of the stake is then on them
+            alone: what is wrong in the verification's own sums or thresholds shows in these only.
+    """
     bins, (impossible, skipped) = counts[:BINS], counts[BINS:]
     total = sum(bins)
     if not total:
@@ -66,7 +72,10 @@ def judge(counts: Sequence[int]) -> Verdict:
     index = max(range(BINS), key=lambda each: abs(bins[each] / total - 1 / BINS))
     low, high = share_interval(bins[index], total)
     largest = Bin(index, bins[index] / total - 1 / BINS, low - 1 / BINS, high - 1 / BINS)
-    return Verdict(total, log_evidence(bins) / math.log(10), largest, bias_bound(bins), impossible, skipped)
+    evidence = log_evidence(bins)
+    if afresh is not None:
+        evidence = _log_mean(evidence, log_evidence(afresh[:BINS]))
+    return Verdict(total, evidence / math.log(10), largest, bias_bound(bins), impossible, skipped)
 
 
 def log_evidence(counts: Sequence[int]) -> float:
@@ -125,5 +134,10 @@ def _log_bets(counts: Sequence[int], parts: Sequence[int]) -> float:
             if count:
                 bet += math.lgamma(count + caution * part) - math.lgamma(caution * part)
         logs.append(bet)
+    return _log_mean(*logs)
+
+
+def _log_mean(*logs: float) -> float:
+    """Log of the mean."""
     best = max(logs)
     return best + math.log(sum(math.exp(each - best) for each in logs) / len(logs))

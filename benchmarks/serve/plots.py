@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -74,11 +75,12 @@ def _throughput(record: dict, point: str, panel) -> bool:
     def of_group(arm: str, slots: int):
         if not (found := stats.medians(record, arm, point, slots)):
             return None
-        share = stats.share(record, arm, point)
-        text = f"{found[SPEED]:.0f}" + (f"\n{100 * share:.2g} % sampling" if share else "")
-        return found[SPEED], (found["slowest"], found["fastest"]), text
+        return found[SPEED], (found["slowest"], found["fastest"]), f"{found[SPEED]:.0f}"
 
-    panel.set(xlabel="requests in flight", ylabel="output tokens/s")
+    shares = {arm: stats.share(record, arm, point) for arm in record["config"]["arms"]}
+    texts = [f"{100 * share:.2g} % {arm}" for arm, share in shares.items() if share]
+    spent = f"sampling, of a step: {', '.join(texts)}" if texts else ""
+    panel.set(xlabel="\n".join(["requests in flight", *textwrap.wrap(spent, 48)]), ylabel="output tokens/s")
     return _bars(record, panel, record["config"]["concurrency"], of_group)
 
 

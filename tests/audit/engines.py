@@ -1,15 +1,18 @@
 """How many tokens the audit takes to find faults planted in a real engine: model runner V1 on a CPU, shipped models.
 
-Usage: ``python tests/audit/engines.py [--limit N] [FAULT ...]``: prints a table in markdown, line by line. A fault is a
-change to what one call of the verification is given or returns; the audit beside it is the one that serving does, and
-takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours is clean.
+Usage: ``python tests/audit/engines.py [--limit N] [--noise X] [FAULT ...]``: prints a table in markdown, line by line.
+A fault is a change to what one call of the verification is given or returns; the audit beside it is the one that
+serving does, and takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours
+is clean.
 """
 
 import argparse
 import json
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +56,27 @@ def accepts_by_the_root(verify: Callable, rows, cu_num_logits, drafts, *args, dr
     return verify(rows, cu_num_logits, drafts, *args, draft_probs=draft_probs, **kwargs)
 
 
+def shares_noise(verify: Callable, rows, cu_num_logits, drafts, *args, draft_probs=None, **kwargs):
+    """The recovered token is drawn with the exponential noise that drew the draft token.
+
+    A draft token is the one of the least noise over probability. Of that least, which has the unit exponential
+    distribution, and of the excess of the others, which has it too, the drafter's noise is made again.
+    """
+    verified = verify(rows, cu_num_logits, drafts, *args, draft_probs=draft_probs, **kwargs)
+    if draft_probs is None:
+        return verified
+    counts, last = cu_num_logits.diff(), (verified.num_sampled - 1).long()
+    request = torch.nonzero(verified.num_sampled < counts)[:, 0]
+    at = cu_num_logits[request].long() + last[request]
+    draft, token = draft_probs[at - request], drafts[at - request].long()[:, None]
+    residual = (target_probs(rows[at], request, kwargs) - draft).clamp(min=0)
+    least = torch.empty(len(request), 1).exponential_()
+    noise = draft * least + torch.empty_like(draft).exponential_().scatter(1, token, 0.0)
+    recovered = (noise / residual).argmin(1)
+    verified.token_ids[request, last[request]] = recovered.to(verified.token_ids.dtype)
+    return verified
+
+
 def recovers_from_target(verify: Callable, rows, cu_num_logits, drafts, *args, **kwargs):
     verified = verify(rows, cu_num_logits, drafts, *args, **kwargs)
     counts = cu_num_logits.diff()
@@ -71,6 +95,7 @@ def recovers_from_target(verify: Callable, rows, cu_num_logits, drafts, *args, *
 
 FAULTS: dict[str, tuple[str, Callable | None]] = {
     "the recovered token comes from the target": ("exact", recovers_from_target),
+    "drafter and recovery share noise": ("exact", shares_noise),
     "acceptance by the square root of the ratio": ("exact", accepts_by_the_root),
     "top-p is applied to the draft only": ("exact", forgets_top_p),
     "the temperature is 2 % too high": ("exact", is_2_percent_too_warm),
@@ -79,8 +104,21 @@ FAULTS: dict[str, tuple[str, Callable | None]] = {
 }
 
 
-def run(name: str, limit: int) -> None:
-    """Serve until the alarm, or until ``limit`` tokens are audited; print the counts as JSON."""
+def rough_draft(noise: float, folder: Path) -> Path:
+    """The shipped draft model with noise on its output embeddings, as a multiple of their own spread."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(ROOT / "models" / "specopt-draft", folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    weight, gen = weights[name].float(), torch.Generator().manual_seed(0)
+    weights[name] = (weight + noise * weight.std() * torch.randn(weight.shape, generator=gen)).to(weights[name].dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def run(name: str, limit: int, draft: Path) -> None:
+    """Serve until the alarm, or until ``limit`` tokens are audited; print both halves of the counts as JSON."""
     from vllm import LLM, SamplingParams
 
     from vllm_specopt.benchmarks.host import small_model_dtype
@@ -90,7 +128,7 @@ def run(name: str, limit: int) -> None:
 
     method, fault = FAULTS[name]
     sys.modules.pop("llvmlite.binding.ffi", None)
-    drafts = {"model": str(ROOT / "models" / "specopt-draft"), "num_speculative_tokens": 3}
+    drafts = {"model": str(draft), "num_speculative_tokens": 3}
     llm = LLM(
         model=str(ROOT / "models" / "specopt-target"),
         speculative_config=drafts | {"draft_sample_method": "probabilistic"},
@@ -115,8 +153,9 @@ def run(name: str, limit: int) -> None:
             SamplingParams(**SAMPLED[i % len(SAMPLED)], ignore_eos=True, max_tokens=LENGTH) for i in range(len(prompts))
         ]
         llm.generate(prompts, parameters, use_tqdm=False)
-        counts = auditor.counts[ROWS.index(method)].tolist()
-        if judge(counts).is_lossy or sum(counts[:BINS]) >= limit:
+        noted, afresh = auditor.counts[:, ROWS.index(method)]
+        counts = [(noted + afresh).tolist(), afresh.tolist()]
+        if judge(*counts).is_lossy or sum(counts[0][:BINS]) >= limit:
             print("\n" + json.dumps(counts), flush=True)
             return
 
@@ -125,12 +164,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of: {', '.join(FAULTS)}; all if none is given")
     parser.add_argument("--limit", type=int, default=LIMIT, help="tokens after which to give up")
+    parser.add_argument("--noise", type=float, default=0.0, help="on the draft model's output embeddings")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.faults) - set(FAULTS):
         parser.error(f"{unknown.pop()!r} is no fault")
     if given.here:
-        run(given.faults[0], given.limit)
+        with tempfile.TemporaryDirectory(prefix="specopt-audit-") as scratch:
+            draft = ROOT / "models" / "specopt-draft"
+            run(
+                given.faults[0],
+                given.limit,
+                rough_draft(given.noise, Path(scratch) / "draft") if given.noise else draft,
+            )
         return
     from vllm_specopt.evidence import judge
 
@@ -138,11 +184,11 @@ def main() -> None:
     print("| fault | tokens until the alarm | impossible | largest deviation of a bin, points | log10 e |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name in given.faults or FAULTS:
-        command = [sys.executable, __file__, "--here", "--limit", str(given.limit), name]
+        command = [sys.executable, __file__, "--here", "--limit", str(given.limit), "--noise", str(given.noise), name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
-        verdict = judge(json.loads(done.stdout.splitlines()[-1]))
+        verdict = judge(*json.loads(done.stdout.splitlines()[-1]))
         assert verdict.largest is not None
         said = f"{verdict.tokens:,}" if verdict.is_lossy else f"none in {verdict.tokens:,}"
         print(

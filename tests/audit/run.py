@@ -52,14 +52,14 @@ class Step:
     def uniforms(self) -> torch.Tensor:
         return torch.rand(REQUESTS, generator=self.gen, dtype=torch.float64)
 
-    def speculate(self, target: torch.Tensor, *, uniform=None, power: float = 1.0, recover=None) -> torch.Tensor:
+    def speculate(self, target: torch.Tensor, *, power: float = 1.0, recover=None, recovered=None) -> torch.Tensor:
         """Token ids ``[REQUESTS]`` by the ratio test, right unless told otherwise."""
         at = self.drafts[:, None]
         ratio = (target.gather(1, at) / self.draft.gather(1, at))[:, 0].clamp(max=1.0)
-        accepted = (self.uniforms() if uniform is None else uniform) <= ratio**power
+        accepted = self.uniforms() <= ratio**power
         residual = (target - self.draft).clamp(min=0)
         residual = target.where(residual.sum(1, keepdim=True) <= 0, residual) if recover is None else recover
-        return torch.where(accepted, self.drafts, self.sample(residual))
+        return torch.where(accepted, self.drafts, self.sample(residual) if recovered is None else recovered)
 
 
 class Varied(Step):
@@ -105,10 +105,12 @@ def recovers_from_target(step: Step) -> torch.Tensor:
 
 
 def shares_noise(step: Step) -> torch.Tensor:
-    """The drafter draws by inversion with the number that acceptance is decided by."""
-    uniform = step.uniforms()
-    step.drafts = (step.draft.cumsum(1) <= uniform[:, None]).sum(1).clamp(max=VOCAB - 1)
-    return step.speculate(step.probs(step.logits[:, 0]), uniform=uniform)
+    """The recovered token is drawn with the exponential noise that drew the draft token."""
+    noise = torch.empty(step.draft.shape, dtype=torch.float64).exponential_(generator=step.gen)
+    step.drafts = (noise / step.draft).argmin(1)
+    target = step.probs(step.logits[:, 0])
+    recovered = (noise / (target - step.draft).clamp(min=0)).argmin(1)
+    return step.speculate(target, recovered=recovered)
 
 
 def accepts_by_the_root(step: Step) -> torch.Tensor:
@@ -128,7 +130,7 @@ def is_2_percent_too_warm(step: Step) -> torch.Tensor:
 
 FAULTS: dict[str, Callable[[Step], torch.Tensor]] = {
     "the recovered token comes from the target": recovers_from_target,
-    "drafter and acceptance share noise": shares_noise,
+    "drafter and recovery share noise": shares_noise,
     "acceptance by the square root of the ratio": accepts_by_the_root,
     "top-p is applied to the draft only": forgets_top_p,
     "the temperature is 2 % too high": is_2_percent_too_warm,

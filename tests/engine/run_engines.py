@@ -75,7 +75,7 @@ def main(request_path: str, result_path: str) -> None:
         result["stock_calls"] = dict(calls)
         auditor = getattr(getattr(runner.sampler, "account", None), "auditor", None)
         if auditor is not None:
-            result["audit"] = auditor.counts.tolist()
+            result["audit"] = auditor.counts.sum(0).tolist()
         if counted:
             counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
             result["preemptions"] = sum(counts)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 from rich.console import Console
@@ -25,6 +26,13 @@ ENOUGH = 1000
 """Audited tokens below which there is no verdict yet."""
 TEMPERATURES = (0.7, 1.0, 1.3)
 CONCURRENCY = 16
+
+
+class Counts(NamedTuple):
+    """``[COLUMNS]`` each: of all tokens, and of those whose rows the audit swept itself."""
+
+    all: list[int]
+    afresh: list[int]
 
 
 def run(
@@ -54,8 +62,8 @@ def watch(url: str, follow: bool) -> int:
             return exit_code(verdicts)
 
 
-def read(url: str) -> dict[tuple[str, str, str], list[int]]:
-    """Counts ``[COLUMNS]`` by model, engine and method, from a server's metrics."""
+def read(url: str) -> dict[tuple[str, str, str], Counts]:
+    """What was counted by model, engine and method, from a server's metrics."""
     try:
         text = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -70,7 +78,7 @@ def read(url: str) -> dict[tuple[str, str, str], list[int]]:
     return found
 
 
-def parse(text: str) -> dict[tuple[str, str, str], list[int]]:
+def parse(text: str) -> dict[tuple[str, str, str], Counts]:
     """The same from the text of the metrics."""
     try:
         from prometheus_client.parser import text_string_to_metric_families
@@ -78,7 +86,7 @@ def parse(text: str) -> dict[tuple[str, str, str], list[int]]:
         raise CliError(f"prometheus_client is not installed beside {sys.executable}; vLLM brings it.", 2) from error
 
     places = {"specopt:audit_impossible_tokens_total": BINS, "specopt:audit_skipped_tokens_total": BINS + 1}
-    found: dict[tuple[str, str, str], list[int]] = {}
+    found: dict[tuple[str, str, str], Counts] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             place = places.get(sample.name)
@@ -86,14 +94,17 @@ def parse(text: str) -> dict[tuple[str, str, str], list[int]]:
                 place = int(sample.labels["bin"])
             if place is not None:
                 key = tuple(sample.labels.get(name, "") for name in ("model_name", "engine", "method"))
-                found.setdefault(key, [0] * COLUMNS)[place] += int(sample.value)  # type: ignore[arg-type]
+                counts = found.setdefault(key, Counts([0] * COLUMNS, [0] * COLUMNS))  # type: ignore[arg-type]
+                counts.all[place] += int(sample.value)
+                if sample.labels.get("sweep") == "afresh":
+                    counts.afresh[place] += int(sample.value)
     return found
 
 
-def show(console: Console, found: dict[tuple[str, str, str], list[int]]) -> None:
+def show(console: Console, found: dict[tuple[str, str, str], Counts]) -> None:
     """Print the verdicts."""
     for (model, engine, method), counts in found.items():
-        verdict = judge(counts)
+        verdict = judge(*counts)
         console.print(
             Text(f"{model}, engine {engine}, method {method}: {sentence(verdict)}", style=style(verdict)),
             soft_wrap=True,
@@ -101,7 +112,8 @@ def show(console: Console, found: dict[tuple[str, str, str], list[int]]) -> None
         if verdict.largest is not None:
             largest = verdict.largest
             console.print(
-                Text(f"  |{picture(counts)}| share of tokens by bin, half the height being 1/{BINS}"), soft_wrap=True
+                Text(f"  |{picture(counts.all)}| share of tokens by bin, half the height being 1/{BINS}"),
+                soft_wrap=True,
             )
             console.print(
                 Text(
@@ -138,9 +150,9 @@ def picture(counts: list[int]) -> str:
     return "".join(BARS[min(height, len(BARS) - 1)] for height in heights)
 
 
-def exit_code(found: dict[tuple[str, str, str], list[int]]) -> int:
+def exit_code(found: dict[tuple[str, str, str], Counts]) -> int:
     """1 if any method is lossy, or there is no verdict at all."""
-    verdicts = [judge(counts) for counts in found.values()]
+    verdicts = [judge(*counts) for counts in found.values()]
     return int(any(each.is_lossy for each in verdicts) or all(each.tokens < ENOUGH for each in verdicts))
 
 

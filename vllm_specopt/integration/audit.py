@@ -15,6 +15,8 @@ from vllm_specopt.verify import Notes
 
 ROWS = (*METHODS, STOCK)
 """What a row of the counts stands for."""
+SWEEPS = ("noted", "afresh")
+"""What the audit took a row's sums and thresholds from: the verification's notes, or a sweep of its own."""
 
 AFRESH = 0.2
 """Share of the audited steps of our own methods whose rows are swept anew: a wrong sum or threshold of the verification
@@ -28,6 +30,9 @@ class Auditor:
 
     Which steps is drawn beforehand, so that what a step emits has no say in it. Counting happens on the device; after
     each audited step a copy is on its way to the host, and no step waits for it.
+
+    Attributes:
+        counts: int64 ``[len(SWEEPS), len(ROWS), COLUMNS]``, see :func:`vllm_specopt.audit.new_counts`.
     """
 
     def __init__(self, config: SpecoptConfig, device: torch.device | str, backend: str | None = None):
@@ -39,7 +44,7 @@ class Auditor:
 
     def restart(self, device: torch.device | str) -> None:
         """Count from 0 in fresh memory on a device."""
-        self.counts = new_counts(len(ROWS), device)
+        self.counts = torch.stack([new_counts(len(ROWS), device) for _ in SWEEPS])
         on_gpu = self.counts.device.type == "cuda"
         self._host = torch.zeros_like(self.counts, device="cpu", pin_memory=True) if on_gpu else self.counts
 
@@ -59,14 +64,17 @@ class Auditor:
         *,
         rule: Constants | None = None,
         rule_requests: torch.Tensor | None = None,
+        notes: Notes | None = None,
         **parameters: Any,
     ) -> None:
         """Audit a step; arguments as in :func:`vllm_specopt.audit.audit`, and the rule as ``verify`` takes it."""
+        afresh = notes is None or notes.left is None
         audit(
             rows,
             cu_num_logits,
             token_ids,
-            self.counts,
+            self.counts[int(afresh)],
+            notes=notes,
             method=place_of(rule) if self._config.verifies else len(ROWS) - 1,
             rule_requests=rule_requests,
             backend=self._backend,
@@ -75,15 +83,16 @@ class Auditor:
         if self._host is not self.counts:
             self._host.copy_(self.counts, non_blocking=True)
 
-    def verdicts(self) -> Iterator[tuple[str, list[int], Verdict]]:
-        """Of each method that emitted, and the engine's own: its name, its bins, and the verdict.
+    def verdicts(self) -> Iterator[tuple[str, dict[str, list[int]], Verdict]]:
+        """Of each method that emitted, and the engine's own: its name, its bins by sweep, and the verdict.
 
         Warns once of a method whose evidence has passed the alarm.
         """
-        for method, counts in zip(ROWS, self._host.tolist(), strict=True):
+        for method, noted, afresh in zip(ROWS, *self._host.tolist(), strict=True):
+            counts = [sum(both) for both in zip(noted, afresh, strict=True)]
             if method != self._config.method and not any(counts):
                 continue
-            verdict = judge(counts)
+            verdict = judge(counts, afresh)
             if verdict.is_lossy and method not in self._told:
                 self._told.add(method)
                 logger.warning(
@@ -94,7 +103,7 @@ class Auditor:
                     ALARM,
                     verdict.log10_evidence,
                 )
-            yield method, counts[:BINS], verdict
+            yield method, dict(zip(SWEEPS, (noted[:BINS], afresh[:BINS]), strict=True)), verdict
 
 
 def leave_out(temperature: torch.Tensor, seeded: torch.Tensor) -> torch.Tensor:

@@ -253,8 +253,10 @@ class Recorder:
 
     def _write_audit(self, auditor: Auditor) -> None:
         for method, bins, verdict in auditor.verdicts():
-            for place, count in enumerate(bins):
-                self._set("counter", "audited_tokens", count, "_total", method=method, bin=f"{place:02d}")
+            for sweep, counts in bins.items():
+                for place, count in enumerate(counts):
+                    labels = {"method": method, "sweep": sweep, "bin": f"{place:02d}"}
+                    self._set("counter", "audited_tokens", count, "_total", **labels)
             self._set("counter", "audit_impossible_tokens", verdict.impossible, "_total", method=method)
             self._set("counter", "audit_skipped_tokens", verdict.skipped, "_total", method=method)
             self._set("gauge_max", "audit_evidence_log10", verdict.log10_evidence, "", method=method)
