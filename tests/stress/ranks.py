@@ -56,7 +56,11 @@ def main(argv: list[str]) -> int:
     is_v2 = options.runner == "V2"
     folders = [str(HERE), *([str(INTERPRETER)] if is_v2 else []), os.environ.get("PYTHONPATH", "")]
     os.environ.update(ENV, PYTHONPATH=os.pathsep.join(folders).rstrip(os.pathsep))
+    is_ready = not is_v2 or os.environ.get("TRITON_INTERPRET") == "1"
     os.environ.update(dict.fromkeys(("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"), str(int(is_v2))))
+    if not is_ready:
+        # The interpreter has to be there before Python itself is.
+        os.execv(sys.executable, [sys.executable, __file__, *argv])
     with tempfile.TemporaryDirectory(prefix="specopt-ranks-") as scratch:
         target, draft = even_heads(MODELS / "specopt-target", Path(scratch) / "target"), MODELS / "specopt-draft"
         if options.vocab_size:
