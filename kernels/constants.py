@@ -28,6 +28,8 @@ BAD_ROW = tl.constexpr(-1)
 NEEDS_RESIDUAL = tl.constexpr(-2)
 # REJECTED - token: the row emits its own draft token, though it was rejected.
 REJECTED = tl.constexpr(-3)
+# Another tensor-parallel rank holds the tile that the row's token is in: less than all else.
+NOT_HELD = tl.constexpr(-2147483648)
 
 # Columns of what a row leaves for the residual, and for the end of its request.
 THRESHOLD, NUM_CANDIDATES, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE, CARRY, SPENT = (

@@ -25,7 +25,7 @@ from .load import (
     load_request,
 )
 from .outcome import find_outcome
-from .output import Output, end_request
+from .output import Output, end_request, load_outcomes
 from .rules import budget, sigmoid
 
 
@@ -152,7 +152,7 @@ def decide_kernel(
                 counters_ptr,
             ),
             draft_token_ids_ptr,
-            outcome_ptr,
+            load_outcomes(request, outcome_ptr, BLOCK_K),
             row_ptr,
             pending_ptr,
             by_rule,

@@ -79,6 +79,52 @@ def pick(masses, places, goal):
 
 
 @triton.jit
+def choose_tile(maxima, sums, scale, threshold, uniform, PADDED_TILES: tl.constexpr):
+    """The row's largest logit, the tile of its token (``NO_TOKEN`` in a row without mass), and ``pick``'s offset in it.
+
+    maxima, sums: Of all tiles of the row, ``[PADDED_TILES]``.
+    """
+    top, masses = tile_masses(maxima, sums, scale, threshold)
+    tile, share = pick(masses, tl.arange(0, PADDED_TILES), uniform * tl.sum(masses, axis=0))
+    return top, tile, share
+
+
+@triton.jit
+def token_within(
+    row_ptr,
+    tile,
+    share,
+    maxima,
+    top,
+    scale,
+    threshold,
+    excluded,
+    vocab_size,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+):
+    """The token of a row in the tile that :func:`choose_tile` found; BAD_ROW if nothing of it has weight.
+
+    row_ptr: Where the row begins, or would begin if all of it lay as this tile does: no other tile is read.
+    """
+    tile_ids = tl.arange(0, PADDED_TILES)
+    shift = tl.max(tl.where(tile_ids == tile, maxima, float("-inf")), axis=0)
+    token_ids = tile * TILE + tl.arange(0, TILE)
+    x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
+    if top == float("inf"):
+        w = (x == float("inf")).to(tl.float32)
+    else:
+        w = weights(x, scale, scaled(shift, scale))
+        w = tl.where(x >= threshold, w, 0.0)
+    if EXCLUDES:
+        w = tl.where(token_ids == excluded, 0.0, w)
+    fine = w.to(tl.float64)
+    token, _ = pick(fine, token_ids, share * tl.sum(fine, axis=0))
+    return tl.where(token == NO_TOKEN, BAD_ROW, token)
+
+
+@triton.jit
 def draw_token(
     row_ptr,
     tiles,
@@ -114,36 +160,37 @@ def draw_token(
                 sums = tl.where(tile_ids == excluded // TILE, total, sums)
             else:
                 excluded = tl.full((), -1, tl.int32)
-    top, masses = tile_masses(maxima, sums, scale, threshold)
-    tile, share = pick(masses, tile_ids, uniform * tl.sum(masses, axis=0))
+    top, tile, share = choose_tile(maxima, sums, scale, threshold, uniform, PADDED_TILES)
     token = tl.full((), BAD_ROW, tl.int32)
     if tile != NO_TOKEN:
-        shift = tl.max(tl.where(tile_ids == tile, maxima, float("-inf")), axis=0)
-        token_ids = tile * TILE + tl.arange(0, TILE)
-        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-        if top == float("inf"):
-            w = (x == float("inf")).to(tl.float32)
-        else:
-            w = weights(x, scale, scaled(shift, scale))
-            w = tl.where(x >= threshold, w, 0.0)
-        if EXCLUDES:
-            w = tl.where(token_ids == excluded, 0.0, w)
-        fine = w.to(tl.float64)
-        token, _ = pick(fine, token_ids, share * tl.sum(fine, axis=0))
-        token = tl.where(token == NO_TOKEN, BAD_ROW, token)
+        token = token_within(
+            row_ptr, tile, share, maxima, top, scale, threshold, excluded, vocab_size, TILE, PADDED_TILES, EXCLUDES
+        )
     return token
+
+
+@triton.jit
+def largest_tile(tiles, row, PADDED_TILES: tl.constexpr):
+    """A row's largest logit, and the first tile that has it; ``NO_TOKEN`` if no logit is usable."""
+    maxima, _ = load_tiles(tiles, row, PADDED_TILES)
+    top = tl.max(maxima, axis=0)
+    tile = tl.min(tl.where(maxima == top, tl.arange(0, PADDED_TILES), NO_TOKEN), axis=0)
+    return top, tl.where(top > float("-inf"), tile, NO_TOKEN)
+
+
+@triton.jit
+def first_within(row_ptr, tile, top, vocab_size, TILE: tl.constexpr):
+    """The first token of a tile with the logit ``top``; ``row_ptr`` as in :func:`token_within`."""
+    token_ids = tile * TILE + tl.arange(0, TILE)
+    x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
+    return tl.min(tl.where(x == top, token_ids, NO_TOKEN), axis=0)
 
 
 @triton.jit
 def argmax_token(row_ptr, tiles, row, vocab_size, TILE: tl.constexpr, PADDED_TILES: tl.constexpr):
     """First token with the row's largest logit; BAD_ROW if no logit is usable."""
-    tile_ids = tl.arange(0, PADDED_TILES)
-    maxima, _ = load_tiles(tiles, row, PADDED_TILES)
-    top = tl.max(maxima, axis=0)
+    top, tile = largest_tile(tiles, row, PADDED_TILES)
     token = tl.full((), BAD_ROW, tl.int32)
-    if top > float("-inf"):
-        tile = tl.min(tl.where(maxima == top, tile_ids, NO_TOKEN), axis=0)
-        token_ids = tile * TILE + tl.arange(0, TILE)
-        x = load_logits(row_ptr, token_ids, token_ids < vocab_size)
-        token = tl.min(tl.where(x == top, token_ids, NO_TOKEN), axis=0)
+    if tile != NO_TOKEN:
+        token = first_within(row_ptr, tile, top, vocab_size, TILE)
     return token

@@ -40,8 +40,8 @@ from .rules import budget, exact, sigmoid, typical
 
 
 @triton.jit
-def _ratio_test(
-    rows,
+def ratio_test(
+    logit,
     tiles,
     draft_tiles,
     drafts,
@@ -55,12 +55,14 @@ def _ratio_test(
     PADDED_TILES: tl.constexpr,
     RULE: tl.constexpr,
 ):
-    """Whether a sampled draft token survives; leaves what its residual would need, and a block's rule its ratio."""
+    """Whether a sampled draft token survives; leaves what its residual would need, and a block's rule its ratio.
+
+    logit: The token's own, in the target's row.
+    """
     row = request.start_row + pos
     scale = LOG2_E / request.temperature
     row_ptr += row * ROW_COLUMNS
     top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
-    logit = load_logits(rows.ptr, row * rows.stride + token, token >= 0)
     target_prob, target_scale = token_prob(logit, scale, top, mass, threshold)
     if drafts.probs_ptr is not None:
         draft_prob = tl.load(drafts.probs_ptr + (row - request.index) * drafts.probs_stride + token).to(tl.float32)
@@ -148,8 +150,8 @@ def _sampled_outcome(
                     purpose = tl.full((), RESIDUAL, tl.int32)
         else:
             if not IS_ONE_HOT:
-                survives = _ratio_test(
-                    rows,
+                survives = ratio_test(
+                    load_logits(rows.ptr, (request.start_row + pos) * rows.stride + token, token >= 0),
                     tiles,
                     draft_tiles,
                     drafts,

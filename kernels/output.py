@@ -34,12 +34,19 @@ def load_drafts(request, draft_token_ids_ptr, COMPACT_DRAFTS: tl.constexpr, BLOC
 
 
 @triton.jit
+def load_outcomes(request, outcome_ptr, BLOCK_K: tl.constexpr):
+    """What a request's rows found, ``[BLOCK_K]``, BAD_ROW beyond the last."""
+    columns = tl.arange(0, BLOCK_K)
+    return tl.load(outcome_ptr + request.start_row + columns, mask=columns <= request.num_drafts, other=BAD_ROW)
+
+
+@triton.jit
 def end_request(
     request,
     noise,
     output,
     draft_token_ids_ptr,
-    outcome_ptr,
+    outcomes,
     row_ptr,
     pending_ptr,
     by_rule,
@@ -52,16 +59,17 @@ def end_request(
 ):
     """Accepted draft tokens, the token of the first row that did not accept, then -1.
 
-    ``outcome_ptr``: the token each row found. A draft token survives where it is its row's. swept: rows read in full;
-    0 stands for all of them. Leaves in ``pending_ptr`` the position of a row whose residual must be drawn from, or -1;
-    where blocks are verified, the number of rows that must be read again, and writes nothing if there are any.
+    ``outcomes``: the token each row found, ``[BLOCK_K]``. A draft token survives where it is its row's. swept: rows
+    read in full; 0 stands for all of them. Leaves in ``pending_ptr`` the position of a row whose residual must be
+    drawn from, or -1; where blocks are verified, the number of rows that must be read again, and writes nothing if
+    there are any.
     """
     start_row = request.start_row
     num_drafts = request.num_drafts
     columns = tl.arange(0, BLOCK_K)
     is_draft = columns < num_drafts
     drafts = load_drafts(request, draft_token_ids_ptr, COMPACT_DRAFTS, BLOCK_K)
-    outcomes = tl.load(outcome_ptr + start_row + columns, mask=columns <= num_drafts, other=BAD_ROW).to(tl.int64)
+    outcomes = outcomes.to(tl.int64)
     survives = is_draft & (drafts == outcomes) & (drafts >= 0)
     num_accepted = tl.min(tl.where(is_draft & (survives == 0), columns, num_drafts), axis=0)
     pending = tl.full((), 0, tl.int32)

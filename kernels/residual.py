@@ -74,7 +74,7 @@ def _exact_residual(x, y, scale, row_ptr, DRAFT_IS_PROBS: tl.constexpr, RULE: tl
 
 
 @triton.jit
-def _tile_residual(
+def tile_residual(
     tile,
     logits_row_ptr,
     draft_probs_row_ptr,
@@ -221,7 +221,7 @@ def residual_kernel(
     steps = tl.arange(0, STEPS)
     sums = tl.zeros([STEPS], tl.float32)
     for step in range(STEPS):
-        w, _token_ids = _tile_residual(
+        w, _token_ids = tile_residual(
             group * STEPS + step,
             logits_row_ptr,
             draft_probs_row_ptr,
@@ -263,7 +263,7 @@ def residual_kernel(
         masses = masses.to(tl.float64)
         tile, share = pick(masses, tile_ids, uniform * tl.sum(masses, axis=0))
         if tile != NO_TOKEN:
-            w, token_ids = _tile_residual(
+            w, token_ids = tile_residual(
                 tile,
                 logits_row_ptr,
                 draft_probs_row_ptr,

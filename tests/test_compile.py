@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "support" / "compile_kernels.py"
-KERNELS = {"statistics_kernel", "decide_kernel", "residual_kernel", "audit_sweep_kernel", "audit_kernel"}
+KERNELS = {
+    *("statistics_kernel", "decide_kernel", "residual_kernel", "audit_sweep_kernel", "audit_kernel"),
+    *("shard_sweep_kernel", "cut_tiles_kernel", "shard_decide_kernel", "shard_end_kernel"),
+    *("shard_residual_kernel", "shard_recover_kernel", "shard_write_kernel"),
+}
+# Of a rank among several, and of a single one.
+ALIKE = {
+    "shard_sweep_kernel": "statistics_kernel",
+    "cut_tiles_kernel": "statistics_kernel",
+    "shard_decide_kernel": "decide_kernel",
+    "shard_residual_kernel": "residual_kernel",
+    "shard_recover_kernel": "residual_kernel",
+}
 
 
 @pytest.mark.parametrize(
@@ -32,4 +44,20 @@ def test_every_variant_compiles_without_spills(architecture, which, least, tmp_p
     assert any(result["variant"].endswith("mixed") for result in results)
     spilling = [(r["kernel"], r["variant"], r["spilled_bytes"]) for r in results if r["spilled_bytes"]]
     assert not spilling
+    assert_shards_add_up_alike(results)
     assert all(r["cubin_bytes"] > 0 and r["registers"] <= 255 for r in results)
+
+
+def assert_shards_add_up_alike(results: list[dict]) -> None:
+    """A rank's kernels add up tiles in the layouts of a single rank's: that is why their sums have the same bits."""
+    orders: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        dtype, *_, rule = result["variant"].split("-")
+        if rule == "exact" and "filtered" not in result["variant"]:
+            orders.setdefault((dtype, result["kernel"]), set()).update(result["orders"])
+    compared = [key for key in orders if key[1] in ALIKE]
+    assert {kernel for _, kernel in compared} == set(ALIKE)
+    for dtype, kernel in compared:
+        found = orders[dtype, kernel]
+        assert found
+        assert found <= orders[dtype, ALIKE[kernel]], (dtype, kernel)

@@ -46,6 +46,8 @@ def test_absent_option_is_none(additional_config):
         ({"method": "exact", "audit": False}, SpecoptConfig("exact")),
         ({"method": "block", "audit": 0.1}, SpecoptConfig("block", rule=BlockConstants(), audit=0.1)),
         ({"method": "exact", "audit": 1}, SpecoptConfig("exact", audit=1.0)),
+        ({"method": "exact", "sharded": True}, SpecoptConfig("exact", sharded=True)),
+        ({"method": "exact", "sharded": True, "audit": False}, SpecoptConfig("exact", sharded=True)),
         (
             {"method": "stock", "audit": True, "on_unknown_vllm": "stock"},
             SpecoptConfig("stock", "stock", audit=1.0),
@@ -98,6 +100,15 @@ def test_accepted_forms(option, expected):
                 r"specopt\.audit is .*, expected true, false, or the share of steps, above 0 and up to 1",
             )
             for value in (0, 0.0, -0.1, 1.5, float("nan"), "yes", None)
+        ),
+        ({"method": "exact", "sharded": 2}, r"specopt\.sharded is 2, expected true or false"),
+        *(
+            ({"method": "exact", "sharded": True} | more, rf"specopt\.sharded is true and {said}: sharded verification")
+            for more, said in (
+                ({"method": "block"}, "method is 'block'"),
+                ({"audit": 0.1}, "an audit is asked for"),
+                ({"sigmoid": "paper", "allow_per_request": True}, "allow_per_request is true"),
+            )
         ),
         ("stock", r"specopt\.method is 'stock', which leaves nothing to do without an audit; add \"audit\": true"),
         ({"method": "stock", "audit": True, "allow_per_request": True}, r"allow_per_request is given, but nothing can"),

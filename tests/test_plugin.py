@@ -87,6 +87,7 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
         "processor": error("exact", logits_processors=["processors_of_test:Counting"]),
         "processors": error("exact", logits_processors=["processors:BanV1", "processors:NotTwiceV1"]),
         "processor, absent": error(None, logits_processors=["processors_of_test:Counting"]),
+        "sharded, one rank": error({"method": "exact", "sharded": True}),
         "fine": error({"method": "exact"}),
         "absent": error(None, speculative=None),
     }
@@ -115,7 +116,7 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
         "method": "specopt.method is 'fast', expected 'exact' or 'sigmoid' or 'block' or 'typical' or 'budget' or "
         "'stock'",
         "key": "specopt has the unknown key 'k', expected 'method' or 'on_unknown_vllm' or "
-        "'allow_per_request' or 'audit' or 'sigmoid' or 'typical' or 'budget'",
+        "'allow_per_request' or 'audit' or 'sharded' or 'sigmoid' or 'typical' or 'budget'",
         "no speculation": None,
         "no speculation, sigmoid": alone,
         "no speculation, choice": alone,
@@ -136,6 +137,7 @@ def test_mistakes_stop_the_start_before_a_model_is_loaded(tmp_path):
         "with every token; if it does not, declare specopt_per_row = True in the class",
         "processors": None,
         "processor, absent": None,
+        "sharded, one rank": "specopt.sharded is true, but there is one tensor-parallel rank; leave it out",
         "fine": None,
         "absent": None,
         "version": "specopt: vLLM 0.31.0 is not among the versions it was checked against (0.32.x, 0.33.x)" + cure,
@@ -220,6 +222,28 @@ def test_a_configuration_we_do_not_cover_keeps_stock(changes, reason, engine_con
     option = validation.parse(config.additional_config)
     assert validation.stock_reason(config, option) == reason
     assert validation.active_config(config) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"parallel_config.tensor_parallel_size": 1}, "there is one tensor-parallel rank"),
+        ({"parallel_config.enable_batch_sharded_sampling": True}, "batch-sharded sampling is on"),
+        ({"parallel_config.pipeline_parallel_size": 2}, "model runner V1 hands logits from one pipeline stage"),
+        ({"lora_config": object()}, "LoRA is on"),
+        ({"speculative_config.rejection_sample_method": "block"}, "rejection_sample_method is 'block'"),
+        ({"speculative_config": None}, None),
+    ],
+)
+def test_logits_stay_on_their_ranks_only_where_they_can(changes, reason, engine_config):
+    from vllm_specopt.integration import validation
+
+    for path, value in ({"parallel_config.tensor_parallel_size": 2} | changes).items():
+        owner, _, name = path.rpartition(".")
+        setattr(getattr(engine_config, owner) if owner else engine_config, name, value)
+    found = validation.needs_whole_rows(engine_config)
+    assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
+    ttgir: str
     ptx: str
     cubin: bytes
 
@@ -109,6 +110,7 @@ def compile_kernel(
         registers=int(registers[1]),
         spilled=sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue()))),
         shared=binary.metadata.shared,
+        ttgir=binary.asm["ttgir"],
         ptx=binary.asm["ptx"],
         cubin=binary.asm["cubin"],
     )

@@ -1,9 +1,10 @@
 """Two tensor-parallel ranks verify step after step; compare what each emitted.
 
 Usage: ``python tests/stress/ranks.py --steps 10000 --out result.json``. Seeded and unseeded requests at temperature 1
-share every batch. The shipped target has 5 KV heads, which two ranks cannot share, so it gets three more (and six
-query heads) of zeros: the same function. With ``--kill`` a rank is killed under load afterwards, and how the engine
-reports it is written down. Exits with 1 if the ranks differ.
+share every batch. With ``--sharded`` each step without whole rows is verified a second time with them. The shipped
+target has 5 KV heads, which two ranks cannot share, so it gets three more (and six query heads) of zeros: the same
+function. With ``--kill`` a rank is killed under load afterwards, and how the engine reports it is written down. Exits
+with 1 if the ranks differ.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ ENV = {
     "OMP_NUM_THREADS": "1",
     # Else each rank compiles its embedding, eager or not.
     "TORCHDYNAMO_DISABLE": "1",
-    "TRITON_INTERPRET": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parents[1] / "models"
+INTERPRETER = HERE.parent / "engine" / "interpreter"
 BATCH, MAX_TOKENS = 8, 160
+# Of 32 tokens; a batch's requests want about 60.
+BLOCKS = 36
+# Of an extended vocabulary's new tokens, together: both ranks' tokens are emitted.
+TAIL_MASS = 0.4
 
 
 def main(argv: list[str]) -> int:
@@ -41,14 +45,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--arm", choices=("exact", "stock"), default="exact")
     parser.add_argument("--drafting", choices=("greedy", "probabilistic"), default="probabilistic")
+    parser.add_argument("--runner", choices=("V1", "V2"), default="V1", help="vLLM's model runner")
+    parser.add_argument("--sharded", action="store_true", help="logits stay on their ranks where they can")
+    parser.add_argument("--vocab-size", type=int, help="extend the models' vocabulary to this size")
+    parser.add_argument("--pressed", action="store_true", help="too few KV cache blocks, and requests that are aborted")
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     # The workers import the extension by its name.
-    os.environ.update(ENV, PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    is_v2 = options.runner == "V2"
+    folders = [str(HERE), *([str(INTERPRETER)] if is_v2 else []), os.environ.get("PYTHONPATH", "")]
+    os.environ.update(ENV, PYTHONPATH=os.pathsep.join(folders).rstrip(os.pathsep))
+    is_ready = not is_v2 or os.environ.get("TRITON_INTERPRET") == "1"
+    os.environ.update(dict.fromkeys(("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"), str(int(is_v2))))
+    if not is_ready:
+        # The interpreter has to be there before Python itself is.
+        os.execv(sys.executable, [sys.executable, __file__, *argv])
     with tempfile.TemporaryDirectory(prefix="specopt-ranks-") as scratch:
-        llm = engine(options.arm, options.drafting, even_heads(MODELS / "specopt-target", Path(scratch) / "target"))
-        result = {"arm": options.arm, "drafting": options.drafting} | verified(llm, options.steps)
+        target, draft = even_heads(MODELS / "specopt-target", Path(scratch) / "target"), MODELS / "specopt-draft"
+        if options.vocab_size:
+            target, draft = extended(target, draft, Path(scratch) / "extended", options.vocab_size)
+        llm = engine(options, target, draft)
+        result = {"arm": options.arm, "drafting": options.drafting} | verified(llm, options.steps, options.pressed)
+        if options.pressed:
+            found = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+            result["preemptions"] = sum(found)
         if options.kill:
             result["killed"] = killed(llm)
     result["agree"] = result["ranks"][0]["digest"] == result["ranks"][1]["digest"]
@@ -94,15 +115,25 @@ def even_heads(source: Path, folder: Path) -> Path:
     return folder
 
 
-def engine(arm: str, drafting: str, target: Path):
+def extended(target: Path, draft: Path, folder: Path, vocab_size: int) -> tuple[Path, Path]:
+    """The pair with a larger vocabulary; return the folders."""
+    from vllm_specopt.benchmarks.serve.wide_pair import make_pair
+
+    prompts = [json.loads(line)["prompt"] for line in (MODELS / "prompts.jsonl").read_text().splitlines()]
+    make_pair(target, draft, prompts, folder, vocab_size, tail_mass=TAIL_MASS)
+    return folder / "target", folder / "draft"
+
+
+def engine(options: argparse.Namespace, target: Path, draft: Path):
     """An engine on two ranks."""
     from vllm import LLM
 
     from vllm_specopt.benchmarks.host import small_model_dtype
 
-    speculative = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
-    if drafting == "probabilistic":
+    speculative = {"model": str(draft), "num_speculative_tokens": 4}
+    if options.drafting == "probabilistic":
         speculative["draft_sample_method"] = "probabilistic"
+    option = {"method": "exact"} | ({"sharded": True} if options.sharded else {})
     return LLM(
         model=str(target),
         dtype=small_model_dtype(),
@@ -110,22 +141,27 @@ def engine(arm: str, drafting: str, target: Path):
         distributed_executor_backend="mp",
         worker_extension_cls="record_verified.RecordVerified",
         speculative_config=speculative,
-        additional_config={"specopt": {"method": "exact"}} if arm == "exact" else {},
+        additional_config={"specopt": option} if options.arm == "exact" else {},
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=BATCH,
+        disable_log_stats=not options.pressed,
+        **({"block_size": 32, "num_gpu_blocks_override": BLOCKS} if options.pressed else {}),
     )
 
 
 def requests(first: int) -> tuple[list[str], list]:
-    """Prompts and sampling parameters of one batch: every other request has a seed, one in eight is greedy."""
+    """Prompts and sampling parameters of one batch: every other request has a seed, one in eight is greedy.
+
+    In every other batch half of the requests have top-p.
+    """
     from vllm import SamplingParams
 
     texts = [json.loads(line)["prompt"] for line in (MODELS / "prompts.jsonl").read_text().splitlines()]
     params = [
         SamplingParams(
             temperature=0.0 if index % 8 == 7 else 1.0,
-            top_p=(1.0, 0.9)[index // 2 % 2],
+            top_p=0.9 if index // 2 % 2 and first // BATCH % 2 else 1.0,
             seed=first + index if index % 2 else None,
             max_tokens=MAX_TOKENS,
             ignore_eos=True,
@@ -135,16 +171,33 @@ def requests(first: int) -> tuple[list[str], list]:
     return [texts[(first + index) % len(texts)] for index in range(BATCH)], params
 
 
-def verified(llm, steps: int) -> dict:
-    """Generate until each rank has verified that many steps; return both ranks' records."""
+def verified(llm, steps: int, aborts: bool) -> dict:
+    """Generate until each rank has verified that many steps; return both ranks' records.
+
+    aborts: Whether other requests are there now and then, which are aborted.
+    """
     llm.collective_rpc("start_recording")
     started, first = time.monotonic(), 0
     while True:
         llm.generate(*requests(first), use_tqdm=False)
         first += BATCH
+        if aborts:
+            abort(llm.llm_engine, first)
         ranks = llm.collective_rpc("recorded")
         if min(rank["steps"] for rank in ranks) >= steps:
             return {"seconds": round(time.monotonic() - started, 1), "requests": first, "ranks": ranks}
+
+
+def abort(engine, first: int) -> None:
+    """Start requests and give them up after a few steps."""
+    ids = [f"aborted-{first + index}" for index in range(BATCH)]
+    for request_id, prompt, params in zip(ids, *requests(first), strict=True):
+        engine.add_request(request_id, prompt, params)
+    for _ in range(8):
+        engine.step()
+    engine.abort_request(ids)
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def killed(llm) -> dict:

@@ -9,28 +9,59 @@ class RecordVerified:
     """Mixed into vLLM's worker by ``worker_extension_cls``; its methods are called with ``collective_rpc``."""
 
     def start_recording(self) -> None:
-        """Record every verification from here on."""
-        sampler = self.model_runner.rejection_sampler
-        original, self._digest = sampler.forward, hashlib.sha256()
-        self._verified = {"steps": 0, "accepted": 0, "drafted": 0, "mixed_steps": 0, "greedy_steps": 0}
+        """Record every verification from here on; what was verified sharded is verified on whole rows as well."""
+        from vllm_specopt.verify import verify
 
-        def forward(metadata, draft_probs, logits, sampling_metadata):
-            output = original(metadata, draft_probs, logits, sampling_metadata)
-            ids, counts = output.sampled_token_ids.cpu(), self._verified
+        sampler = self.model_runner.rejection_sampler
+        self._digest = hashlib.sha256()
+        self._verified = {"steps": 0, "accepted": 0, "drafted": 0, "mixed_steps": 0, "greedy_steps": 0}
+        self._sharded = {"steps": 0, "drawn": 0, "differ": 0}
+
+        def record(ids, num_drafted: int, num_seeded: int, all_greedy: bool) -> None:
+            counts, ids = self._verified, ids.cpu()
             self._digest.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes())
             counts["steps"] += 1
             counts["accepted"] += int((ids >= 0).sum()) - len(ids)
-            counts["drafted"] += sum(metadata.num_draft_tokens)
-            counts["mixed_steps"] += 0 < len(sampling_metadata.generators) < len(ids)
-            counts["greedy_steps"] += bool(sampling_metadata.all_greedy)
+            counts["drafted"] += num_drafted
+            counts["mixed_steps"] += 0 < num_seeded < len(ids)
+            counts["greedy_steps"] += all_greedy
+
+        def forward(metadata, draft_probs, logits, sampling_metadata):
+            output = original(metadata, draft_probs, logits, sampling_metadata)
+            num_seeded, all_greedy = len(sampling_metadata.generators), bool(sampling_metadata.all_greedy)
+            record(output.sampled_token_ids, sum(metadata.num_draft_tokens), num_seeded, all_greedy)
             return output
 
-        sampler.forward = forward
+        def _verify(logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, slots, *args):
+            output = original(logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, slots, *args)
+            states = sampler.sampler.sampling_states
+            record(output[1], len(logits) - len(slots), int(states.seeds_set[slots].sum()), states.all_greedy(slots))
+            return output
+
+        def on_whole_rows(logits, *args, **kwargs):
+            verified = sharded(logits, *args, **kwargs)
+            whole = sharding.gather(logits.contiguous()).transpose(0, 1).flatten(1)[:, : sharding.shard.vocab_size]
+            kwargs |= {"bad_row_counter": None, "counters": None, "notes": None}
+            token_ids, num_sampled = verify(whole, *args, **kwargs)
+            counts, drawn = self._sharded, kwargs.get("temperature") is not None
+            counts["steps"] += 1
+            counts["drawn"] += drawn
+            counts["differ"] += not (token_ids.equal(verified.token_ids) and num_sampled.equal(verified.num_sampled))
+            return verified
+
+        name, wrapper = ("forward", forward) if hasattr(sampler, "forward") else ("_verify", _verify)
+        original = getattr(sampler, name)
+        setattr(sampler, name, wrapper)
+        sharding = getattr(getattr(sampler, "account", None), "sharding", None)
+        if sharding is not None:
+            sharded = sharding.verify
+            sharding.verify = on_whole_rows
 
     def recorded(self) -> dict:
         """The digest and counts so far, and the sampler's class."""
         sampler = type(self.model_runner.rejection_sampler).__module__
-        return {"rank": self.rank, "sampler": sampler, "digest": self._digest.hexdigest(), **self._verified}
+        counts = self._verified | {"sharded": self._sharded}
+        return {"rank": self.rank, "sampler": sampler, "digest": self._digest.hexdigest(), **counts}
 
     def process_id(self) -> int:
         """This rank's process."""

@@ -7,14 +7,18 @@ bf16 only: they take most of the time.
 
 import itertools
 import json
+import re
 import sys
 
 import torch
 
 from vllm_specopt.benchmarks.kernels.compiling import compile_kernel
 from vllm_specopt.integration.config import WITH_CONSTANTS
-from vllm_specopt.kernels import audit, constants, decide, launch, residual, statistics
+from vllm_specopt.kernels import audit, decide, launch, residual, statistics
 from vllm_specopt.kernels.shapes import DEFAULTS
+from vllm_specopt.kernels.sharded import decide as shard_decide
+from vllm_specopt.kernels.sharded import pieces, sweep
+from vllm_specopt.kernels.sharded import residual as shard_residual
 from vllm_specopt.rules import RULES
 
 VOCAB_SIZE = 151936
@@ -24,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
-ALIGNED = SCALARS
+ALIGNED = (*SCALARS, "first", "end")
 SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "token_ids_stride", "method")
 COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
@@ -32,6 +36,40 @@ COMMON = {
     **dict.fromkeys(SCALARS, "i32"),
     **dict.fromkeys(("seeds_ptr", "positions_ptr", "bad_row_counter_ptr", "counters_ptr", "counts_ptr"), "*i64"),
 }
+# Of a rank among eight: boundaries between them cut tiles.
+RANKS = 8
+SHARD_INTS = ("places_ptr", "cut_tiles_ptr", "part_columns_ptr", "part_places_ptr", "sent_outcome_ptr")
+SHARD_FLOATS = ("sent_max_ptr", "sent_sum_ptr", "cut_max_ptr", "cut_sum_ptr")
+SHARD_SCALARS = (
+    "first", "columns", "first_tile", "end_tile", "end", "most_whole", "part_width", "num_groups", "num_cut",
+    "sent_stride", "sent_outcome_stride", "sent_token_stride",
+)  # fmt: skip
+OF_DRAFTS = ("target_logit_ptr", "sent_logit_ptr", "masses_ptr", "sent_masses_ptr", "cut_masses_ptr")
+OF_DRAFT_LOGITS = ("sent_draft_max_ptr", "sent_draft_sum_ptr", "cut_draft_max_ptr", "cut_draft_sum_ptr")
+
+
+def shard_launches(types: dict[str, str], draft: str) -> list:
+    """Launches of a rank, given the types of a single rank's arguments."""
+    types = types | dict.fromkeys(SHARD_INTS, "*i32") | dict.fromkeys(SHARD_FLOATS, "*fp32")
+    types |= dict.fromkeys(SHARD_SCALARS, "i32")
+    types |= dict.fromkeys(("parts_ptr", "sent_parts_ptr", "cut_ptr"), types["logits_ptr"])
+    if draft == "logits":
+        types |= dict.fromkeys(OF_DRAFT_LOGITS, "*fp32")
+    if draft != "one-hot":
+        types |= dict.fromkeys(OF_DRAFTS, "*fp32") | {"token_ptr": "*i32", "sent_token_ptr": "*i32"}
+    kernels = [
+        (sweep.shard_sweep_kernel, DEFAULTS.statistics_warps),
+        (sweep.cut_tiles_kernel, DEFAULTS.statistics_warps),
+        (shard_decide.shard_decide_kernel, DEFAULTS.decide_warps),
+        (shard_decide.shard_end_kernel, 1),
+    ]
+    if draft != "one-hot":
+        kernels += [
+            (shard_residual.shard_residual_kernel, DEFAULTS.residual_warps),
+            (shard_residual.shard_recover_kernel, DEFAULTS.residual_warps),
+            (shard_residual.shard_write_kernel, 1),
+        ]
+    return [(kernel, {"num_warps": warps}, types) for kernel, warps in kernels]
 
 
 def variants(with_all: bool):
@@ -87,6 +125,8 @@ def variants(with_all: bool):
             launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), types))
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}, types))
+        if not filtered and method in ("exact", "greedy"):
+            launches += shard_launches(types, draft)
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)
         known = {
             "COMPACT_DRAFTS": runner == "v1",
@@ -98,12 +138,26 @@ def variants(with_all: bool):
             "PADDED_ROW_TILES": padded_tiles,
             "BLOCK_K": BLOCK_K,
             "RULE": 0 if greedy else list(RULES).index(name),
+            "RANKS": RANKS,
         }
         yield (
             "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method])),
             known,
             launches,
         )
+
+
+def orders(ttgir: str) -> list[str]:
+    """In which order a kernel adds up: operation, shape and layout of its floating-point reductions and scans."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = set()
+    for operation in re.finditer(r'"tt\.(reduce|scan)"', ttgir):
+        shape, layout = re.search(r"\) : \(tensor<([^,>]*f\d+|[^,>]*i\d+), (.*?)>", ttgir[operation.end() :]).groups()
+        body = ttgir[operation.end() : ttgir.index(") : (tensor<", operation.end())]
+        if "arith.addf" in body:
+            layout = re.sub(r"#\w+", lambda alias: layouts.get(alias[0], alias[0]), layout)
+            found.add(f"{operation[1]} {shape} {layout}")
+    return sorted(found)
 
 
 def main() -> None:
@@ -115,12 +169,14 @@ def main() -> None:
             if kernel is residual.residual_kernel:
                 names = "TILE", "STEPS", "PADDED_TILES"
                 known_here |= zip(names, itertools.compress(launch.tiling(VOCAB_SIZE), (1, 1, 0, 0, 1)), strict=True)
+            if kernel is shard_residual.shard_residual_kernel:
+                known_here["STEPS"] = DEFAULTS.residual_steps
             used = {name: types.get(name) for name in kernel.arg_names if name not in known}
             key = (kernel.__name__, tuple(sorted((used | known_here).items(), key=str)))
             if key in seen:
                 continue
             seen.add(key)
-            aligned = {name for name in used if name in ALIGNED or name.endswith("_ptr")} - set(constants.UNALIGNED)
+            aligned = {name for name in used if name in ALIGNED or name.endswith("_ptr")} - set(pieces.UNALIGNED)
             compiled = compile_kernel(
                 kernel,
                 types,
@@ -136,6 +192,7 @@ def main() -> None:
                 "registers": compiled.registers,
                 "spilled_bytes": compiled.spilled,
                 "cubin_bytes": len(compiled.cubin),
+                "orders": orders(compiled.ttgir),
             }
             print(json.dumps(result), flush=True)
 

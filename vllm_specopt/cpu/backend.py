@@ -61,16 +61,9 @@ def verify_batch(
         ValueError: ``cu_num_logits`` or ``state_indices`` of some request points outside the other arguments.
     """
     num_rows, vocab_size = logits.shape
-    mode, draft = ONE_HOT, None
-    draft_stride = draft_position_stride = draft_kind = 0
-    if draft_probs is not None:
-        mode, draft, draft_stride = PROBS, draft_probs, draft_probs.stride(0)
-    elif draft_logits is not None:
-        mode, draft = LOGITS, draft_logits
-        draft_stride, draft_position_stride, _ = draft_logits.stride()
+    draft = draft_probs if draft_probs is not None else draft_logits
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
-        draft_kind = KIND[draft.dtype]
     notes = torch.empty(num_rows, note_words(vocab_size), dtype=_INT64) if takes_notes else None
     common = common_of(
         logits, cu_num_logits, token_ids, num_sampled, vocab_size, rule, counters, notes,
@@ -86,13 +79,7 @@ def verify_batch(
     )  # fmt: skip
     own = (
         0,
-        *ints_of(draft_token_ids),
-        draft_token_ids.shape[0] != num_rows,
-        mode,
-        address_of(draft),
-        draft_stride,
-        draft_position_stride,
-        draft_kind,
+        *drafts_of(draft_token_ids, num_rows, draft_probs, draft_logits),
         *ints_of(bonus_token_ids),
         address_of(constants),
     )
@@ -100,6 +87,16 @@ def verify_batch(
     if bad_rows and bad_row_counter is not None:
         bad_row_counter += bad_rows
     return notes
+
+
+def drafts_of(draft_token_ids, num_rows: int, draft_probs, draft_logits) -> tuple[int, ...]:
+    """What a verification is told of its drafts, in the plan's order."""
+    tokens = (*ints_of(draft_token_ids), draft_token_ids.shape[0] != num_rows)
+    if draft_probs is not None:
+        return (*tokens, PROBS, draft_probs.data_ptr(), draft_probs.stride(0), 0, KIND[draft_probs.dtype])
+    if draft_logits is not None:
+        return (*tokens, LOGITS, draft_logits.data_ptr(), *draft_logits.stride()[:2], KIND[draft_logits.dtype])
+    return (*tokens, ONE_HOT, 0, 0, 0, 0)
 
 
 def common_of(

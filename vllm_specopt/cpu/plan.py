@@ -24,7 +24,8 @@ class Plan(NamedTuple):
     """Addresses are 0 for what is absent; ``wide`` means int64 rather than int32; strides count elements.
 
     Up to ``notes`` it is what a verification and an audit are both told. notes: Of each row, see ``notes.py``. rule,
-    counters: Of an audit, the row of the counts, and the counts.
+    counters: Of an audit, the row of the counts, and the counts. shard: Of a rank's part of the logits, see
+    ``sharded/plan.py``; ``logits`` are then its columns alone.
     """
 
     memory: int
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
     bonus: int
     wide_bonus: int
     constants: int
+    shard: int
 
 
 class Scratch(NamedTuple):

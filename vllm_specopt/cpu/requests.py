@@ -96,7 +96,7 @@ def _verify_request(request, plan, scratch):
     if plan.notes:
         clear_notes(plan, start, num_rows)
     rule = _rule_of(plan, state, is_greedy)
-    out = plan.token_ids + request * plan.token_ids_stride * (8 if plan.wide_token_ids else 4)
+    out = out_of(plan, request)
     place, emitted, num_read, spent, is_bad = np.int64(0), SURVIVES, np.int64(0), 0.0, 0
     if rule[0] == BLOCK:
         place, emitted, num_read = block_rule(plan, request, start, num_drafts, state, scale, filters, seed, scratch)
@@ -116,8 +116,8 @@ def _verify_request(request, plan, scratch):
                 break
             if is_greedy:
                 top, emitted = largest_logit(row, scratch.tile)
-                is_bad = 1 if top == -INF else 0
                 emitted = SURVIVES if emitted == token else emitted
+                is_bad = 1 if top == -INF and emitted != SURVIVES else 0
             else:
                 position = position_of(plan, start + place, place)
                 draft_row = draft_of(plan, request, start + place, state, place)
@@ -133,13 +133,30 @@ def _verify_request(request, plan, scratch):
             place += 1
         num_read = np.int64(1) if rule[0] == SIGMOID and not filters[0] else place + 1
         num_read -= 1 if plan.bonus and place == num_drafts else 0
+    end_request(plan, request, rule[0], place, emitted, num_drafts, num_read, spent)
+    return is_bad
+
+
+@jit
+def end_request(plan, request, method, place, emitted, num_drafts, num_read, spent):
+    """Write what follows a request's accepted tokens, which are written, and count it for the rule that it followed.
+
+    Args:
+        place: How many were accepted. emitted: The token that follows, below 0 for a row without a usable logit.
+    """
+    out = out_of(plan, request)
     write_int(out, place, plan.wide_token_ids, max(emitted, np.int64(0)))
     write_int(plan.num_sampled, request, False, place + 1)
     for i in range(place + 1, plan.token_ids_width):
         write_int(out, i, plan.wide_token_ids, np.int64(-1))
     if plan.counters:
-        _count(plan.counters + 64 * rule[0], place, num_drafts, num_read, spent)
-    return is_bad
+        _count(plan.counters + 64 * method, place, num_drafts, num_read, spent)
+
+
+@jit
+def out_of(plan, request):
+    """Address of a request's tokens."""
+    return plan.token_ids + request * plan.token_ids_stride * (8 if plan.wide_token_ids else 4)
 
 
 @jit

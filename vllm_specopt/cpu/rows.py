@@ -97,7 +97,12 @@ def weight_of(value, frame):
 @jit
 def value_at(row, token):
     """One logit of a row, relative to the row's origin; NaN becomes -inf."""
-    value = read(row.address, row.kind, token)
+    return relative(row, read(row.address, row.kind, token))
+
+
+@jit
+def relative(row, value):
+    """A logit that is not NaN, relative to a row's origin."""
     if row.is_shifted:
         return ZERO if value == row.origin else np.float32(value - row.origin)
     return value

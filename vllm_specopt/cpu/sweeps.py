@@ -62,7 +62,7 @@ def _accumulate(accumulator, x, frame):
 
 
 @jit
-def _sum_tile(address, kind, frame):
+def sum_tile(address, kind, frame):
     """Of eight groups of a tile: the sums of their weights, and their largest logits, none below the frame's lowest."""
     if kind == FP32:
         return _sum_in_order(address, FP32, frame)
@@ -96,7 +96,7 @@ def _sum_in_order(address, kind, frame):
 
 
 @jit
-def _largest_of_tile(address, kind, least):
+def largest_of_tile(address, kind, least):
     """The largest logit of a tile, or ``least`` if that is larger."""
     tops = splat(least)
     if kind == BF16:
@@ -118,27 +118,32 @@ def largest_logit(row, buffer):
     top, first = -INF, np.int64(0)
     for start in range(0, row.vocab, TILE):
         address, kind = tile_at(row, start, buffer)
-        tile_top = _largest_of_tile(address, kind, top)
+        tile_top = largest_of_tile(address, kind, top)
         if tile_top > top:
             top, first = tile_top, np.int64(start)
-    if top == -INF:
-        return top, first
-    address, kind = tile_at(row, first, buffer)
+    return top, first_in_tile(row, first, top, buffer) if top > -INF else first
+
+
+@jit
+def first_in_tile(row, start, top, buffer):
+    """The first token of a tile whose logit is at least ``top``, its largest; ``start`` is the tile's first token."""
+    address, kind = tile_at(row, start, buffer)
     size = size_of(kind)
     for i in range(0, TILE, WIDTH):
         found = at_least(load(address + size * i, kind), splat(top))
         if found:
-            return top, first + i + trailing_zeros(found)
-    return top, first
+            return start + i + trailing_zeros(found)
+    return start
 
 
 @inline
-def _is_large(top, scale):
+def is_large(top, scale):
+    """Whether a logit is too large for the reference of a row that is not shifted."""
     return not abs(np.float64(top) * np.float64(scale)) < LARGEST_REFERENCE
 
 
 @inline
-def _frame_below(top, scale):
+def frame_below(top, scale):
     """The frame whose reference is a logit, and the logit at which the reference has to follow."""
     frame = frame_at(scale, np.rint(np.float64(top) * np.float64(scale)))
     return frame, np.float32((frame.reference + HEADROOM) / scale)
@@ -153,33 +158,41 @@ def _sweep(row, scale, left, buffer):
         tile = start // TILE
         address, kind = tile_at(row, start, buffer)
         if not has_reference:
-            top = _largest_of_tile(address, kind, -INF)
+            top = largest_of_tile(address, kind, -INF)
             if top == -INF:
-                _leave(left, tile, splat(ZERO), splat(-INF))
+                leave(left, tile, splat(ZERO), splat(-INF))
                 continue
-            if _is_large(top, scale):
+            if is_large(top, scale):
                 return False, frame, mass
-            frame, limit = _frame_below(top, scale)
+            frame, limit = frame_below(top, scale)
             has_reference = True
-        sums, tops = _sum_tile(address, kind, frame)
+        sums, tops = sum_tile(address, kind, frame)
         if at_least(tops, splat(limit)):
             top = largest(tops)
-            if _is_large(top, scale):
+            if is_large(top, scale):
                 return False, frame, mass
-            before = frame.reference
-            frame, limit = _frame_below(top, scale)
-            factor = 2.0 ** (before - frame.reference)
+            frame, limit, factor = follow(frame, top, scale, left, tile)
             mass *= factor
-            for i in range(tile):
-                sums = multiply(load_fp32(left.group_sums + left.stride * i), splat(np.float32(factor)))
-                _leave(left, i, sums, load_fp32(left.tops + left.stride * i))
-            sums, tops = _sum_tile(address, kind, frame)
-        mass += np.float64(_leave(left, tile, sums, tops))
+            sums, tops = sum_tile(address, kind, frame)
+        mass += np.float64(leave(left, tile, sums, tops))
     return True, frame, mass
 
 
+@jit
+def follow(frame, top, scale, left, num_tiles):
+    """Move the reference up to ``top``, and what the first tiles have left with it: frame, next limit, and factor."""
+    before = frame.reference
+    frame, limit = frame_below(top, scale)
+    factor = 2.0 ** (before - frame.reference)
+    for i in range(num_tiles):
+        sums = multiply(load_fp32(left.group_sums + left.stride * i), splat(np.float32(factor)))
+        leave(left, i, sums, load_fp32(left.tops + left.stride * i))
+    return frame, limit, factor
+
+
 @inline
-def _leave(left, tile, sums, tops):
+def leave(left, tile, sums, tops):
+    """Write what a tile leaves; its sum."""
     tile_sum = total(sums)
     write_float(left.sums, tile, tile_sum)
     store(left.group_sums + left.stride * tile, sums)

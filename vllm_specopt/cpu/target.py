@@ -39,8 +39,14 @@ def draw_target(target, uniform, scratch):
     """A token of the row, by inversion."""
     goal = uniform * target.mass
     tile, before = find_tile(scratch.left.sums, (target.row.vocab + TILE - 1) // TILE, goal)
+    return _token_of(target, place_in_tile(target, tile, goal - before, scratch), scratch)
+
+
+@jit
+def place_in_tile(target, tile, goal, scratch):
+    """The first place of a row, within a tile, at which the running sum of the tile's weights passes ``goal``."""
     weigh_tile(target.row, target.frame, tile * TILE, target.floor, scratch.tile, scratch.weights)
-    return _token_of(target, tile * TILE + find_in_tile(scratch.weights, goal - before), scratch)
+    return tile * TILE + find_in_tile(scratch.weights, goal)
 
 
 def weighing_by(sum_tile):

@@ -41,6 +41,9 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("sampling_params.py", "SamplingParams._validate_spec_decode"): ("ee495b8e8f7a03d6",),
         ("v1/worker/gpu_model_runner.py", "GPUModelRunner._calc_spec_decode_metadata"): ("57820ad4a011ede9",),
         ("v1/worker/gpu_model_runner.py", "GPUModelRunner._get_spec_decode_draft_probs"): ("a6ca9cce82907287",),
+        ("model_executor/layers/logits_processor.py", "LogitsProcessor.forward"): ("0baa651e06d8f74a",),
+        ("model_executor/layers/logits_processor.py", "LogitsProcessor._get_logits"): ("7961cfeecdf97cf2",),
+        ("model_executor/layers/logits_processor.py", "LogitsProcessor._gather_logits"): ("78cfa7194a7a84e4",),
     },
     "V2": {
         ("v1/worker/gpu/spec_decode/rejection_sampler.py", "RejectionSampler"): (
@@ -78,6 +81,9 @@ PARTS: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("v1/worker/gpu/model_runner.py", "GPUModelRunner.sample"): ("d3e7c9c090226f8a",),
         ("v1/engine/input_processor.py", "InputProcessor._validate_params"): ("1533e2351fe8e310",),
         ("sampling_params.py", "SamplingParams._validate_spec_decode"): ("ee495b8e8f7a03d6",),
+        ("model_executor/layers/logits_processor.py", "LogitsProcessor.forward"): ("0baa651e06d8f74a",),
+        ("model_executor/layers/logits_processor.py", "LogitsProcessor._get_logits"): ("7961cfeecdf97cf2",),
+        ("model_executor/layers/logits_processor.py", "LogitsProcessor._gather_logits"): ("78cfa7194a7a84e4",),
     },
 }
 

@@ -33,6 +33,7 @@ class SpecoptConfig:
     allow_per_request: Whether a request may choose between exact and that method, see :func:`requested`.
     audit: Share of the steps whose tokens are audited (``vllm_specopt.audit``), 0 for none. In the option it may also
         be true or false.
+    sharded: Whether tensor-parallel ranks keep their parts of the logits in steps that need no whole rows.
     """
 
     method: str
@@ -40,6 +41,7 @@ class SpecoptConfig:
     rule: Constants | None = None
     allow_per_request: bool = False
     audit: float = 0.0
+    sharded: bool = False
 
     @property
     def verifies(self) -> bool:
@@ -89,10 +91,13 @@ def parse(additional_config: Any) -> SpecoptConfig | None:
     for key, allowed in ALLOWED.items():
         if key in option and (not isinstance(option[key], str) or option[key] not in allowed):
             raise ValueError(f"specopt.{key} is {option[key]!r}, expected {_either(allowed)}")
+    for key in ("allow_per_request", "sharded"):
+        if not isinstance(option.get(key, False), bool):
+            raise ValueError(f"specopt.{key} is {option[key]!r}, expected true or false")
     per_request = option.get("allow_per_request", False)
-    if not isinstance(per_request, bool):
-        raise ValueError(f"specopt.allow_per_request is {per_request!r}, expected true or false")
     share = _parse_share(option.get("audit", False))
+    if option.get("sharded", False):
+        _check_sharded(option, per_request, share)
     if option["method"] == STOCK:
         _check_stock(option, per_request, share)
         return SpecoptConfig(STOCK, option.get("on_unknown_vllm", "error"), audit=share)
@@ -109,6 +114,20 @@ def _parse_share(value: Any) -> float:
             f"specopt.audit is {value!r}, expected true, false, or the share of steps, above 0 and up to 1"
         )
     return float(value)
+
+
+def _check_sharded(option: Mapping, per_request: bool, share: float) -> None:
+    """Refuse what needs whole rows of logits."""
+    for is_given, what in (
+        (option["method"] != "exact", f"method is {option['method']!r}"),
+        (per_request, "allow_per_request is true"),
+        (share, "an audit is asked for"),
+    ):
+        if is_given:
+            raise ValueError(
+                f"specopt.sharded is true and {what}: sharded verification is exact and has no whole rows of logits; "
+                "leave one of them out"
+            )
 
 
 def _check_stock(option: Mapping, per_request: bool, share: float) -> None:

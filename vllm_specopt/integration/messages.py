@@ -11,6 +11,8 @@ logger = init_logger("vllm.specopt")
 def log_active(runner: str, config: SpecoptConfig, device, backend: str, speculative) -> None:
     """Which sampler is at work, and what its output is, if that is not the target's distribution."""
     more = " per_request=allowed" if config.allow_per_request else " speculation=off" if speculative is None else ""
+    if config.sharded:
+        more += " logits=sharded"
     if config.audit:
         more += f" audit={config.audit:g}"
     logger.info(

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +27,9 @@ from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import METHODS
 from vllm_specopt.rules import SPENT_UNIT
 from vllm_specopt.verify import Notes
+
+if TYPE_CHECKING:
+    from vllm_specopt.integration.sharded import Sharding
 
 DIRECTORY = "SPECOPT_METRICS_DIR"
 """Environment variable by which the process that makes the configuration tells the workers where to write."""
@@ -37,6 +41,7 @@ BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-
 COUNTERS = {
     "verified_steps": "Batches with draft tokens, verified by the drop-in.",
     "plain_steps": "Batches without draft tokens, drawn by the drop-in.",
+    "sharded_steps": "Of both: batches whose logits stayed on their tensor-parallel ranks.",
     "tokens": "Tokens emitted by requests with draft tokens, by outcome: accepted, recovered or bonus.",
     "rows": "Rows of target logits by outcome: swept (read in full) or skipped (not needed, not read in full).",
     "spent_nats": "KL divergence from the target's distribution spent by the budget method, in nats.",
@@ -112,7 +117,10 @@ class Account:
         bad_rows: Emitting rows without a usable logit so far, int64 ``[1]``.
         recorder: Told of each step; publishes the counters where there is a ``/metrics``.
         auditor: Told of the tokens of each step; None where none is audited.
+        sharding: The worker's part of the vocabulary; None where every step has whole rows of logits.
     """
+
+    sharding: "Sharding | None" = None
 
     def __init__(self, device: torch.device | str):
         self.recorder: Recorder | _NotRecorded = NOT_RECORDED
@@ -190,7 +198,7 @@ class Recorder:
         """
         self.num_steps = self.num_plain_steps = 0
         self._labels, self._method, self._counts_steps = labels, method, counts_steps
-        self._auditor = account.auditor
+        self._auditor, self._sharding = account.auditor, account.sharding
         self._buffer = account.counters
         self._on_gpu = self._buffer.device.type == "cuda"
         self._host = torch.zeros_like(self._buffer, device="cpu", pin_memory=True) if self._on_gpu else self._buffer
@@ -247,6 +255,8 @@ class Recorder:
         if self._counts_steps:
             self._set("counter", "verified_steps", self.num_steps, "_total", method=self._method)
             self._set("counter", "plain_steps", self.num_plain_steps, "_total", method=self._method)
+            if self._sharding is not None:
+                self._set("counter", "sharded_steps", self._sharding.steps, "_total", method=self._method)
             self._write_seconds()
         if self._auditor is not None:
             self._write_audit(self._auditor)

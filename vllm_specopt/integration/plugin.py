@@ -126,6 +126,10 @@ def _warm_up(original):
     def compile_or_warm_up_model(self, *args, **kwargs):
         config = active_config(self.vllm_config)
         sampler = getattr(self.model_runner, "rejection_sampler", None) or getattr(self.model_runner, "sampler", None)
+        if config and config.sharded and hasattr(sampler, "account"):
+            from vllm_specopt.integration.sharded import Sharding
+
+            sampler.account.sharding = Sharding(self.model_runner)
         if config and current_platform.is_cuda() and hasattr(sampler, "warm_up"):
             from vllm_specopt.integration.warm_up import warm_up
 
@@ -153,18 +157,58 @@ def _install_runner_hook(vllm_config) -> None:
         return
     if reason := stock_reason(vllm_config, config):
         logger.warning("specopt: not active: %s", reason)
-    elif vllm_config.use_v2_model_runner:
+        return
+    if config.sharded:
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        _wrap(LogitsProcessor, "_gather_logits", _gather_logits)
+    if vllm_config.use_v2_model_runner:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
         from vllm.v1.worker.gpu.model_states.interface import ModelState
 
         _wrap(ModelState, "custom_sampler", _custom_sampler)
         _wrap(GPUModelRunner, "load_model", _v2_load_model)
+        if config.sharded:
+            _wrap(GPUModelRunner, "sample", _v2_sample)
     else:
         from vllm.v1.worker import gpu_model_runner
 
         _wrap(gpu_model_runner, "build_logitsprocs", _build_logitsprocs)
         _wrap(gpu_model_runner.GPUModelRunner, "__init__", _v1_init)
         _wrap(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", _calc_spec_decode_metadata)
+        if config.sharded:
+            _wrap(gpu_model_runner.GPUModelRunner, "execute_model", _v1_execute_model)
+
+
+def _gather_logits(original):
+    def _gather_logits(self, logits):
+        from vllm_specopt.integration.sharded import SHARDING
+
+        sharding = getattr(self, SHARDING, None)
+        return logits if sharding is not None and sharding.stays() else original(self, logits)
+
+    return _gather_logits
+
+
+def _v2_sample(original):
+    def sample(self, hidden_states, input_batch, grammar_output, *args, **kwargs):
+        from vllm_specopt.integration.sharded import opened, v2_stays
+
+        with opened(self, lambda: v2_stays(self, input_batch, grammar_output)):
+            return original(self, hidden_states, input_batch, grammar_output, *args, **kwargs)
+
+    return sample
+
+
+def _v1_execute_model(original):
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        from vllm_specopt.integration.sharded import opened, v1_stays
+
+        # The step's batch is known once its logits are made.
+        with opened(self, lambda: v1_stays(self, scheduler_output)):
+            return original(self, scheduler_output, *args, **kwargs)
+
+    return execute_model
 
 
 def _custom_sampler(original):

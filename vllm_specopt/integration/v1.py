@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.sharded import verification
 from vllm_specopt.integration.v1_rows import process
 from vllm_specopt.integration.v1_sampler import (
     GREEDY_BELOW,
@@ -106,7 +107,7 @@ class RejectionSampler(stock.RejectionSampler):
         cu_num_logits = torch.cat((self.draws.starts(0), metadata.cu_num_sampled_tokens))
         # Bonus tokens of another sampler are not known to be drawn from these rows.
         notes = account.notes() if parameters and bonus is None else None
-        token_ids, _ = verify(
+        token_ids, _ = verification(account, rows, verify)(
             rows,
             cu_num_logits,
             metadata.draft_token_ids,

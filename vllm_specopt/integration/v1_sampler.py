@@ -26,6 +26,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.sharded import verification
 from vllm_specopt.verify import Notes, verify
 
 GREEDY_BELOW = 1e-5
@@ -219,7 +220,7 @@ class Sampler(stock.Sampler):
         return token_ids
 
     def _launch(self, rows, bad_rows, counters, **parameters) -> torch.Tensor:
-        return verify(
+        return verification(self.account, rows, verify)(
             rows,
             self.draws.starts(len(rows)),
             torch.empty(0, dtype=torch.int32, device=rows.device),
@@ -331,6 +332,12 @@ def plain_sampler() -> stock.Sampler:
 def wants_logprobs(sampling_metadata: SamplingMetadata) -> bool:
     """Whether a request of this batch asks for log probabilities."""
     return sampling_metadata.max_num_logprobs is not None or bool(sampling_metadata.logprob_token_ids)
+
+
+def is_filtered(sampling_metadata: SamplingMetadata) -> bool:
+    """Whether a request of this batch uses top-k, top-p or min-p."""
+    given = sampling_metadata.top_k, sampling_metadata.top_p, _min_p(sampling_metadata)
+    return any(tensor is not None for tensor in given)
 
 
 def _min_p(sampling_metadata: SamplingMetadata) -> torch.Tensor | None:

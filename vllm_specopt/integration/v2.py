@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
 from vllm_specopt.integration.config import SpecoptConfig
 from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.sharded import verification
 from vllm_specopt.integration.v2_sampler import (
     BACKEND,
     KINDS,
@@ -176,7 +177,7 @@ class RejectionSampler(stock.RejectionSampler):
         self, rows, cu_num_logits, drafts, pos, idx_mapping, draft_logits, parameters, rule, bad_rows, counters, notes
     ):
         constants, rule_requests = rule
-        return verify(
+        return verification(self.account, rows, verify)(
             rows,
             cu_num_logits,
             drafts,

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
+from vllm_specopt.integration.sharded import verification
 from vllm_specopt.verify import Notes, verify
 
 # V2 runs on Triton only; on a CPU that is Triton's interpreter.
@@ -155,7 +156,7 @@ class Sampler(stock.Sampler):
                     look(self, self.account, *step, notes=given)
 
     def _launch(self, rows, input_ids, pos, slots, parameters, bad_rows, counters, notes) -> torch.Tensor:
-        token_ids, _ = verify(
+        token_ids, _ = verification(self.account, rows, verify)(
             rows,
             starts_of(self._starts, len(rows)),
             input_ids,

@@ -47,6 +47,8 @@ def validate(vllm_config) -> SpecoptConfig | None:
         )
     if reason := contradiction(config, vllm_config.speculative_config):
         raise ValueError(reason)
+    if config.sharded and (reason := needs_whole_rows(vllm_config)):
+        raise ValueError(f"specopt.sharded is true, but {reason}; leave it out")
     drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0)
     if drafts > MAX_DRAFT_TOKENS and not vllm_config.use_v2_model_runner:
         raise ValueError(
@@ -81,6 +83,23 @@ def stock_reason(vllm_config, config: SpecoptConfig) -> str | None:
     for flag in ("return_sampling_mask", "use_fp64_gumbel"):
         if config.verifies and getattr(model, flag, False):
             return f"{flag} is set"
+    return None
+
+
+def needs_whole_rows(vllm_config) -> str | None:
+    """Why the logits of this engine cannot stay on tensor-parallel ranks, whatever the batches; None if they can."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size == 1:
+        return "there is one tensor-parallel rank"
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        return "batch-sharded sampling is on, which gives each rank whole rows of its own requests"
+    if vllm_config.lora_config is not None:
+        return "LoRA is on, which works on whole rows"
+    if parallel.pipeline_parallel_size > 1 and not vllm_config.use_v2_model_runner:
+        return "model runner V1 hands logits from one pipeline stage to others"
+    speculative = vllm_config.speculative_config
+    if getattr(speculative, "rejection_sample_method", "standard") == "block":
+        return "rejection_sample_method is 'block', which works on whole rows"
     return None
 
 

@@ -11,6 +11,8 @@ import time
 import torch
 from vllm.logger import init_logger
 
+from vllm_specopt.integration.sharded import opened, sharding_of
+
 logger = init_logger("vllm.specopt")
 
 ROWS = 3
@@ -26,7 +28,19 @@ def warm_up(runner) -> None:
         runner: vLLM's model runner, V1 or V2, with samplers of ours and its model loaded.
     """
     start = time.perf_counter()
-    logits, speculative, v2 = example_logits(runner), runner.speculative_config, runner.vllm_config.use_v2_model_runner
+    _warm_up(runner, example_logits(runner))
+    if sharding_of(runner) is not None:
+        with opened(runner, lambda: True):
+            part = example_logits(runner)
+        _warm_up(runner, part)
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+    logger.info("specopt: warmed up in %.1f s", time.perf_counter() - start)
+
+
+def _warm_up(runner, logits: torch.Tensor) -> None:
+    """The same for logits that are laid out alike."""
+    speculative, v2 = runner.speculative_config, runner.vllm_config.use_v2_model_runner
     # With speculation V1 sends steps without drafts to the rejection sampler, too.
     if (v2 or speculative is None) and hasattr(runner.sampler, "warm_up"):
         runner.sampler.warm_up(logits)
@@ -35,9 +49,6 @@ def warm_up(runner) -> None:
     elif speculative is not None:
         probabilistic = speculative.draft_sample_method == "probabilistic"
         runner.rejection_sampler.warm_up(logits, speculative.num_speculative_tokens, probabilistic)
-    if logits.device.type == "cuda":
-        torch.cuda.synchronize(logits.device)
-    logger.info("specopt: warmed up in %.1f s", time.perf_counter() - start)
 
 
 def example_logits(runner) -> torch.Tensor:

@@ -90,11 +90,23 @@ def probabilities(target, draft, token):
     target_prob = np.float64(weight_of(value_at(target.source, token), target.frame)) / target.mass
     if not is_kept(target, token):
         target_prob = 0.0
+    return target_prob, draft_probability(draft, token)
+
+
+@jit
+def draft_probability(draft, token):
+    """That which the draft gives a token."""
     value = value_at(draft.row, token)
     draft_prob = np.float64(value)
     if draft.mode != PROBS:
         draft_prob = np.float64(weight_of(value, draft.frame)) / draft.mass if draft.mass > 0.0 else 0.0
-    return target_prob, draft_prob
+    return draft_prob
+
+
+@jit
+def passes(target_prob, draft_prob, seed, position):
+    """u <= target probability / draft probability."""
+    return draft_prob > 0.0 and acceptance_uniform(seed, position) * draft_prob <= target_prob
 
 
 @jit
@@ -108,7 +120,7 @@ def rest_of(target, draft, carry, scratch):
 def exact_rule(target, draft, token, seed, position, scratch):
     """-1 if the draft token survives (u <= target probability / draft probability), else the token that follows."""
     target_prob, draft_prob = probabilities(target, draft, token)
-    if draft_prob > 0.0 and acceptance_uniform(seed, position) * draft_prob <= target_prob:
+    if passes(target_prob, draft_prob, seed, position):
         return np.int64(-1)
     rest = rest_of(target, draft, 1.0, scratch)
     return _draw_residual(target, rest, draw_uniform(seed, position, RESIDUAL), scratch)

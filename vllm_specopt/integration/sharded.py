@@ -1,0 +1,149 @@
+"""Logits that stay on their tensor-parallel ranks: in which steps, and how these are verified.
+
+vLLM's ``LogitsProcessor`` makes each rank's part of the logits and gathers all of them on every rank. In a step whose
+requests need no whole rows the gather is left out, and :func:`vllm_specopt.sharded.verify_sharded` verifies. Whether a
+step is one of these is decided on the host, by what all ranks know alike.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from vllm import envs
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+from vllm_specopt.integration.metrics import Account
+from vllm_specopt.sharded import Shard, shards_of, verify_sharded
+from vllm_specopt.verify import Verified, verify
+
+SHARDING = "_specopt_sharding"
+"""Where a logits processor of the target model keeps its worker's :class:`Sharding`."""
+PROBE_ROWS = 2
+# What verify() takes and a sharded step does not have.
+WHOLE_ROWS = ("top_k", "top_p", "min_p", "rule", "rule_requests", "notes")
+
+
+class Sharding:
+    """One worker's part of the vocabulary, whose logits may stay there.
+
+    Attributes:
+        shard: This rank's columns.
+        steps: How many batches were verified sharded.
+    """
+
+    def __init__(self, runner):
+        """Find out which columns this rank holds, and that all ranks' are vLLM's rows; a collective.
+
+        Args:
+            runner: vLLM's model runner, V1 or V2, with its model loaded.
+
+        Raises:
+            ValueError: The model makes its logits in another way, or the runner's sampler is not ours.
+        """
+        config, model = runner.model_config, runner.model
+        if not hasattr(runner.sampler, "account"):
+            raise ValueError(
+                "specopt.sharded is true, but the model or another plugin brings its own "
+                f"{type(runner.sampler).__qualname__}, which needs whole rows; leave it out"
+            )
+        self.shard: Shard | None = None
+        self.steps = 0
+        self._decide: Callable[[], bool] | None = None
+        self._group = get_tp_group()
+        self.processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+        hidden = torch.randn(PROBE_ROWS, config.get_hidden_size(), generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(runner.device, config.dtype)
+        with torch.inference_mode():
+            whole = model.compute_logits(hidden)
+            for processor in self.processors:
+                setattr(processor, SHARDING, self)
+            with self.open(lambda: True):
+                part = model.compute_logits(hidden)
+        columns, vocab_size, ranks = part.shape[1], whole.shape[1], self._group.world_size
+        is_part = columns < vocab_size <= columns * ranks
+        if is_part:
+            gathered = self.gather(part.contiguous()).transpose(0, 1).flatten(1)[:, :vocab_size]
+        if not is_part or not torch.equal(gathered, whole):
+            raise ValueError(
+                f"specopt.sharded is true, but {type(model).__name__} does not make its logits by vLLM's "
+                "LogitsProcessor alone; leave it out"
+            )
+        self.shard = shards_of(vocab_size, ranks, columns)[self._group.rank_in_group]
+
+    @contextlib.contextmanager
+    def open(self, decide: Callable[[], bool]) -> Iterator[None]:
+        """Within it logits stay on their ranks if ``decide`` says so when they are made; elsewhere they never do."""
+        self._decide = decide
+        try:
+            yield
+        finally:
+            self._decide = None
+
+    def stays(self) -> bool:
+        """Whether logits that are made now stay on their ranks."""
+        return self._decide is not None and self._decide()
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' tensors, ``[ranks, ...]``; a collective."""
+        return self._group.all_gather(tensor, dim=0).view(self._group.world_size, *tensor.shape)
+
+    def verify(self, logits: torch.Tensor, *args, **kwargs) -> Verified:
+        """:func:`vllm_specopt.verify.verify` of this rank's columns; a collective."""
+        self.steps += 1
+        for name in WHOLE_ROWS:
+            kwargs.pop(name, None)
+        return verify_sharded(logits, *args, shard=self.shard, gather=self.gather, **kwargs)
+
+
+def opened(runner, decide: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
+    """:meth:`Sharding.open` of a runner's samplers, where they have one."""
+    sharding = sharding_of(runner)
+    return contextlib.nullcontext() if sharding is None else sharding.open(decide)
+
+
+def sharding_of(runner) -> Sharding | None:
+    """What a runner's samplers have of it."""
+    account = getattr(runner.sampler, "account", None)
+    return None if account is None else account.sharding
+
+
+def verification(
+    account: Account, logits: torch.Tensor, whole: Callable[..., Verified] = verify
+) -> Callable[..., Verified]:
+    """What verifies rows of logits: ``whole``, or if they are one rank's part of the columns its sharding."""
+    sharding = account.sharding
+    if sharding is None or logits.shape[1] == sharding.shard.vocab_size:
+        return whole
+    return sharding.verify
+
+
+def v2_stays(runner, input_batch, grammar_output) -> bool:
+    """Whether a step of model runner V2 needs no whole rows of logits."""
+    from vllm_specopt.integration.v2_sampler import FILTERED, PROCESSED
+
+    slots, sampler = input_batch.idx_mapping_np, runner.sampler
+    if grammar_output is not None or sampler.compute_nans or not len(slots):
+        return False
+    needed = int(np.bitwise_or.reduce(sampler.needs[slots]))
+    return not needed & (FILTERED | PROCESSED) and sampler.get_logprobs_dims(slots) is None
+
+
+def v1_stays(runner, scheduler_output) -> bool:
+    """Whether a step of model runner V1 needs no whole rows of logits."""
+    from vllm_specopt.integration.v1_sampler import (
+        is_filtered,
+        needs_processors,
+        wants_logprobs,
+        works_on_probabilities,
+    )
+
+    metadata = runner.input_batch.sampling_metadata
+    return not (
+        scheduler_output.has_structured_output_requests
+        or envs.VLLM_COMPUTE_NANS_IN_LOGITS
+        or wants_logprobs(metadata)
+        or needs_processors(metadata)
+        or (not metadata.all_greedy and (works_on_probabilities(metadata) or is_filtered(metadata)))
+    )
