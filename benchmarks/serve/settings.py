@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.errors import CliError, json_object
 from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.benchmarks.processes import free_port
 from vllm_specopt.benchmarks.record import CHECKOUT, installed
@@ -188,13 +188,7 @@ def _models(target: str | None, draft: str | None, speculative: str | None) -> t
         raise CliError("a target needs a --draft or a --speculative-config.", 2)
     model = _model(target or str(models / "specopt-target"), "target")
     if speculative:
-        try:
-            found = json.loads(speculative)
-        except json.JSONDecodeError as error:
-            raise CliError(f"--speculative-config is not JSON ({error}): {speculative}", 2) from error
-        if not isinstance(found, dict):
-            raise CliError("--speculative-config must be a JSON object.", 2)
-        return model, found
+        return model, json_object("--speculative-config", speculative)
     return model, {"model": _model(draft or str(models / "specopt-draft"), "draft"), **SPECULATION}
 
 
