@@ -16,8 +16,11 @@ if shutil.which("nvidia-smi") is None:
 # Several processes share the cores: threads of one that wait for each other spin where another could run.
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name, value in {
+        "NUMBA_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
+        # Engines are eager, but vLLM compiles some functions even then.
+        "TORCHDYNAMO_DISABLE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }.items():
         os.environ.setdefault(name, value)

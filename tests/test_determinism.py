@@ -5,12 +5,12 @@ every batch. Other drafts, their number and their absence change nothing unless 
 distribution of the tokens stays the same. Greedy tokens never change.
 """
 
-import json
-import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from engine import steps
+from stress.engines import start
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.engine, pytest.mark.long]
@@ -26,7 +26,7 @@ DRAFTING = {
 GRID = [("greedy", 4), ("greedy", 1), ("probabilistic", 8), ("ngram", 4)]
 MAX_LEN, MAX_TOKENS, SEEDED, LAW = 256, 24, 24, 1200
 GREEDY = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
-PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()]
+PROMPTS = steps.prompts()
 ONE_TOKEN = [[token] for token in range(3, 512, 32)]
 # Three choices at each of the tokens after the first: 27 sequences, all of which the verifier emits.
 # Short: of these there are more than a thousand in each engine.
@@ -91,7 +91,6 @@ def ran(tmp_path_factory):
     pressed = {"greedy": (PROMPTS, GREEDY), "seeded": repeats["seeded"]}
     pressed = engine("pressed", pressed, max_num_seqs=16, num_gpu_blocks_override=44, **speculating("greedy", 4))
     engines.append(pressed | {"llm": pressed["llm"] | {"block_size": 32}})
-    start = runpy.run_path(str(ROOT / "tests" / "stress" / "engines.py"))["start"]
     return start(engines, tmp_path_factory.mktemp("engines"))
 
 

@@ -7,8 +7,6 @@ takes the notes of the faulty call. Where no fault is planted, vLLM's own sample
 
 import argparse
 import json
-import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -132,17 +130,19 @@ def main() -> None:
     if given.here:
         run(given.faults[0], given.limit)
         return
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support import prepared
+
     from vllm_specopt.evidence import judge
 
-    environment = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["environment"]("V1")
     print("| fault | tokens until the alarm | impossible | largest deviation of a bin, points | log10 e |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name in given.faults or FAULTS:
-        command = [sys.executable, __file__, "--here", "--limit", str(given.limit), name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
-        verdict = judge(json.loads(done.stdout.splitlines()[-1]))
+        status, log = prepared.run("V1", __file__, "--here", "--limit", given.limit, name)
+        if status:
+            raise SystemExit(log[-3000:])
+        counts = next(line for line in reversed(log.splitlines()) if line.startswith("["))
+        verdict = judge(json.loads(counts))
         assert verdict.largest is not None
         said = f"{verdict.tokens:,}" if verdict.is_lossy else f"none in {verdict.tokens:,}"
         print(

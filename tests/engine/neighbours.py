@@ -1,6 +1,6 @@
 """Features beside which verification runs: each engine with draft tokens must emit what it emits without.
 
-Usage: ``python neighbours.py RESULT.json [FEATURE ...]``, in the environment of a runner (``run_engines.environment``).
+Usage: ``python neighbours.py RESULT.json [FEATURE ...]``, in the environment of a runner (``support.prepared``).
 Writes, per feature, whether the seeded and greedy requests of both engines have equal tokens, and what else must hold.
 """
 

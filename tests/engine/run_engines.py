@@ -13,15 +13,10 @@ Engines that audit leave their counts.
 import contextlib
 import gc
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-
-HERE = Path(__file__).resolve()
-INTERPRETER = HERE.parent / "interpreter"
 
 
 def main(request_path: str, result_path: str) -> None:
@@ -98,8 +93,7 @@ def speculation(llm) -> dict[str, list[int]]:
 @contextlib.contextmanager
 def watched_launches(runner, result: dict, engine: dict):
     """Warm a V2 runner up, if that is not done, and add what it launches within the block to the engine's result."""
-    sys.path.insert(0, str(HERE.parents[1] / "support"))
-    from launch_keys import recorded, unexpected
+    from support.launch_keys import recorded, unexpected
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
     from vllm_specopt.integration.warm_up import warm_up
@@ -155,45 +149,19 @@ def compared_with_reference(result: dict):
         v2.verify = verify
 
 
-def start(engines: list[dict], folder: Path, runner: str) -> tuple[dict, dict]:
-    """Run engines on model runner ``V1`` or ``V2`` in a process of their own.
+def start(engines: list[dict], folder: Path, runner: str, **env: str) -> tuple[dict, dict]:
+    """Run engines on model runner ``V1`` or ``V2`` in a process of their own, ``env`` added to its environment.
 
     Returns:
         The results, and what was logged, both by engine name.
     """
+    from support import prepared
+
     (folder / "request.json").write_text(json.dumps(engines))
-    done = subprocess.run(
-        [sys.executable, str(HERE), "request.json", "result.json"],
-        cwd=folder,
-        env=environment(runner),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    parts = re.split(r"^engine (.*)$", done.stdout, flags=re.MULTILINE)
+    status, log = prepared.run(runner, __file__, "request.json", "result.json", cwd=folder, env=env)
+    assert status == 0, log[-4000:]
+    parts = re.split(r"^engine (.*)$", log, flags=re.MULTILINE)
     return json.loads((folder / "result.json").read_text()), dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def environment(runner: str) -> dict[str, str]:
-    """Environment for a process that uses vLLM's model runner ``V1`` or ``V2`` on a CPU."""
-    environ = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        # One thread: on a busy machine threads that wait for each other cost more than they save in models this small.
-        # Numba's too, which n-gram drafting starts: they set how many vLLM's kernels take.
-        "NUMBA_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-        # Engines are eager, but vLLM compiles what counts a log probability's rank even then.
-        "TORCHDYNAMO_DISABLE": "1",
-        "TRITON_INTERPRET": "1" if runner == "V2" else "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
-    }
-    if runner == "V2":
-        environ["PYTHONPATH"] = os.pathsep.join([str(INTERPRETER), environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return environ
 
 
 def count_stock_calls() -> Counter:

@@ -14,10 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from rows import BLOCK, COLUMNS, DRAFT, ENGINES, MAX_TOKENS, NUM_DRAFTS, ROOT, ROWS, TARGET, Column, Row  # noqa: E402
+from parity.rows import BLOCK, COLUMNS, DRAFT, ENGINES, MAX_TOKENS, NUM_DRAFTS, ROOT, ROWS, TARGET, Column, Row
 
 
 def prompts(kind: str) -> list[list[int]]:
@@ -54,7 +51,7 @@ def arguments(column: Column, engine: str) -> dict:
     if column.arm == "ours":
         args["additional_config"] = {"specopt": {"method": "exact"}}
     if engine == "custom":
-        args["logits_processors"] = [f"processors:{name}{column.runner}" for name in ("Ban", "NotTwice")]
+        args["logits_processors"] = [f"parity.processors:{name}{column.runner}" for name in ("Ban", "NotTwice")]
     return args
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -114,25 +112,11 @@ def _params(batch: dict):
 def start(engines: list[dict], folder: Path) -> dict:
     """Run engines in a process of their own and return the results by engine name."""
     (folder / "request.json").write_text(json.dumps(engines))
-    environ = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "request.json", "result.json"],
-        cwd=folder,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from support import prepared
+
+    status, log = prepared.run("V1", __file__, "request.json", "result.json", cwd=folder)
+    assert status == 0, log[-4000:]
     return json.loads((folder / "result.json").read_text())
 
 
