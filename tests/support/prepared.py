@@ -44,7 +44,7 @@ def environment(runner: str) -> dict[str, str]:
 
 
 def run(runner: str, *arguments: object, cwd: Path | None = None, env: dict | None = None) -> tuple[int, str]:
-    """Run ``python ARGUMENTS`` (a script, or ``-m`` and a module) and return its exit status and what it logged.
+    """Run ``python ARGUMENTS`` (a script, ``-m`` and a module, ``-c`` and code); return exit status and what it logged.
 
     Args:
         runner: ``V1`` or ``V2``.
@@ -97,8 +97,11 @@ def _become(request: dict) -> None:
     os.environ.update(request["env"])
     name, *sys.argv[1:] = request["arguments"]
     path = [folder for folder in request["env"]["PYTHONPATH"].split(os.pathsep) if folder not in sys.path]
-    sys.path[:1] = ["" if name == "-m" else str(Path(name).parent), *path]
-    if name == "-m":
+    sys.path[:1] = ["" if name in ("-m", "-c") else str(Path(name).parent), *path]
+    if name == "-c":
+        code, sys.argv[:2] = sys.argv[1], ["-c"]
+        exec(code, {"__name__": "__main__"})
+    elif name == "-m":
         sys.argv.pop(0)
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
