@@ -126,7 +126,7 @@ def test_a_configuration_without_speculation_is_fine():
     [
         (["--speculative-config", "{"], "--speculative-config is not JSON"),
         (["--additional-config", "[1]"], "--additional-config is [1], expected a JSON object."),
-        (["--model", "./nowhere"], "./nowhere is no model folder (it has no config.json)."),
+        (["--model", "./nowhere"], "nowhere is no model folder (it has no config.json)"),
     ],
     ids=["no JSON", "no object", "no model"],
 )

@@ -32,7 +32,7 @@ RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2"
     ("changed", "sentence"),
     [
         ({"target": "/no/such/folder", "draft": "x/y"}, "/no/such/folder is no model folder"),
-        ({"target": str(MODELS / "specopt-target"), "draft": "./none"}, "./none is no model folder"),
+        ({"target": str(MODELS / "specopt-target"), "draft": "./none"}, "none is no model folder"),
         ({"target": str(MODELS / "specopt-target")}, "needs a --draft or a --speculative-config"),
         ({"speculative_config": "{"}, "--speculative-config is not JSON"),
         ({"speculative_config": "[]"}, "expected a JSON object"),

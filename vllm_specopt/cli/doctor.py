@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vllm_specopt
+from vllm_specopt.benchmarks import folders
 from vllm_specopt.benchmarks.errors import CliError, json_object
 from vllm_specopt.integration.diagnosis import DEFAULT_OPTION, DRAFTS, NOTE, OK, PROBLEM, Check, examine
 
@@ -55,10 +56,7 @@ def _arguments(model: str | None, speculative_config: str | None, additional_con
         model = str(models / "specopt-target")
         shipped = {"model": str(models / "specopt-draft"), "num_speculative_tokens": DRAFTS}
         speculative = speculative or shipped
-    elif Path(model).is_absolute() or model.startswith("."):
-        if not (Path(model) / "config.json").is_file():
-            raise CliError(f"{model} is no model folder (it has no config.json).", 2)
-    return {"model": model, "speculative_config": speculative, "additional_config": additional}
+    return {"model": folders.model(model, "target"), "speculative_config": speculative, "additional_config": additional}
 
 
 @contextlib.contextmanager
