@@ -51,25 +51,26 @@ def requests(number: int, max_tokens: int, kinds=KINDS) -> tuple[list[str], list
     return prompts(number), sampling
 
 
-def engine(name: str, speculative: dict | None, batches: list[dict], **llm) -> dict:
-    """An engine as ``run_engines.py`` takes it: the option, the shipped pair, single precision, changed by ``llm``."""
+def arguments(speculative: dict | None, **more) -> dict:
+    """Keyword arguments of ``LLM``: the option, the shipped pair, single precision, no server; changed by ``more``."""
     return {
-        "name": name,
-        "llm": {
-            "model": str(ROOT / "models" / "specopt-target"),
-            "speculative_config": speculative,
-            "additional_config": dict(EXACT),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "distributed_executor_backend": "uni",
-            "enable_prefix_caching": False,
-            "max_model_len": 512,
-            # Of 128 tokens each: enough for every request, and sooner made than a gigabyte.
-            "num_gpu_blocks_override": 256,
-            **llm,
-        },
-        "batches": batches,
+        "model": str(ROOT / "models" / "specopt-target"),
+        "speculative_config": speculative,
+        "additional_config": dict(EXACT),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "enable_prefix_caching": False,
+        "max_model_len": 512,
+        # Of 128 tokens each: enough for every request, and sooner made than a gigabyte.
+        "num_gpu_blocks_override": 256,
+        **more,
     }
+
+
+def engine(name: str, speculative: dict | None, batches: list[dict], **llm) -> dict:
+    """An engine as ``run_engines.py`` takes it, of these arguments."""
+    return {"name": name, "llm": arguments(speculative, **llm), "batches": batches}
 
 
 def batches(texts: list[str], sampling: list[dict], alone: int, noise: dict | None = None) -> list[dict]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine import steps
 from support import prepared
 
 from proof.judgement import Judgement, judge
@@ -49,8 +50,7 @@ def prompt_ids() -> list[int]:
     """The beginning of one of the shipped prompts."""
     from tokenizers import Tokenizer
 
-    line = (MODELS / "prompts.jsonl").read_text().splitlines()[PROMPT]
-    encoded = Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json")).encode(json.loads(line)["prompt"])
+    encoded = Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json")).encode(steps.prompts()[PROMPT])
     return encoded.ids[:PROMPT_TOKENS]
 
 
@@ -66,22 +66,9 @@ def draw(settings: dict[str, dict], requests: int, seed: int, shared_noise: int 
     Returns:
         The draws by name: ``"T = 1, seeded"`` and so on, then ``SHARED_NOISE``.
     """
-    llm = {
-        "model": str(MODELS / "specopt-target"),
-        "speculative_config": {
-            "model": str(MODELS / "specopt-draft"),
-            "num_speculative_tokens": NUM_DRAFTS,
-            "draft_sample_method": "probabilistic",
-        },
-        "additional_config": {"specopt": {"method": "exact"}},
-        "dtype": "float32",
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "enable_prefix_caching": False,
-        "max_model_len": 64,
-        "max_num_seqs": 256,
-        "seed": seed,
-    }
+    speculative = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": NUM_DRAFTS}
+    speculative["draft_sample_method"] = "probabilistic"
+    llm = steps.arguments(speculative, max_model_len=64, max_num_seqs=256, num_gpu_blocks_override=512, seed=seed)
     common = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "detokenize": False}
     batches = [
         {

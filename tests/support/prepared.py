@@ -18,8 +18,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 INTERPRETER = TESTS / "engine" / "interpreter"
 # What every engine imports anyway, and what those of a runner do.
-COMMON = "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.model_executor.models.llama", "vllm.v1.worker.cpu_worker"
-OWN = {"V1": "vllm.v1.worker.cpu_model_runner", "V2": "vllm.v1.worker.gpu.model_runner"}
+COMMON = "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.model_executor.models.llama", "vllm.v1.worker.gpu_worker"
+OWN = {"V1": "vllm.v1.worker.gpu_model_runner", "V2": "vllm.v1.worker.gpu.model_runner"}
 
 
 def environment(runner: str) -> dict[str, str]:
