@@ -1,6 +1,8 @@
-"""The error that a command turns into one sentence and an exit status."""
+"""The error that a command turns into one sentence and an exit status, and what raises it for JSON in an option."""
 
 from __future__ import annotations
+
+import json
 
 
 class CliError(Exception):
@@ -9,3 +11,14 @@ class CliError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def json_object(flag: str, text: str) -> dict:
+    """The object that an option's text is; raise CliError (2) where it is none."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CliError(f"{flag} is not JSON ({error.msg} at character {error.pos + 1}).", 2) from error
+    if not isinstance(value, dict):
+        raise CliError(f"{flag} is {text}, expected a JSON object.", 2)
+    return value

@@ -2,17 +2,11 @@
 
 import itertools
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-
-from audited import CONSTANTS, FILTERS, audit_step, parameters
-from launch_keys import recorded
+from support.audited import CONSTANTS, FILTERS, audit_step, parameters
+from support.launch_keys import recorded
 
 from vllm_specopt.audit import NOT_AUDITED, audit, new_counts
 from vllm_specopt.evidence import BINS, COLUMNS

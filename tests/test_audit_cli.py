@@ -7,8 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specopt.cli.audit import BARS, picture, with_audit
-from vllm_specopt.cli.errors import CliError
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.serve.audit import with_audit
+from vllm_specopt.cli.audit import BARS, picture
 from vllm_specopt.cli.main import app
 from vllm_specopt.evidence import BINS
 

@@ -1,10 +1,10 @@
 """The audit in real engines: it counts what they emit, is silent where they are exact, and finds those that are not."""
 
-import json
-import runpy
 from pathlib import Path
 
 import pytest
+from engine import steps
+from engine.run_engines import start
 
 from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.evidence import BINS, judge
@@ -20,7 +20,6 @@ SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_lengt
 ALIKE = {"alpha": -3.0, "beta": 3.0}
 SAMPLED = [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "repetition_penalty": 1.2}]
 MORE = {"ignore_eos": True}
-START = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
 
 
 def counted(result: dict, method: str) -> list[int]:
@@ -31,38 +30,22 @@ def counted(result: dict, method: str) -> list[int]:
 
 
 def engines(options: dict, batches: list, **more) -> list[dict]:
-    llm = {
-        "model": str(ROOT / "models" / "specopt-target"),
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "enable_prefix_caching": False,
-        "max_model_len": 512,
-    }
     return [
-        {
-            "name": name,
-            "llm": llm | more | {"speculative_config": speculative, "additional_config": {"specopt": option}},
-            "batches": batches,
-        }
+        steps.engine(name, speculative, batches, additional_config={"specopt": option}, **more)
         for name, (option, speculative) in options.items()
     ]
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    return [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:32]]
-
-
-@pytest.fixture(scope="module")
-def v1(prompts, tmp_path_factory):
+def v1(tmp_path_factory):
     """Results by engine: 96 sampled requests of 40 tokens, 8 with a seed each, 8 greedy ones."""
     many = [SAMPLED[i % len(SAMPLED)] | MORE | {"max_tokens": 40} for i in range(96)]
     seeded = [{"temperature": 1.0, "seed": 5, "max_tokens": 12} | MORE] * 8
     greedy = {"temperature": 0.0, "max_tokens": 12} | MORE
     batches = [
-        {"name": "sampled", "prompts": prompts * 3, "sampling": many},
-        {"name": "seeded", "prompts": prompts[:8], "sampling": seeded},
-        {"name": "greedy", "prompts": prompts[:8], "sampling": greedy},
+        {"name": "sampled", "prompts": steps.prompts(32) * 3, "sampling": many},
+        {"name": "seeded", "prompts": steps.prompts(8), "sampling": seeded},
+        {"name": "greedy", "prompts": steps.prompts(8), "sampling": greedy},
     ]
     options = {
         "exact": ({"method": "exact", "audit": True}, PROBABILISTIC),
@@ -72,7 +55,7 @@ def v1(prompts, tmp_path_factory):
         "stock": ({"method": "stock", "audit": True}, PROBABILISTIC),
     }
     listed = engines(options, batches, dtype=small_model_dtype(), max_num_seqs=96)
-    return START(listed, tmp_path_factory.mktemp("engines"), "V1")
+    return start(listed, tmp_path_factory.mktemp("engines"), "V1")
 
 
 def test_every_sampled_token_is_audited_and_none_is_against_exact(v1):
@@ -115,18 +98,18 @@ def test_stock_is_watched(v1):
 
 
 @pytest.mark.long
-def test_v2_engines(prompts, tmp_path_factory):
+def test_v2_engines(tmp_path_factory):
     pytest.importorskip("triton")
     sampling = {"temperature": 1.0, "max_tokens": 12} | MORE
-    batches = [{"name": "sampled", "prompts": prompts[:16], "sampling": sampling}]
+    batches = [{"name": "sampled", "prompts": steps.prompts(16), "sampling": sampling}]
     options = {
         "exact": ({"method": "exact", "audit": True}, PROBABILISTIC),
         # Triton's interpreter lacks what stock's kernels for sampled drafts use.
         "stock": ({"method": "stock", "audit": True}, DRAFT),
         "synthetic": ({"method": "stock", "audit": True}, DRAFT | SYNTHETIC),
     }
-    listed = engines(options, batches, dtype="float32", max_num_seqs=16, max_model_len=256)
-    results, _ = START(listed, tmp_path_factory.mktemp("engines"), "V2")
+    listed = engines(options, batches, max_num_seqs=16, max_model_len=256)
+    results, _ = start(listed, tmp_path_factory.mktemp("engines"), "V2")
     assert judge(counted(results["synthetic"], "stock")).log10_evidence > 3
     for name in ("exact", "stock"):
         verdict = judge(counted(results[name], name))

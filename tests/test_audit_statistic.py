@@ -2,18 +2,13 @@
 
 import itertools
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-
-from audited import CONSTANTS, FILTERS, audit_step
 from proof.enumeration import _block as block_with
 from proof.enumeration import block_lengths, continued, exact_step, measures, outcomes
+from support.audited import CONSTANTS, FILTERS, audit_step
 
 from vllm_specopt.audit import new_counts
 from vllm_specopt.evidence import BINS, judge

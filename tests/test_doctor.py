@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specopt.cli import doctor
 from vllm_specopt.cli.main import app
+from vllm_specopt.integration import diagnosis
 
 vllm = pytest.importorskip("vllm")
 
@@ -51,38 +51,38 @@ def test_the_environment_stays_as_it_was(monkeypatch):
 
 
 def sentences(checks) -> list[str]:
-    return [check.sentence for check in checks if check.status == doctor.PROBLEM]
+    return [check.sentence for check in checks if check.status == diagnosis.PROBLEM]
 
 
 def test_a_missing_entry_point_and_an_allowlist_without_us_are_problems(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,other")
-    assert sentences([doctor.plugin()]) == [
+    assert sentences([diagnosis.plugin()]) == [
         "VLLM_PLUGINS is 'lora_filesystem_resolver,other', so vLLM will not load the plugin: add specopt to it, or "
         "unset it."
     ]
     monkeypatch.setenv("VLLM_PLUGINS", "other,specopt")
-    assert sentences([doctor.plugin()]) == []
+    assert sentences([diagnosis.plugin()]) == []
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
-    (sentence,) = sentences([doctor.plugin()])
+    (sentence,) = sentences([diagnosis.plugin()])
     assert sentence.startswith("vLLM cannot see the plugin: run `")
 
 
 def test_an_unknown_vllm_is_a_problem_for_the_runner_that_is_used(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
-    assert sentences([doctor.known("V1", "V1")]) == [
+    assert sentences([diagnosis.known("V1", "V1")]) == [
         "vLLM 0.31.0 is not among the versions it was checked against (0.32.x, 0.33.x): install a vllm-specopt that "
         "knows this vLLM."
     ]
-    assert doctor.known("V2", "V1").status == doctor.NOTE
-    assert doctor.known("V2", None).status == doctor.PROBLEM
+    assert diagnosis.known("V2", "V1").status == diagnosis.NOTE
+    assert diagnosis.known("V2", None).status == diagnosis.PROBLEM
 
 
 def test_a_missing_package_is_a_problem_where_it_is_needed(monkeypatch):
-    monkeypatch.setattr(doctor, "_device", lambda: "cpu")
+    monkeypatch.setattr(diagnosis, "_device", lambda: "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert sentences(doctor.installed()) == [f"numba is not installed beside {sys.executable}: install it there."]
-    monkeypatch.setattr(doctor, "_device", lambda: "cuda")
-    assert sentences(doctor.installed()) == []
+    assert sentences(diagnosis.installed()) == [f"numba is not installed beside {sys.executable}: install it there."]
+    monkeypatch.setattr(diagnosis, "_device", lambda: "cuda")
+    assert sentences(diagnosis.installed()) == []
 
 
 def test_a_wrong_kernel_is_a_problem(monkeypatch):
@@ -96,7 +96,7 @@ def test_a_wrong_kernel_is_a_problem(monkeypatch):
 
     monkeypatch.setattr(verify, "_backend", lambda name: wrong)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (sentence,) = sentences([doctor.correct(device)])
+    (sentence,) = sentences([diagnosis.correct(device)])
     assert sentence.startswith("verification fails its check: ")
 
 
@@ -105,18 +105,18 @@ def test_a_configuration_that_would_not_run_is_a_problem():
         "model": str(MODELS / "specopt-target"),
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
     }
-    _, checks = doctor.configuration(arguments | {"additional_config": {"specopt": "fast"}})
+    _, checks = diagnosis.configuration(arguments | {"additional_config": {"specopt": "fast"}})
     (sentence,) = sentences(checks)
     assert sentence.startswith("vLLM would not start: ")
     assert "specopt.method is 'fast'" in sentence
-    runner, checks = doctor.configuration(arguments | {"additional_config": {}})
+    runner, checks = diagnosis.configuration(arguments | {"additional_config": {}})
     assert runner in ("V1", "V2")
-    assert sentences(checks) == [f"the option is not given: add --additional-config '{doctor.DEFAULT_OPTION}'."]
+    assert sentences(checks) == [f"the option is not given: add --additional-config '{diagnosis.DEFAULT_OPTION}'."]
 
 
 def test_a_configuration_without_speculation_is_fine():
     arguments = {"model": str(MODELS / "specopt-target"), "additional_config": {"specopt": "exact"}}
-    _, checks = doctor.configuration(arguments)
+    _, checks = diagnosis.configuration(arguments)
     assert sentences(checks) == []
     assert checks[-1].found == "method exact, no drafts"
 
@@ -126,7 +126,7 @@ def test_a_configuration_without_speculation_is_fine():
     [
         (["--speculative-config", "{"], "--speculative-config is not JSON"),
         (["--additional-config", "[1]"], "--additional-config is [1], expected a JSON object."),
-        (["--model", "./nowhere"], "./nowhere is no model folder (it has no config.json)."),
+        (["--model", "./nowhere"], "nowhere is no model folder (it has no config.json)"),
     ],
     ids=["no JSON", "no object", "no model"],
 )

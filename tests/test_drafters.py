@@ -3,29 +3,22 @@
 Single precision, as in ``test_engine_steps.py``. What is not there, and why: ``docs/drafters.md``.
 """
 
-import importlib.util
 import json
 import runpy
 import statistics
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import httpx
 import pytest
+from drafters import table as drafters
 from prometheus_client.parser import text_string_to_metric_families
-
-from vllm_specopt.benchmarks.processes import Server, free_port
+from support import serving
+from support.prepared import environment
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
-
-TESTS = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("drafters_of_the_table", TESTS / "drafters" / "drafters.py")
-drafters = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = drafters
-spec.loader.exec_module(drafters)
 
 QUICK = ["EAGLE-3", "MTP", "Hydra", "by batch size"]
 RUNS = {
@@ -94,16 +87,10 @@ def test_eagle3_served_over_http_gives_the_openai_client_the_text_without_specul
     if run != "V1":
         pytest.skip("once is enough")
     openai = pytest.importorskip("openai")
-    port = free_port()
     speculative = drafters.DRAFTERS["EAGLE-3"].speculative | {"num_speculative_tokens": drafters.NUMBER}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(drafters.TARGET), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "target", "--dtype", "float32", "--enforce-eager"]
     # One process less to start.
-    command += ["--distributed-executor-backend", "uni", "--speculative-config", json.dumps(speculative)]
-    command += ["--additional-config", json.dumps({"specopt": {"method": "exact"}})]
-    environment = runpy.run_path(str(TESTS / "engine" / "run_engines.py"))["environment"](run)
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    with Server(command, tmp_path / "server.log", environment, port) as server:
+    more = ("--dtype", "float32", "--distributed-executor-backend", "uni")
+    with serving.server(tmp_path, speculative, {"method": "exact"}, *more) as server:
         server.wait_ready(lambda: None, timeout=300)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         for batch in drafters.batches(3, RUNS[run][2]):
@@ -181,10 +168,8 @@ def test_a_head_of_another_target_is_refused_with_both_sizes(tmp_path):
             said.append(str(error))
     print(json.dumps(said))
     """
-    environment = runpy.run_path(str(TESTS / "engine" / "run_engines.py"))["environment"]("V1")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    command, env = [sys.executable, "-c", textwrap.dedent(code)], environment("V1")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     sizes = {"target_hidden_size": 320, "hidden_size": 320, "vocab_size": 512}
     for (name, changed), message in zip(FOREIGN, json.loads(done.stdout.splitlines()[-1]), strict=True):

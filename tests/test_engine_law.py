@@ -1,14 +1,10 @@
 """The law end to end, small: what ``make prove`` does with real V1 engines (tests/proof/engine.py)."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
 
 from proof import engine
 from proof.judgement import FAMILY_ALPHA

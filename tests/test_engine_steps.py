@@ -3,17 +3,12 @@
 The models run in single precision: a difference could come from the last bits of logits otherwise.
 """
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
+from engine import run_engines, steps
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
 
-ENGINE = Path(__file__).parent / "engine"
-steps = SimpleNamespace(**runpy.run_path(str(ENGINE / "steps.py")))
 RUNNERS = {
     "V1": {"requests": 16, "max_tokens": 24, "alone": 4, "off": 0, "ngram": 4, "draft-4": 4},
     "V2": {"requests": 8, "max_tokens": 8, "alone": 2, "off": 0, "ngram": 3, "draft-3": 3},
@@ -56,8 +51,7 @@ def ran(request, tmp_path_factory):
         steps.engine(name, drafts, listed + (logprobs if drafts is None else []), max_num_seqs=32)
         for name, drafts in drafting.items()
     ]
-    start = runpy.run_path(str(ENGINE / "run_engines.py"))["start"]
-    return request.param, *start([*engines, chunked], tmp_path_factory.mktemp("engines"), runner)
+    return request.param, *run_engines.start([*engines, chunked], tmp_path_factory.mktemp("engines"), runner)
 
 
 def test_without_speculation_a_request_does_not_depend_on_its_batch(ran):

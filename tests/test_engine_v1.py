@@ -1,10 +1,9 @@
 """The drop-in in real V1 engines on a CPU, beside stock ones: one process runs them all."""
 
-import json
-import runpy
 from pathlib import Path
 
 import pytest
+from engine import run_engines, steps
 
 from vllm_specopt.benchmarks.host import small_model_dtype
 
@@ -42,29 +41,21 @@ PROCESSED = [
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:NUM_PROMPTS]
-    assert len(lines) == NUM_PROMPTS
-    return [json.loads(line)["prompt"] for line in lines]
-
-
-@pytest.fixture(scope="module")
-def ran(prompts, tmp_path_factory):
+def ran(tmp_path_factory):
     """Results by engine name, and what each engine logged; those with a draft model."""
-    return start(("draft-greedy", "draft-probabilistic"), prompts, tmp_path_factory.mktemp("engines"))
+    return start(("draft-greedy", "draft-probabilistic"), tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="module")
-def ran_ngram(prompts, tmp_path_factory):
+def ran_ngram(tmp_path_factory):
     """The same of those that draft by n-grams."""
-    return start(("ngram",), prompts, tmp_path_factory.mktemp("ngram"))
+    return start(("ngram",), tmp_path_factory.mktemp("ngram"))
 
 
-def start(names, prompts, folder) -> tuple[dict, dict]:
+def start(names, folder) -> tuple[dict, dict]:
     """Run a stock engine and one of ours for each way of drafting."""
-    engines = []
+    prompts, engines = steps.prompts(NUM_PROMPTS), []
     for drafting in names:
-        speculative = DRAFTING[drafting]
         batches = {"greedy": GREEDY}
         if drafting == "draft-greedy":
             batches |= {"processed": PROCESSED, "logprobs": {**GREEDY, "logprobs": 2}}
@@ -72,24 +63,15 @@ def start(names, prompts, folder) -> tuple[dict, dict]:
         if drafting == "draft-probabilistic":
             batches["seeded"] = SEEDED
         for arm in ("stock", "exact"):
-            llm = {
-                "model": str(ROOT / "models" / "specopt-target"),
-                "speculative_config": speculative,
-                "additional_config": {"specopt": {"method": "exact"}} if arm == "exact" else {},
-                "dtype": small_model_dtype(),
-                "enforce_eager": True,
-                "distributed_executor_backend": "uni",
-                "enable_prefix_caching": False,
-                "max_model_len": 512,
-                "max_num_seqs": NUM_PROMPTS,
-            }
             listed = [
                 {"name": name, "prompts": prompts[:: -1 if "reversed" in name else 1], "sampling": sampling}
                 for name, sampling in batches.items()
                 if arm == "exact" or "seeded" not in name
             ]
-            engines.append({"name": f"{drafting} {arm}", "llm": llm, "batches": listed})
-    return runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"](engines, folder, "V1")
+            more = {"dtype": small_model_dtype(), "max_num_seqs": NUM_PROMPTS}
+            more |= {"additional_config": steps.EXACT if arm == "exact" else {}}
+            engines.append(steps.engine(f"{drafting} {arm}", DRAFTING[drafting], listed, **more))
+    return run_engines.start(engines, folder, "V1")
 
 
 # tests/test_engine_steps.py drafts by n-grams too.

@@ -1,10 +1,10 @@
 """The drop-in in real V2 engines: vLLM's V2 runner and our Triton kernels, both under Triton's interpreter."""
 
-import json
-import runpy
 from pathlib import Path
 
 import pytest
+from engine import steps
+from engine.run_engines import start
 
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
@@ -42,10 +42,7 @@ def ran(request, tmp_path_factory):
 
     The fourth is stock with sampled drafts, whose greedy text is that of the other stock engine.
     """
-    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:NUM_PROMPTS]
-    prompts = [json.loads(line)["prompt"] for line in lines]
-    assert len(prompts) == NUM_PROMPTS
-    engines = []
+    prompts, engines = steps.prompts(NUM_PROMPTS), []
     for drafting, speculative in DRAFTING.items():
         batches = {"greedy": (prompts[: NUM_GREEDY[drafting]], GREEDY)}
         if drafting == "draft-greedy":
@@ -55,26 +52,16 @@ def ran(request, tmp_path_factory):
         for arm in ("stock", "exact"):
             if request.param == "three engines" and (drafting, arm) == ("draft-probabilistic", "stock"):
                 continue
-            llm = {
-                "model": str(ROOT / "models" / "specopt-target"),
-                "speculative_config": speculative,
-                "additional_config": {"specopt": {"method": "exact"}} if arm == "exact" else {},
-                "dtype": "float32",
-                "enforce_eager": True,
-                "distributed_executor_backend": "uni",
-                "enable_prefix_caching": False,
-                "max_model_len": 256,
-                "max_num_seqs": NUM_PROMPTS,
-            }
             listed = [
                 {"name": name, "prompts": these, "sampling": params}
                 for name, (these, params) in batches.items()
                 if arm == "exact" or "seeded" not in name
             ]
-            engines.append({"name": f"{drafting} {arm}", "llm": llm, "batches": listed})
+            more = {"max_model_len": 256, "max_num_seqs": NUM_PROMPTS}
+            more |= {"additional_config": steps.EXACT if arm == "exact" else {}}
+            engines.append(steps.engine(f"{drafting} {arm}", speculative, listed, **more))
             if (drafting, arm) == ("draft-probabilistic", "exact"):
                 engines[-1]["reference"] = True
-    start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
     return start(engines, tmp_path_factory.mktemp("engines"), "V2")
 
 

@@ -16,17 +16,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from first_run import __main__ as driver
+from first_run import engines, host, modelled, ncu, places, plan, seeds, summary, sweep
+
+from vllm_specopt.benchmarks.kernels import grid
+from vllm_specopt.kernels import shapes
+from vllm_specopt.kernels.shapes import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "gpu"
-sys.path.insert(0, str(SCRIPTS))
-
-from first_run import __main__ as driver  # noqa: E402
-from first_run import engines, host, modelled, ncu, places, plan, seeds, summary, sweep  # noqa: E402
-
-from vllm_specopt.benchmarks.kernels import grid  # noqa: E402
-from vllm_specopt.kernels import shapes  # noqa: E402
-from vllm_specopt.kernels.shapes import DEFAULTS  # noqa: E402
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import ast
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import prepared
 
 ROOT = Path(__file__).parents[1]
 # What each package may import besides itself; the core is vllm_specopt without the others.
@@ -87,6 +85,5 @@ def test_only_the_command_line_knows_typer(package):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_importing_any_module_leaves_vllm_alone():
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", CODE, "repair"], capture_output=True, text=True, env=environ, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    status, log = prepared.run("V1", "-c", CODE, "repair", cwd=ROOT)
+    assert status == 0, log[-4000:]

@@ -3,12 +3,12 @@
 import importlib.util
 import itertools
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.prepared import environment
 
 pytest.importorskip("vllm")
 # Half a minute each on V1, a minute or two on V2.
@@ -40,9 +40,8 @@ LIBRARY = pytest.mark.skipif(importlib.util.find_spec("arctic_inference") is Non
 )
 def test_the_tokens_are_those_without_draft_tokens(tmp_path, runner, feature):
     result = tmp_path / "result.json"
-    environment = runpy.run_path(str(ENGINE / "run_engines.py"))["environment"](runner)
     command = [sys.executable, str(ENGINE / "neighbours.py"), str(result), feature]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, env=environment(runner), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     outcome = json.loads(result.read_text())[feature]
     for arm in ("without drafts", "with drafts"):

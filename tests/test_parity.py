@@ -1,20 +1,14 @@
 """The parity matrix: its page is whole, and a few of its cells hold on every run of the tests."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from parity import run
+from parity.judge import VERDICTS, judge
+from parity.rows import COLUMNS, ROWS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.engine
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "parity"))
-
-import run  # noqa: E402
-from judge import VERDICTS, judge  # noqa: E402
-from rows import COLUMNS, ROWS  # noqa: E402
 
 # Each must work. The first word is the runner.
 CELLS = {

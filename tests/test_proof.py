@@ -1,18 +1,13 @@
 """The small form of ``make prove``, and tests of the proofs themselves: what is wrong must be caught."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from proof import biased, determinism, enumeration, fuzz, jobs, rounding
 from proof import command as proof_command
 from proof.cases import make_cases

@@ -17,6 +17,9 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("vllm")
 
+from engine import steps
+from support import prepared
+
 from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.serve import cluster
 
@@ -36,16 +39,8 @@ SIZES = {1: "uni", 2: "mp"} if ALL else {2: "mp"}
 
 def environment(**more: str) -> dict[str, str]:
     """Environment of a process that starts a cluster and of everything in it."""
-    path = [str(ROOT), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path),
-        "TRITON_INTERPRET": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environ = prepared.environment("V1") | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), environ["PYTHONPATH"]])
     environ.pop("RAY_ADDRESS", None)
     return environ | more
 
@@ -70,8 +65,7 @@ def script(name: str, request: dict, folder: Path, *arguments: str, seconds: flo
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:NUM_PROMPTS]
-    return [json.loads(line)["prompt"] for line in lines]
+    return steps.prompts(NUM_PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Block, typical and budget: both backends against the float64 reference, what each promises, and the registry."""
 
 import math
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from proof import enumeration
 
 import vllm_specopt
 from vllm_specopt.cpu import plan
@@ -17,9 +17,6 @@ from vllm_specopt.kernels.reference.typical import typical_threshold_ref
 from vllm_specopt.rules import PAPER, RULES, SPENT_UNIT, BlockConstants, BudgetConstants, TypicalConstants, place_of
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, assert_matches_reference, random_batch
 from vllm_specopt.verify import verify
-
-sys.path.insert(0, str(Path(__file__).parent))
-from proof import enumeration
 
 DEVICES = {"cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 ALL_FILTERS = ("top_k", "top_p", "min_p")

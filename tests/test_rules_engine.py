@@ -1,10 +1,10 @@
 """The rules in real engines, for all requests and by request: V1, and V2 under Triton's interpreter."""
 
-import json
-import runpy
 from pathlib import Path
 
 import pytest
+from engine import steps
+from engine.run_engines import start
 
 from vllm_specopt.benchmarks.host import small_model_dtype
 
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[1]
 CHOSEN = {"model": str(ROOT / "models" / "specopt-draft"), "num_speculative_tokens": 4}
 SAMPLED = {**CHOSEN, "draft_sample_method": "probabilistic"}
-START = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
 WARNING = "does not follow the target model's distribution"
 OPTIONS = {
     "choice": (CHOSEN, {"method": "exact", "sigmoid": "paper", "allow_per_request": True}),
@@ -59,8 +58,6 @@ def ran(request, tmp_path_factory):
     """One engine for each method, on each runner."""
     runner = request.param[:2]
     count, tokens = (16, 32) if runner == "V1" else (6, 8)
-    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:count]
-    prompts = [json.loads(line)["prompt"] for line in lines]
     engines = []
     for name in RUNNERS[request.param]:
         speculative, option = OPTIONS[name]
@@ -71,20 +68,10 @@ def ran(request, tmp_path_factory):
             batches["all"] = all_choose(batches["sampled"], other)
         if name == "budget":
             batches["no budget"] = all_choose(batches["sampled"], {"delta": 0})
-        llm = {
-            "model": str(ROOT / "models" / "specopt-target"),
-            "speculative_config": speculative,
-            "additional_config": {"specopt": option},
-            "dtype": small_model_dtype(),
-            "enforce_eager": True,
-            "distributed_executor_backend": "uni",
-            "enable_prefix_caching": False,
-            "max_model_len": 256,
-            "max_num_seqs": count,
-        }
-        listed = [{"name": key, "prompts": prompts, "sampling": value} for key, value in batches.items()]
-        engines.append({"name": name, "llm": llm, "batches": listed})
-    return runner, *START(engines, tmp_path_factory.mktemp("engines"), runner)
+        listed = [{"name": key, "prompts": steps.prompts(count), "sampling": value} for key, value in batches.items()]
+        more = {"dtype": small_model_dtype(), "max_model_len": 256, "max_num_seqs": count}
+        engines.append(steps.engine(name, speculative, listed, additional_config={"specopt": option}, **more))
+    return runner, *start(engines, tmp_path_factory.mktemp("engines"), runner)
 
 
 def tokens_of(results, name, batch):

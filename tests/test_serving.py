@@ -4,53 +4,29 @@ The option also lets requests choose, which changes nothing for those that do no
 """
 
 import json
-import os
 import subprocess
-import sys
 import time
 from itertools import accumulate
-from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support import serving
 
-from vllm_specopt.benchmarks.host import small_model_dtype
-from vllm_specopt.benchmarks.processes import Server, free_port
+from vllm_specopt.benchmarks.processes import free_port
 from vllm_specopt.integration.metrics import WRITE_SECONDS
 
 pytestmark = pytest.mark.engine
 
-MODELS = Path(__file__).parents[1] / "models"
-VLLM = Path(sys.executable).with_name("vllm")
-ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TRITON_INTERPRET": "0",
-}
-SPECULATION = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": 4}
+SPECULATION = {"model": str(serving.MODELS / "specopt-draft"), "num_speculative_tokens": 4}
 # Scores that are 1 wherever they can be: every draft token of a request that chooses sigmoid survives.
 OPTION = {"method": "exact", "sigmoid": {"alpha": -100, "beta": -99}, "allow_per_request": True}
 PROMPT = "def read_lines(path):\n    "
 
 
-def launch_line(port: int, option: str | None, speculation: dict | None = SPECULATION) -> list[str]:
-    command = [str(VLLM), "serve", str(MODELS / "specopt-target"), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--served-model-name", "target", "--dtype", small_model_dtype()]
-    if speculation:
-        command += ["--speculative-config", json.dumps(speculation)]
-    if option:
-        command += ["--additional-config", option]
-    return command
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    port = free_port()
-    log = tmp_path_factory.mktemp("serving") / "server.log"
-    command = launch_line(port, json.dumps({"specopt": OPTION}))
-    with Server(command, log, ENV, port) as running:
+    with serving.server(tmp_path_factory.mktemp("serving"), SPECULATION, OPTION) as running:
         running.wait_ready(lambda: None, timeout=300)
         yield running
 
@@ -138,7 +114,7 @@ def test_usage_counts_what_was_streamed_to_any_length(server):
 def test_usage_counts_the_tokens_to_a_stop_string(server, shown):
     tokenizers = pytest.importorskip("tokenizers")
     whole = streamed(server, max_tokens=32, temperature=0.0)[0][0]
-    tokenizer = tokenizers.Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(serving.MODELS / "specopt-target" / "tokenizer.json"))
     texts = [tokenizer.decode(whole["token_ids"][: i + 1]) for i in range(len(whole["token_ids"]))]
     ends = set(accumulate(whole["at_once"]))
     within = 0
@@ -245,15 +221,15 @@ def test_a_malformed_choice_is_refused_with_400(server, value, message):
 @pytest.mark.parametrize(
     ("option", "speculation", "sentence"),
     [
-        ('{"specopt": {"method": "fast"}}', SPECULATION, "method"),
+        ({"method": "fast"}, SPECULATION, "method"),
         # tests/test_plugin.py has the same mistake, and its sentence, without a server.
-        pytest.param('{"specopt": {"method": "sigmoid", "sigmoid": "paper"}}', None, "specul", marks=pytest.mark.long),
+        pytest.param({"method": "sigmoid", "sigmoid": "paper"}, None, "specul", marks=pytest.mark.long),
     ],
     ids=["unknown method", "no speculation"],
 )
 def test_a_wrong_option_stops_the_start_before_a_model_is_loaded(option, speculation, sentence):
-    command = launch_line(free_port(), option, speculation)
-    ended = subprocess.run(command, env=os.environ | ENV, capture_output=True, text=True, timeout=180)
+    command = serving.launch_line(free_port(), speculation, option)
+    ended = subprocess.run(command, env=serving.ENV, capture_output=True, text=True, timeout=180)
     output = ended.stdout + ended.stderr
     assert ended.returncode != 0
     assert any("specopt" in line and sentence in line and "Error" in line for line in output.splitlines()), output

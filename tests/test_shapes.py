@@ -13,7 +13,6 @@ from vllm_specopt.testing import LOGITS, NO_DRAFT, assert_matches_reference, ran
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME = shapes.device_name(DEVICE)
 OTHER = Shapes(512, 128, 2, 2, 4, 8, 64, 4, 4)
-LARGE = Shapes(4096, 2048, 2, 4, 1, 1, 256, 16, 1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,11 @@
 """Sigmoid by request: from a served request to the rule, and where it is refused (engines: test_rules_engine.py)."""
 
-import json
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
+from support import serving
 
-from vllm_specopt.benchmarks.host import small_model_dtype
-from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.integration.config import SpecoptConfig
 
 pytest.importorskip("vllm")
@@ -21,14 +18,8 @@ CHOICE = {"method": "exact", "sigmoid": "paper", "allow_per_request": True}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(ROOT / "models" / "specopt-target")]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--served-model-name", "target"]
-    command += ["--max-model-len", "256", "--dtype", small_model_dtype()]
-    command += ["--speculative-config", json.dumps(DRAFT_PROBABILISTIC)]
-    command += ["--additional-config", json.dumps({"specopt": CHOICE})]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TRITON_INTERPRET": "0"}
-    with Server(command, tmp_path_factory.mktemp("serving") / "server.log", env, port) as running:
+    folder = tmp_path_factory.mktemp("serving")
+    with serving.server(folder, DRAFT_PROBABILISTIC, CHOICE, "--max-model-len", "256") as running:
         running.wait_ready(lambda: None, timeout=300)
         yield running
 

@@ -1,20 +1,25 @@
 """V1's verified rows: vLLM's logits processors, custom ones included, do to each what they do without speculation."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_v1_adapter import CHANGES, CPU, adapter, generators_of, min_p_processor, sampling, spec_metadata
-from test_v1_sampler import plain_sampler
+from support.v1_processors import VOCAB, Ban, NotTwice, Steep
+from support.v1_steps import (
+    CHANGES,
+    CPU,
+    adapter,
+    generators_of,
+    min_p_processor,
+    plain_sampler,
+    sampling,
+    spec_metadata,
+)
 from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, LogitsProcessor, LogitsProcessors
+from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinTokensLogitsProcessor,
@@ -26,57 +31,7 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from vllm_specopt.integration.v1_rows import DECLARED, MinTokens, cannot_process_rows
 
-COUNTS, VOCAB, START, END = [3, 0, 2, 4], 60, 50, 51
-
-
-class NotTwice(AdapterLogitsProcessor):
-    """A request's processor that looks at the tokens so far: forbids the last one, and prefers the one after it."""
-
-    def is_argmax_invariant(self):
-        return False
-
-    def new_req_logits_processor(self, params):
-        def forbid(output, logits):
-            if output:
-                logits[output[-1]] = -torch.inf
-                logits[(output[-1] + 1) % VOCAB] += 2.5
-            return logits
-
-        return forbid if (params.extra_args or {}).get("not_twice") else None
-
-
-class Ban(LogitsProcessor):
-    """A processor of the batch, whose state is its members' parameters."""
-
-    def __init__(self):
-        self.bans = {}
-
-    def is_argmax_invariant(self):
-        return False
-
-    def update_state(self, batch_update):
-        process_dict_updates(self.bans, batch_update, lambda params, *_: (params.extra_args or {}).get("ban"))
-
-    def apply(self, logits):
-        for row, ids in self.bans.items():
-            logits[row, ids] = -float("inf")
-        return logits
-
-
-class Steep(LogitsProcessor):
-    """Works on logits after temperature, leaves the argmax where it is."""
-
-    def __init__(self, above):
-        self.above = above
-
-    def is_argmax_invariant(self):
-        return True
-
-    def update_state(self, batch_update):
-        """Has no state."""
-
-    def apply(self, logits):
-        return logits.masked_fill_(logits < logits.amax(1, keepdim=True) - self.above, -torch.inf)
+COUNTS, START, END = [3, 0, 2, 4], 50, 51
 
 
 PARAMS = [

@@ -1,37 +1,19 @@
 """V1's sampler in place of vLLM's: the draw of a verified row, with everything around it vLLM's own."""
 
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_v1_adapter import CHANGES, CPU, Runner, adapter, generators_of, min_p_processor, sampling, spec_metadata
+from support.v1_steps import CHANGES, adapter, generators_of, min_p_processor, plain_sampler, sampling, spec_metadata
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
 from vllm.v1.sample.sampler import Sampler as Stock
 
 from vllm_specopt import testing
-from vllm_specopt.integration.v1_sampler import Draws, Sampler, is_stock
+from vllm_specopt.integration.v1_sampler import is_stock
 from vllm_specopt.kernels.reference import verify_ref
 
 VOCAB = 211
-
-
-def plain_sampler(positions=None, seed=0, mode="raw_logprobs"):
-    """A sampler of ours whose runner schedules 1, 2, 3, ... tokens for its requests, of which the last one is drawn."""
-    runner = None
-    if positions is not None:
-        ends = torch.arange(len(positions) + 1).cumsum(0)
-        runner = Runner(torch.full((int(ends[-1]),), -7).index_copy(0, ends[1:] - 1, positions))
-        runner.query_start_loc = SimpleNamespace(gpu=ends.int())
-    built = Sampler(Stock(mode), Draws(CPU, runner, seed))
-    built.kept_alive = SimpleNamespace(runner=runner)
-    return built
 
 
 def batch_of(seed, filters=("top_k", "top_p", "min_p"), dtype=torch.bfloat16, size=9):

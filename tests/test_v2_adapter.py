@@ -1,24 +1,24 @@
-"""The V2 adapter, under Triton's interpreter: runs tests/engine/v2_cases.py in its own process and reports each case.
+"""The V2 adapter, under Triton's interpreter: each case of tests/engine/v2_cases*.py, run in a process of their own.
 
 With SPECOPT_VLLM_033_SOURCE naming a folder with the sources of vLLM 0.33.0, the same cases run against those.
 """
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from support import prepared
 
 vllm = pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
 ENGINE = Path(__file__).parent / "engine"
-CASES = re.findall(r"^def (case_\w+)", (ENGINE / "v2_cases.py").read_text(), flags=re.MULTILINE)
-environment = runpy.run_path(str(ENGINE / "run_engines.py"))["environment"]
+FILES = sorted(ENGINE.glob("v2_cases*.py"))
+CASES = [name for file in FILES for name in re.findall(r"^def (case_\w+)", file.read_text(), flags=re.MULTILINE)]
 
 
 @pytest.fixture(scope="module", params=["installed", "0.33.0", pytest.param("installed, more", marks=pytest.mark.long)])
@@ -26,8 +26,14 @@ def outcomes(request, tmp_path_factory):
     """Case name -> list of (identifier, failure or None)."""
     folder = tmp_path_factory.mktemp("v2")
     installed = request.param.startswith("installed")
-    environ = environment("V2") | {"EXPECTED_VLLM": vllm.__version__ if installed else request.param}
-    if not installed:
+    env = {"EXPECTED_VLLM": vllm.__version__ if installed else request.param}
+    command = ["-m", "pytest", *map(str, FILES), "-q", "--junitxml", str(folder / "report.xml")]
+    command += ["-o", "python_functions=case_*", "-p", "no:cacheprovider"]
+    # The rest of the cases, those marked long, are run by themselves: `make test` has run the others.
+    command += ["-m", "long"] if "more" in request.param else []
+    if installed:
+        status, log = prepared.run("V2", *command, cwd=ENGINE, env=env)
+    else:
         source = os.environ.get("SPECOPT_VLLM_033_SOURCE")
         if not source:
             pytest.skip("SPECOPT_VLLM_033_SOURCE does not name a folder with the sources of vLLM 0.33.0")
@@ -35,13 +41,11 @@ def outcomes(request, tmp_path_factory):
         metadata = folder / "vllm-0.33.0+cpu.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0+cpu\n")
+        environ = prepared.environment("V2") | env
         environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], source, str(folder)])
-    command = [sys.executable, "-m", "pytest", "v2_cases.py", "-q", "--junitxml", str(folder / "report.xml")]
-    command += ["-o", "python_functions=case_*", "-p", "no:cacheprovider"]
-    # The rest of the cases, those marked long, are run by themselves: `make test` has run the others.
-    command += ["-m", "long"] if "more" in request.param else []
-    done = subprocess.run(command, cwd=ENGINE, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode in (0, 1), done.stdout[-4000:]
+        done = subprocess.run([sys.executable, *command], cwd=ENGINE, env=environ, capture_output=True, text=True)
+        status, log = done.returncode, done.stdout
+    assert status in (0, 1), log[-4000:]
     found: dict[str, list] = {}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         failure = next((child.text for child in case if child.tag in ("failure", "error")), None)

@@ -2,17 +2,13 @@
 
 import itertools
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-
-from launch_keys import recorded
+from support.launch_keys import recorded
 
 from vllm_specopt.kernels import launch, variants
 from vllm_specopt.rules import PAPER, RULES

@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import os
-import runpy
 import subprocess
 import sys
 import textwrap
@@ -20,15 +19,15 @@ import torch
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "support"))
-
-from launch_keys import recorded, unexpected
-from test_v1_adapter import CHANGES, CPU, RejectionSampler, Runner, Sampler, min_p_processor, sampling, spec_metadata
+from engine import run_engines, steps
+from support.launch_keys import recorded, unexpected
+from support.v1_steps import CHANGES, CPU, Runner, min_p_processor, sampling, spec_metadata
+from vllm.v1.sample.sampler import Sampler
 
 from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
 from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import SpecoptConfig
+from vllm_specopt.integration.v1 import RejectionSampler
 from vllm_specopt.rules import PAPER, RULES, BlockConstants, BudgetConstants
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +191,7 @@ def test_a_cpu_compiles_all_loops_at_start_up(tmp_path):
 @pytest.mark.engine
 def test_v2_engines_launch_only_what_they_warmed_up(tmp_path):
     """Real engines in the interpreter: every batch of one kind alone, then all mixed, in chunks of at most 16 rows."""
-    prompts = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:12]]
+    prompts = steps.prompts(12)
     base = {"max_tokens": 4, "ignore_eos": True}
     # No top-k or top-p: vLLM's kernel for them, which samples each request's first token, fails in the interpreter.
     kinds = {
@@ -218,18 +217,10 @@ def test_v2_engines_launch_only_what_they_warmed_up(tmp_path):
         mixture = [params for params in mixed if choosing or "extra_args" not in params]
         batches = [{"name": k, "prompts": prompts[:2], "sampling": base | v} for k, v in used.items()]
         batches.append({"name": "mixed", "prompts": prompts[: len(mixture)], "sampling": mixture})
-        llm = {
-            "model": str(ROOT / "models" / "specopt-target"),
-            "speculative_config": speculative,
-            "additional_config": {"specopt": option},
-            "enforce_eager": True,
-            "distributed_executor_backend": "uni",
-            "max_model_len": 256,
-            "max_num_seqs": 32,
-        }
-        engines.append({"name": name, "llm": llm, "batches": batches, "warm_up": 16})
-    start = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["start"]
-    results, _ = start(engines, tmp_path, "V2")
+        more = {"additional_config": {"specopt": option}, "dtype": "auto", "enable_prefix_caching": None}
+        made = steps.engine(name, speculative, batches, max_model_len=256, max_num_seqs=32, **more)
+        engines.append(made | {"warm_up": 16})
+    results, _ = run_engines.start(engines, tmp_path, "V2")
     for result in results.values():
         assert result["sampler"] == "vllm_specopt.integration.v2.RejectionSampler"
         assert result["launches"]["unexpected"] == []

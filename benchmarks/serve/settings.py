@@ -11,7 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks import folders
+from vllm_specopt.benchmarks.errors import CliError, json_object
 from vllm_specopt.benchmarks.host import small_model_dtype
 from vllm_specopt.benchmarks.processes import free_port
 from vllm_specopt.benchmarks.record import CHECKOUT, installed
@@ -186,26 +187,10 @@ def _models(target: str | None, draft: str | None, speculative: str | None) -> t
         raise CliError("--draft and --speculative-config say the same thing: give one of them.", 2)
     if target and not (speculative or draft):
         raise CliError("a target needs a --draft or a --speculative-config.", 2)
-    model = _model(target or str(models / "specopt-target"), "target")
+    model = folders.model(target or str(models / "specopt-target"), "target")
     if speculative:
-        try:
-            found = json.loads(speculative)
-        except json.JSONDecodeError as error:
-            raise CliError(f"--speculative-config is not JSON ({error}): {speculative}", 2) from error
-        if not isinstance(found, dict):
-            raise CliError("--speculative-config must be a JSON object.", 2)
-        return model, found
-    return model, {"model": _model(draft or str(models / "specopt-draft"), "draft"), **SPECULATION}
-
-
-def _model(name: str, role: str) -> str:
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        return str(folder.resolve())
-    # owner/name is a model of the hub, which vLLM finds in its cache; anything else can only be a path.
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CliError(f"{name} is no model folder (it has no config.json): name the {role} model.", 2)
-    return name
+        return model, json_object("--speculative-config", speculative)
+    return model, {"model": folders.model(draft or str(models / "specopt-draft"), "draft"), **SPECULATION}
 
 
 def wide_pair(out: Path) -> tuple[Path, Path]:

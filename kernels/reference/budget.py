@@ -31,11 +31,6 @@ def kept_probability_ref(prob: float, delta: float) -> float:
     return low
 
 
-def spent_ref(prob: float, delta: float) -> float:
-    """Divergence, in nats, of what is emitted in a draft token's place from the target's distribution."""
-    return min(delta, -math.log(prob)) if prob > 0.0 else 0.0
-
-
 def budget_test_ref(
     target_probs: torch.Tensor, token: int, seed: int, position: int, delta: float
 ) -> tuple[int | None, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from research.quality import arms, scores
 from research.quality.arms import Arm, Plan
+from vllm_specopt.benchmarks import folders
 from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.record import CHECKOUT, installed
 
@@ -69,14 +69,14 @@ def plans(options: Options) -> list[Plan]:
         raise CliError("--task is for the shipped models: leave TARGET and DRAFT out, or name --data.", 2)
     if options.data is None or not options.metrics:
         raise CliError("a pair of models needs a task: name --data FILE.jsonl and --metric wer or rouge.", 2)
-    pair = [_model(name, role) for name, role in ((target, "target"), (draft, "draft"))]
+    pair = [folders.model(name, role) for name, role in ((target, "target"), (draft, "draft"))]
     chosen = tuple(dict.fromkeys(options.metrics))
     return [_plan(options, options.data.stem, pair, options.data, chosen, MAX_TOKENS, "auto")]
 
 
 def _task_plan(options: Options, name: str) -> Plan:
     folder, task = TASKS_FOLDER / name, TASKS[name]
-    pair = [_model(str(folder / role), role) for role in ("target", "draft")]
+    pair = [folders.model(str(folder / role), role) for role in ("target", "draft")]
     # The shipped models are tiny, and not every CPU multiplies bf16 matrices at speed.
     return _plan(options, name, pair, folder / "eval.jsonl", task["metrics"], task["max_tokens"], "float32")
 
@@ -114,16 +114,6 @@ def _plan(
         threads=options.threads or (max(1, len(os.sched_getaffinity(0)) - 1) if on_cpu else None),
         on_cpu=on_cpu,
     )
-
-
-def _model(name: str, role: str) -> str:
-    """A model's resolved folder, or its name on a hub."""
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder.resolve())
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CliError(f"{folder} is no model folder (it has no config.json): name the {role} model.", 2)
-    return name
 
 
 def read_items(path: Path) -> list[tuple[str, str]]:

@@ -8,9 +8,7 @@ is clean.
 
 import argparse
 import json
-import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -171,24 +169,23 @@ def main() -> None:
         parser.error(f"{unknown.pop()!r} is no fault")
     if given.here:
         with tempfile.TemporaryDirectory(prefix="specopt-audit-") as scratch:
-            draft = ROOT / "models" / "specopt-draft"
-            run(
-                given.faults[0],
-                given.limit,
-                rough_draft(given.noise, Path(scratch) / "draft") if given.noise else draft,
-            )
+            shipped = ROOT / "models" / "specopt-draft"
+            draft = rough_draft(given.noise, Path(scratch) / "draft") if given.noise else shipped
+            run(given.faults[0], given.limit, draft)
         return
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support import prepared
+
     from vllm_specopt.evidence import judge
 
-    environment = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["environment"]("V1")
     print("| fault | tokens until the alarm | impossible | largest deviation of a bin, points | log10 e |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name in given.faults or FAULTS:
-        command = [sys.executable, __file__, "--here", "--limit", str(given.limit), "--noise", str(given.noise), name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
-        verdict = judge(*json.loads(done.stdout.splitlines()[-1]))
+        status, log = prepared.run("V1", __file__, "--here", "--limit", given.limit, "--noise", given.noise, name)
+        if status:
+            raise SystemExit(log[-3000:])
+        counts = next(line for line in reversed(log.splitlines()) if line.startswith("["))
+        verdict = judge(*json.loads(counts))
         assert verdict.largest is not None
         said = f"{verdict.tokens:,}" if verdict.is_lossy else f"none in {verdict.tokens:,}"
         print(

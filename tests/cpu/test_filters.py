@@ -1,11 +1,10 @@
 """Filters of the CPU backend where they differ in how much of a row they read: peaked, flat, tied, crowded rows."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.cpu_checks import Tally, sampled_batch
 
 from vllm_specopt.cpu.plan import POOL
 from vllm_specopt.cpu.rows import TILE
@@ -13,9 +12,6 @@ from vllm_specopt.kernels.reference.noise import DRAW, draw_uniform_ref
 from vllm_specopt.kernels.reference.rows import target_row_ref
 from vllm_specopt.testing import NO_DRAFT, PROBS, assert_matches_reference, is_drawn, random_batch
 from vllm_specopt.verify import verify
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from cpu_checks import Tally, sampled_batch
 
 VOCAB = 6 * POOL
 NUM_ROWS = 24

@@ -6,13 +6,12 @@ rows with NaN, infinities and logits beyond a reference of their own, draft dist
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cpu_checks import Tally, sampled_batch
 
 from vllm_specopt import cpu
 from vllm_specopt.cpu.rows import TILE
@@ -20,9 +19,6 @@ from vllm_specopt.kernels.reference import verify_ref
 from vllm_specopt.rules import PAPER
 from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, random_batch
 from vllm_specopt.verify import verify
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from cpu_checks import Tally, sampled_batch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPE_NAMES = ["bf16", "fp16", "fp32"]

@@ -15,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from drafters import (  # noqa: E402
+from drafters.table import (
     DRAFTERS,
     NUMBER,
     ROOT,

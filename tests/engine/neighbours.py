@@ -1,6 +1,6 @@
 """Features beside which verification runs: each engine with draft tokens must emit what it emits without.
 
-Usage: ``python neighbours.py RESULT.json [FEATURE ...]``, in the environment of a runner (``run_engines.environment``).
+Usage: ``python neighbours.py RESULT.json [FEATURE ...]``, in the environment of a runner (``support.prepared``).
 Writes, per feature, whether the seeded and greedy requests of both engines have equal tokens, and what else must hold.
 """
 
@@ -16,6 +16,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from engine import steps
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGET, DRAFT = ROOT / "models" / "specopt-target", ROOT / "models" / "specopt-draft"
 DRAFTS = 3
@@ -23,7 +25,7 @@ V2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 RANK = 8
 ADAPTED = "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"
 MODULES = [name.split(".")[1] for name in ADAPTED]
-LINES = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:6]]
+LINES = steps.prompts(6)
 
 
 def adapter(model: Path, folder: Path, seed: int = 0) -> dict:
@@ -70,20 +72,9 @@ def start(drafts: bool, **more):
     # A CPU worker of vLLM 0.32 looks into every loaded module and stumbles over this one, which numba loads.
     sys.modules.pop("llvmlite.binding.ffi", None)
     speculative = {"model": str(DRAFT), "num_speculative_tokens": DRAFTS} | more.pop("speculative", {})
-    args = {
-        "model": str(TARGET),
-        "dtype": "float32",
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "max_model_len": 256,
-        "max_num_seqs": 16,
-        "block_size": 32,
-        "enable_prefix_caching": False,
-        "additional_config": {"specopt": "exact"},
-        "disable_log_stats": False,
-        "speculative_config": speculative if drafts else None,
-    }
-    return LLM(**(args | more))
+    blocks = {"block_size": 32, "num_gpu_blocks_override": None}
+    args = {"max_model_len": 256, "max_num_seqs": 16, "disable_log_stats": False} | blocks | more
+    return LLM(**steps.arguments(speculative if drafts else None, **args))
 
 
 def emitted(llm, prompts, params, **more) -> list[list[dict]]:

@@ -4,8 +4,10 @@ Usage: ``python run_engines.py REQUEST.json RESULT.json``. The request lists eng
 ``LLM`` and batches of (prompts, sampling parameters). The result holds, per engine, its samplers' classes, how often
 the stock verification ran, and per batch the token ids and log probabilities. With ``"warm_up": ROWS`` the engine
 warms up first and verifies in chunks of at most that many rows; then the result holds what it launched that it had not
-before. With statistics switched on it holds the number of preemptions, and per batch the steps that verified drafts
-and the draft tokens that they accepted, together and by their place among the drafts.
+before. With statistics switched on it holds the number of preemptions, together and per batch, and per batch the steps
+that verified drafts and the draft tokens that they accepted, together and by their place among the drafts.
+A batch with ``"abort_after"`` is stepped that often, all its requests are aborted in one call, and its result is how
+many are unfinished after the next step. ``"drafts": true`` keeps V1's least and greatest number of drafts of each step.
 With ``"reference": true`` each verification is done by the reference too, on the engine's own logits, drafts and seeds.
 Engines that audit leave their counts.
 """
@@ -13,15 +15,10 @@ Engines that audit leave their counts.
 import contextlib
 import gc
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-
-HERE = Path(__file__).resolve()
-INTERPRETER = HERE.parent / "interpreter"
 
 
 def main(request_path: str, result_path: str) -> None:
@@ -52,13 +49,19 @@ def main(request_path: str, result_path: str) -> None:
                 if bias := given.get("logit_bias"):
                     given["logit_bias"] = {int(token): value for token, value in bias.items()}
             params = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**params)
+            prompts = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in batch["prompts"]]
+            if "abort_after" in batch:
+                result["batches"][batch["name"]] = aborted(llm, runner, prompts, params, batch["abort_after"])
+                continue
             before = speculation(llm) if counted else {}
             with contextlib.ExitStack() as stack:
                 if "warm_up" in engine:
                     stack.enter_context(watched_launches(runner, result, engine))
                 if "reference" in engine:
                     stack.enter_context(compared_with_reference(result))
-                outputs = [output.outputs[0] for output in llm.generate(batch["prompts"], params, use_tqdm=False)]
+                if "drafts" in engine:
+                    stack.enter_context(recorded_drafts(runner, result, batch["name"]))
+                outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
             result["batches"][batch["name"]] = {
                 "token_ids": [list(output.token_ids) for output in outputs],
                 "logprobs": [
@@ -70,15 +73,15 @@ def main(request_path: str, result_path: str) -> None:
                 after = speculation(llm)
                 counts = {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in after}
                 drafts, accepted = counts["drafts"][0], counts["accepted_by_position"]
-                counted_here = {"drafts": drafts, "accepted": sum(accepted), "accepted_by_position": accepted}
+                counted_here = {"drafts": drafts, "accepted": sum(accepted), "accepted_by_position": accepted,
+                                "preemptions": counts["preemptions"][0]}  # fmt: skip
                 result["batches"][batch["name"]] |= counted_here
         result["stock_calls"] = dict(calls)
         auditor = getattr(getattr(runner.sampler, "account", None), "auditor", None)
         if auditor is not None:
             result["audit"] = auditor.counts.sum(0).tolist()
         if counted:
-            counts = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-            result["preemptions"] = sum(counts)
+            result["preemptions"] = speculation(llm)["preemptions"][0]
         results[engine["name"]] = result
         del llm, runner, samplers
         gc.collect()
@@ -87,19 +90,51 @@ def main(request_path: str, result_path: str) -> None:
 
 
 def speculation(llm) -> dict[str, list[int]]:
-    """How many steps of requests verified drafts so far, and how many accepted the first draft token, the second ..."""
+    """How many steps of requests verified drafts so far, how many accepted the first draft token, the second ...
+
+    And how often a request was preempted.
+    """
     metrics = {metric.name: metric for metric in llm.get_metrics()}
-    if "vllm:spec_decode_num_drafts" not in metrics:
-        return {"drafts": [0], "accepted_by_position": []}
-    by_position = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
-    return {"drafts": [metrics["vllm:spec_decode_num_drafts"].value], "accepted_by_position": list(by_position)}
+    found = {"drafts": [0], "accepted_by_position": [], "preemptions": [metrics["vllm:num_preemptions"].value]}
+    if "vllm:spec_decode_num_drafts" in metrics:
+        found["drafts"] = [metrics["vllm:spec_decode_num_drafts"].value]
+        found["accepted_by_position"] = list(metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values)
+    return found
+
+
+def aborted(llm, runner, prompts: list, params, steps: int) -> int:
+    """Abort every request of a batch at once, after some steps; return how many are left after the next one."""
+    engine, names = llm.llm_engine, []
+    for index, prompt in enumerate(prompts):
+        asked = params[index] if isinstance(params, list) else params
+        names.append(engine.add_request(f"abort-{index}", prompt, asked) or f"abort-{index}")
+    finished = [output for _ in range(steps) for output in engine.step() if output.finished]
+    assert not finished, "requests ended before they were aborted, so this shows nothing"
+    engine.abort_request(names, internal=True)
+    engine.step()
+    return engine.get_num_unfinished_requests() + len(runner.requests)
+
+
+@contextlib.contextmanager
+def recorded_drafts(runner, result: dict, batch: str):
+    """Add to the result which least and greatest numbers of draft tokens a step within the block had."""
+    sampler, steps = runner.rejection_sampler, set()
+    original = sampler.forward
+
+    def forward(metadata, *args, **kwargs):
+        steps.add((min(metadata.num_draft_tokens), max(metadata.num_draft_tokens)))
+        return original(metadata, *args, **kwargs)
+
+    sampler.forward = forward
+    yield
+    sampler.forward = original
+    result.setdefault("drafts", {})[batch] = sorted(steps)
 
 
 @contextlib.contextmanager
 def watched_launches(runner, result: dict, engine: dict):
     """Warm a V2 runner up, if that is not done, and add what it launches within the block to the engine's result."""
-    sys.path.insert(0, str(HERE.parents[1] / "support"))
-    from launch_keys import recorded, unexpected
+    from support.launch_keys import recorded, unexpected
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler as stock
 
     from vllm_specopt.integration.warm_up import warm_up
@@ -155,45 +190,19 @@ def compared_with_reference(result: dict):
         v2.verify = verify
 
 
-def start(engines: list[dict], folder: Path, runner: str) -> tuple[dict, dict]:
-    """Run engines on model runner ``V1`` or ``V2`` in a process of their own.
+def start(engines: list[dict], folder: Path, runner: str, **env: str) -> tuple[dict, dict]:
+    """Run engines on model runner ``V1`` or ``V2`` in a process of their own, ``env`` added to its environment.
 
     Returns:
         The results, and what was logged, both by engine name.
     """
+    from support import prepared
+
     (folder / "request.json").write_text(json.dumps(engines))
-    done = subprocess.run(
-        [sys.executable, str(HERE), "request.json", "result.json"],
-        cwd=folder,
-        env=environment(runner),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    parts = re.split(r"^engine (.*)$", done.stdout, flags=re.MULTILINE)
+    status, log = prepared.run(runner, __file__, "request.json", "result.json", cwd=folder, env=env)
+    assert status == 0, log[-4000:]
+    parts = re.split(r"^engine (.*)$", log, flags=re.MULTILINE)
     return json.loads((folder / "result.json").read_text()), dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def environment(runner: str) -> dict[str, str]:
-    """Environment for a process that uses vLLM's model runner ``V1`` or ``V2`` on a CPU."""
-    environ = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        # One thread: on a busy machine threads that wait for each other cost more than they save in models this small.
-        # Numba's too, which n-gram drafting starts: they set how many vLLM's kernels take.
-        "NUMBA_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-        # Engines are eager, but vLLM compiles what counts a log probability's rank even then.
-        "TORCHDYNAMO_DISABLE": "1",
-        "TRITON_INTERPRET": "1" if runner == "V2" else "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
-    }
-    if runner == "V2":
-        environ["PYTHONPATH"] = os.pathsep.join([str(INTERPRETER), environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return environ
 
 
 def count_stock_calls() -> Counter:

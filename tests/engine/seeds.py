@@ -6,15 +6,13 @@ a table of equal tokens, writes it as JSON, and exits with 1 if one token differ
 
 import argparse
 import json
-import runpy
 import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import steps  # noqa: E402 - a script beside this one
+from engine import run_engines, steps
 
 BASE = "off"
 DRAFTING = {BASE: 0, "ngram": 4, "draft-1": 1, "draft-2": 2, "draft-4": 4, "draft-8": 8}
@@ -56,9 +54,8 @@ def compare(results: dict, alone: int) -> list[dict]:
 
 def run(runner: str, requests: int, tokens: int, alone: int) -> list[dict]:
     """Start the engines in a process of their own and compare."""
-    start = runpy.run_path(str(HERE / "run_engines.py"))["start"]
     with tempfile.TemporaryDirectory() as folder:
-        results, _ = start(engines(requests, tokens, alone), Path(folder), runner)
+        results, _ = run_engines.start(engines(requests, tokens, alone), Path(folder), runner)
     return compare(results, alone)
 
 

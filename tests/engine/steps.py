@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+EXACT = {"specopt": {"method": "exact"}}
 NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 MIN_P = {"temperature": 1.0, "min_p": 0.05}
 # What the requests take in turn, so that batches are mixed.
@@ -34,45 +35,53 @@ def drafting(num_drafts: dict[str, int]) -> dict[str, dict | None]:
     }
 
 
+def prompts(number: int | None = None) -> list[str]:
+    """So many of the shipped prompts, or all."""
+    found = [json.loads(line)["prompt"] for line in (ROOT / "models" / "prompts.jsonl").read_text().splitlines()]
+    assert number is None or len(found) >= number
+    return found[:number]
+
+
 def requests(number: int, max_tokens: int, kinds=KINDS) -> tuple[list[str], list[dict]]:
     """Prompts and sampling parameters of so many requests, each with its own seed."""
-    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:number]
-    assert len(lines) == number
     sampling = [
         kinds[index % len(kinds)] | {"seed": 1000 + index, "max_tokens": max_tokens, "ignore_eos": True}
         for index in range(number)
     ]
-    return [json.loads(line)["prompt"] for line in lines], sampling
+    return prompts(number), sampling
 
 
-def engine(name: str, speculative: dict | None, batches: list[dict], **llm) -> dict:
-    """An engine with the option, as ``run_engines.py`` takes it; the shipped pair, always in single precision."""
+def arguments(speculative: dict | None, **more) -> dict:
+    """Keyword arguments of ``LLM``: the option, the shipped pair, single precision, no server; changed by ``more``."""
     return {
-        "name": name,
-        "llm": {
-            "model": str(ROOT / "models" / "specopt-target"),
-            "speculative_config": speculative,
-            "additional_config": {"specopt": {"method": "exact"}},
-            "dtype": "float32",
-            "enforce_eager": True,
-            "distributed_executor_backend": "uni",
-            "enable_prefix_caching": False,
-            "max_model_len": 512,
-            **llm,
-        },
-        "batches": batches,
+        "model": str(ROOT / "models" / "specopt-target"),
+        "speculative_config": speculative,
+        "additional_config": dict(EXACT),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        "enable_prefix_caching": False,
+        "max_model_len": 512,
+        # Of 128 tokens each: enough for every request, and sooner made than a gigabyte.
+        "num_gpu_blocks_override": 256,
+        **more,
     }
 
 
-def batches(prompts: list[str], sampling: list[dict], alone: int, noise: dict | None = None) -> list[dict]:
+def engine(name: str, speculative: dict | None, batches: list[dict], **llm) -> dict:
+    """An engine as ``run_engines.py`` takes it, of these arguments."""
+    return {"name": name, "llm": arguments(speculative, **llm), "batches": batches}
+
+
+def batches(texts: list[str], sampling: list[dict], alone: int, noise: dict | None = None) -> list[dict]:
     """All requests at once; reversed, between others without seeds; and the first ones each on its own."""
     noise = noise or {"temperature": 1.0, "max_tokens": 7}
-    mixed = [(p, s) for pair in zip(prompts, sampling, strict=True) for p, s in (pair, (pair[0], noise))][::-1]
+    mixed = [(p, s) for pair in zip(texts, sampling, strict=True) for p, s in (pair, (pair[0], noise))][::-1]
     return [
-        {"name": "together", "prompts": prompts, "sampling": sampling},
+        {"name": "together", "prompts": texts, "sampling": sampling},
         {"name": "mixed", "prompts": [p for p, _ in mixed], "sampling": [s for _, s in mixed]},
         *(
-            {"name": f"alone {index}", "prompts": [prompts[index]], "sampling": [sampling[index]]}
+            {"name": f"alone {index}", "prompts": [texts[index]], "sampling": [sampling[index]]}
             for index in range(alone)
         ),
     ]

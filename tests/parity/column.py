@@ -14,10 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from rows import BLOCK, COLUMNS, DRAFT, ENGINES, MAX_TOKENS, NUM_DRAFTS, ROOT, ROWS, TARGET, Column, Row  # noqa: E402
+from engine import steps
+from parity.rows import BLOCK, COLUMNS, DRAFT, ENGINES, MAX_TOKENS, NUM_DRAFTS, ROWS, TARGET, Column, Row
 
 
 def prompts(kind: str) -> list[list[int]]:
@@ -25,8 +23,7 @@ def prompts(kind: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    lines = (ROOT / "models" / "prompts.jsonl").read_text().splitlines()[:4]
-    ids = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+    ids = [tokenizer.encode(prompt) for prompt in steps.prompts(4)]
     if kind == "short":
         return [these[:16] for these in ids[:3]]
     if kind == "thinking":
@@ -38,23 +35,19 @@ def arguments(column: Column, engine: str) -> dict:
     """Keyword arguments of ``LLM`` for one engine of a column."""
     args = {
         "model": str(TARGET),
-        "dtype": "float32",
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
         "max_model_len": 4 * BLOCK,
         "max_num_seqs": 64 if column.runner == "V1" else 24,
         "block_size": BLOCK,
-        "enable_prefix_caching": False,
+        "num_gpu_blocks_override": None,
         "disable_log_stats": False,
         "seed": 0,
+        "additional_config": steps.EXACT if column.arm == "ours" else {},
         **ENGINES[engine],
     }
-    if column.arm != "plain":
-        args["speculative_config"] = {"model": str(DRAFT), "num_speculative_tokens": NUM_DRAFTS}
-    if column.arm == "ours":
-        args["additional_config"] = {"specopt": {"method": "exact"}}
+    speculative = {"model": str(DRAFT), "num_speculative_tokens": NUM_DRAFTS}
+    args = steps.arguments(speculative if column.arm != "plain" else None, **args)
     if engine == "custom":
-        args["logits_processors"] = [f"processors:{name}{column.runner}" for name in ("Ban", "NotTwice")]
+        args["logits_processors"] = [f"parity.processors:{name}{column.runner}" for name in ("Ban", "NotTwice")]
     return args
 
 

@@ -6,8 +6,8 @@ import itertools
 import json
 import re
 
-import law
-from rows import BLOCK, STOPS, Column, Row
+from parity import law
+from parity.rows import BLOCK, STOPS, Column, Row
 
 WORKS, REFUSED, WRONG, CRASHES = VERDICTS = "works", "refused", "wrong", "crashes"
 REFUSALS = ("VLLMValidationError", "ValueError", "ValidationError")

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from rows import TARGET
+from parity.rows import TARGET
 from scipy import stats
 
 BINS = 10

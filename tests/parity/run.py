@@ -9,24 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rows import COLUMNS, ROOT, ROWS  # noqa: E402
+from parity.rows import COLUMNS, ROOT, ROWS
+from support import prepared
 
 REPORTS, PAGE = ROOT / "reports" / "parity", ROOT / "docs" / "parity.md"
-
-
-def environment(runner: str) -> dict[str, str]:
-    """Environment for the process of a column."""
-    environ = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))["environment"](runner)
-    return environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def run_column(name: str, result: Path, *rows: str, requests: int | None = None) -> dict:
@@ -35,19 +27,18 @@ def run_column(name: str, result: Path, *rows: str, requests: int | None = None)
     Raises:
         RuntimeError: Its process ended badly.
     """
-    command = [sys.executable, str(HERE / "column.py"), name, str(result), *rows]
-    command += [] if requests is None else ["--requests", str(requests)]
-    log = result.with_suffix(".log")
-    with open(log, "w") as file:
-        done = subprocess.run(command, env=environment(COLUMNS[name].runner), stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"column {name} ended with {done.returncode}:\n" + log.read_text()[-4000:])
+    command = [Path(__file__).with_name("column.py"), name, result, *rows]
+    command += [] if requests is None else ["--requests", requests]
+    status, log = prepared.run(COLUMNS[name].runner, *command)
+    result.with_suffix(".log").write_text(log)
+    if status:
+        raise RuntimeError(f"column {name} ended with {status}:\n" + log[-4000:])
     return json.loads(result.read_text())
 
 
 def cells(found: dict[str, dict]) -> dict[tuple[str, str], tuple[str, str]]:
     """Verdict and note by row and column, from what every column emitted."""
-    from judge import judge
+    from parity.judge import judge
 
     return {
         (row.name, column.name): judge(row, column, found[column.name][row.name], found[column.plain][row.name])

@@ -7,9 +7,6 @@ the same weights. The first token is left out, for no verification emits it.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine import steps
+from support import prepared
 
 from proof.judgement import Judgement, judge
 from vllm_specopt.kernels.reference.rows import filter_row_ref
@@ -51,23 +50,8 @@ def prompt_ids() -> list[int]:
     """The beginning of one of the shipped prompts."""
     from tokenizers import Tokenizer
 
-    line = (MODELS / "prompts.jsonl").read_text().splitlines()[PROMPT]
-    encoded = Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json")).encode(json.loads(line)["prompt"])
+    encoded = Tokenizer.from_file(str(MODELS / "specopt-target" / "tokenizer.json")).encode(steps.prompts()[PROMPT])
     return encoded.ids[:PROMPT_TOKENS]
-
-
-def environment() -> dict[str, str]:
-    """Of a process that runs vLLM's V1 runner in itself, on a CPU."""
-    return os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "TRITON_INTERPRET": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
 
 
 def draw(settings: dict[str, dict], requests: int, seed: int, shared_noise: int = 0) -> dict[str, Draws]:
@@ -82,22 +66,9 @@ def draw(settings: dict[str, dict], requests: int, seed: int, shared_noise: int 
     Returns:
         The draws by name: ``"T = 1, seeded"`` and so on, then ``SHARED_NOISE``.
     """
-    llm = {
-        "model": str(MODELS / "specopt-target"),
-        "speculative_config": {
-            "model": str(MODELS / "specopt-draft"),
-            "num_speculative_tokens": NUM_DRAFTS,
-            "draft_sample_method": "probabilistic",
-        },
-        "additional_config": {"specopt": {"method": "exact"}},
-        "dtype": "float32",
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "enable_prefix_caching": False,
-        "max_model_len": 64,
-        "max_num_seqs": 256,
-        "seed": seed,
-    }
+    speculative = {"model": str(MODELS / "specopt-draft"), "num_speculative_tokens": NUM_DRAFTS}
+    speculative["draft_sample_method"] = "probabilistic"
+    llm = steps.arguments(speculative, max_model_len=64, max_num_seqs=256, num_gpu_blocks_override=512, seed=seed)
     common = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "detokenize": False}
     batches = [
         {
@@ -115,12 +86,9 @@ def draw(settings: dict[str, dict], requests: int, seed: int, shared_noise: int 
     request = {"llm": llm, "prompt": prompt_ids(), "batches": batches, "shared_noise": SHARED_NOISE}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, str(SCRIPT), "request.json", "result.npz"]
-        done = subprocess.run(
-            command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"the engine ended with {done.returncode}: {done.stdout[-2000:]}")
+        status, log = prepared.run("V1", SCRIPT, "request.json", "result.npz", cwd=folder)
+        if status:
+            raise RuntimeError(f"the engine ended with {status}: {log[-2000:]}")
         with np.load(Path(folder) / "result.npz") as found:
             return {name: Draws(found[name][:, :MAX_TOKENS], found[name][:, MAX_TOKENS]) for name in found}
 

@@ -13,9 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engines import start
 from server import DRAFTING
-from workload import ROOT, prompts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine import steps
+from engine.run_engines import start
 
 
 def main(argv: list[str]) -> int:
@@ -30,13 +33,14 @@ def main(argv: list[str]) -> int:
             config = speculative | {"num_speculative_tokens": drafts}
             engines.append(engine(f"{drafting}, {drafts} drafts", options, 96, config))
     with tempfile.TemporaryDirectory(prefix="specopt-greedy-") as folder:
-        results = start(engines, Path(folder))
+        results, _ = start(engines, Path(folder), "V1")
     plain, status = results["plain, 96 at once"]["batches"]["greedy"], 0
-    print(f"{options.dtype}: {len(plain)} requests of {options.tokens} tokens")
+    print(f"{options.dtype}: {len(plain['token_ids'])} requests of {options.tokens} tokens")
     for name, result in results.items():
-        pairs = list(zip(result["batches"]["greedy"], plain, strict=True))
-        differ = sum(ours["token_ids"] != theirs["token_ids"] for ours, theirs in pairs)
-        logprobs = sum(ours["logprobs"] != theirs["logprobs"] for ours, theirs in pairs)
+        differ, logprobs = (
+            sum(ours != theirs for ours, theirs in zip(result["batches"]["greedy"][what], plain[what], strict=True))
+            for what in ("token_ids", "logprobs")
+        )
         print(f"  {name:28} differ in tokens: {differ:3}   in a bit of a log probability: {logprobs:3}")
         status |= differ > 0 and options.dtype == "float32"
     return int(status)
@@ -44,19 +48,10 @@ def main(argv: list[str]) -> int:
 
 def engine(name: str, options, size: int, speculative: dict | None = None) -> dict:
     """One engine's request: all prompts, greedy, with log probabilities."""
-    llm = {
-        "model": str(ROOT / "models" / "specopt-target"),
-        "dtype": options.dtype,
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "enable_prefix_caching": False,
-        "max_model_len": 512,
-        "max_num_seqs": size,
-    }
-    if speculative:
-        llm |= {"speculative_config": speculative, "additional_config": {"specopt": {"method": "exact"}}}
     sampling = {"temperature": 0.0, "max_tokens": options.tokens, "ignore_eos": True, "logprobs": 0}
-    return {"name": name, "llm": llm, "batches": [{"name": "greedy", "prompts": prompts(), "sampling": sampling}]}
+    batches = [{"name": "greedy", "prompts": steps.prompts(), "sampling": sampling}]
+    llm = {"dtype": options.dtype, "max_num_seqs": size, "num_gpu_blocks_override": None}
+    return steps.engine(name, speculative, batches, additional_config=steps.EXACT if speculative else {}, **llm)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import psutil
 import pytest
 from support.ab_records import PROMPTS, make_cell
 
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.benchmarks.serve import command, servers, settings
 from vllm_specopt.benchmarks.serve.arms import Arm
 from vllm_specopt.benchmarks.serve.plan import changed_settings
 from vllm_specopt.benchmarks.serve.workloads import workload
-from vllm_specopt.cli.errors import CliError
 
 MODELS = Path(__file__).parents[2] / "models"
 INPUT = {"concurrency": "1", "temperature": "0", "num_prompts": 4, "output_len": 8, "repeats": 2, "timeout": 60.0}
@@ -32,10 +32,10 @@ RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2"
     ("changed", "sentence"),
     [
         ({"target": "/no/such/folder", "draft": "x/y"}, "/no/such/folder is no model folder"),
-        ({"target": str(MODELS / "specopt-target"), "draft": "./none"}, "./none is no model folder"),
+        ({"target": str(MODELS / "specopt-target"), "draft": "./none"}, "none is no model folder"),
         ({"target": str(MODELS / "specopt-target")}, "needs a --draft or a --speculative-config"),
         ({"speculative_config": "{"}, "--speculative-config is not JSON"),
-        ({"speculative_config": "[]"}, "must be a JSON object"),
+        ({"speculative_config": "[]"}, "expected a JSON object"),
         ({"speculative_config": "{}", "draft": "x"}, "give one of them"),
         ({"arms": ["stck"]}, "there is no arm 'stck'"),
         ({"arms": ["mine={"]}, "the option of arm 'mine' is not JSON"),

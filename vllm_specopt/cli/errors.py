@@ -9,8 +9,6 @@ import typer
 
 from vllm_specopt.benchmarks.errors import CliError
 
-__all__ = ["CliError", "told"]
-
 
 @contextmanager
 def told(command: str) -> Iterator[None]:

@@ -1,40 +1,14 @@
-"""`specopt fingerprints`: the parts of vLLM that the adapters rely on, and what differs from the last known ones."""
+"""`specopt fingerprints`: what `vllm_specopt.integration.sources` finds, as a table, sentences and diffs."""
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specopt.cli.errors import CliError
-from vllm_specopt.integration import compat
-
-KNOWN, UNKNOWN, MISSING = "known", "not known", "missing"
-STYLE = {KNOWN: "green", UNKNOWN: "bold red", MISSING: "bold red"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of vLLM as it is found in a folder.
-
-    runner: The model runner that needs it.
-    path, name: The file within the package, and what in it is meant.
-    fingerprint: Of its source; empty if it is not there.
-    state: Whether that is one of the known ones.
-    diff: From the same part of the other vLLM to this one; empty without another, or where they agree.
-    """
-
-    runner: str
-    path: str
-    name: str
-    fingerprint: str
-    state: str
-    diff: str
+from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.integration.sources import KNOWN, examine, installed, package, sentences, version
 
 
 def run(vllm: Path | None, against: Path | None) -> int:
@@ -47,77 +21,20 @@ def run(vllm: Path | None, against: Path | None) -> int:
     Raises:
         CliError: A folder holds no vLLM, or none is installed (exit status 2).
     """
-    root = installed() if vllm is None else package(vllm)
-    other = None if against is None else package(against)
+    try:
+        root = installed() if vllm is None else package(vllm)
+        other = None if against is None else package(against)
+    except LookupError as error:
+        raise CliError(str(error), 2) from error
     parts = examine(root, other)
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
     table = Table("runner", "part", "in", "fingerprint", "", title=f"vLLM {version(root)} in {root}")
     for part in parts:
-        table.add_row(part.runner, part.name, part.path, part.fingerprint, f"[{STYLE[part.state]}]{part.state}[/]")
+        style = "green" if part.state == KNOWN else "bold red"
+        table.add_row(part.runner, part.name, part.path, part.fingerprint, f"[{style}]{part.state}[/]")
     console.print(table)
     for line in sentences(parts, root, other):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if all(part.state == KNOWN for part in parts) else 1
-
-
-def examine(root: Path, other: Path | None = None) -> list[Part]:
-    """Every part of either runner in a vLLM, and its difference from another."""
-    found = []
-    for runner, parts in compat.PARTS.items():
-        for (path, name), known in parts.items():
-            mark = compat.fingerprint(root / path, name)
-            state = MISSING if mark is None else KNOWN if mark in known else UNKNOWN
-            found.append(Part(runner, path, name, mark or "", state, _diff(root, other, path, name)))
-    return found
-
-
-def sentences(parts: list[Part], root: Path, other: Path | None) -> list[str]:
-    """What the table shows, in words, and the diffs."""
-    differ = [part for part in parts if part.state != KNOWN]
-    known = ", ".join(f"{release}.x" for release in compat.VERSIONS)
-    found = [f"All {len(parts)} parts are as in the vLLM that this package knows ({known})."]
-    if differ:
-        found = [f"{len(differ)} of {len(parts)} parts are not as in the vLLM that this package knows ({known}):"]
-        found += [f"  {part.runner}: {part.name} in {part.path} is {part.state}" for part in differ]
-        if other is None:
-            found.append("Name the folder of a vLLM that is known with --against, and the differences are printed.")
-    if other is None:
-        return found
-    # Parts that both runners need are listed once for each.
-    diffs = list(dict.fromkeys(part.diff for part in parts if part.diff))
-    found.append(f"{len(diffs)} parts differ between vLLM {version(other)} in {other} and this one.")
-    return [*found, *diffs]
-
-
-def installed() -> Path:
-    """The folder of the installed vLLM."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        raise CliError("vLLM is not installed here: name the folder of one with --vllm.", 2)
-    return Path(spec.origin).parent
-
-
-def package(folder: Path) -> Path:
-    """The package in a folder, or the folder itself if it is the package."""
-    for place in (folder, folder / "vllm"):
-        if (place / "sampling_params.py").is_file() and (place / "v1").is_dir():
-            return place
-    raise CliError(f"{folder} holds no vLLM (neither it nor {folder / 'vllm'} has v1/ and sampling_params.py).", 2)
-
-
-def version(root: Path) -> str:
-    """The version that a vLLM's folder names."""
-    path = root / "_version.py"
-    text = path.read_text() if path.is_file() else ""
-    found = re.search(r"^(?:__version__ = )?(?:version = )?['\"](\d[^'\"]*)", text, re.MULTILINE)
-    return found[1] if found else "of an unknown version"
-
-
-def _diff(root: Path, other: Path | None, path: str, name: str) -> str:
-    if other is None:
-        return ""
-    before, after = (compat.source(folder / path, name) or [] for folder in (other, root))
-    lines = difflib.unified_diff(before, after, f"{other / path} {name}", f"{root / path} {name}", lineterm="", n=5)
-    return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 It replaces the language's functions at every call of a device function, looks numpy's types up in a dictionary built
 for the purpose, works out each block's shape and name from the start, and copies CPU tensors onto themselves after a
-launch. Results stay bit for bit the same.
+launch. It finds out what two operands have in common where they are alike, makes each constant anew, and computes sums
+in 64 bits for an assertion that is switched off. Results stay bit for bit the same.
 """
 
 import math
@@ -10,6 +11,7 @@ import math
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _patch_lang = interpreter._patch_lang
@@ -17,7 +19,19 @@ _get_np_dtype = interpreter._get_np_dtype
 _convert_float = interpreter._convert_float
 _restore_args = interpreter.GridExecutor._restore_args_dev
 _init_block = tl.block_type.__init__
+_match = TritonSemantic.binary_op_type_checking_impl
+_match_bits = TritonSemantic.bitwise_op_type_checking_impl
+_sanitize = TritonSemantic.binary_op_sanitize_overflow_impl
+_unwrap = tl.core._unwrap_if_constexpr
+# What the language's own functions are wrapped in, which asks whether they are called in a kernel.
+_CHECKED = tl.core.builtin(lambda: None).__code__
+_PLAIN = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, type(None)}
 _CPU = torch.device("cpu")
+_INTEGERS = {"int1", "int32", "uint32", "int64", "uint64"}
+# Of these, two operands of one type are added, multiplied, compared and divided as they are.
+_AS_THEY_ARE = _INTEGERS | {"fp32", "fp64"}
+_MOST_CONSTANTS = 10_000
+_constants = {}
 _langs, _patched, _np_dtypes, _blocks, _shapes = {}, set(), {}, {}, {}
 
 
@@ -77,9 +91,59 @@ def _restore(self, args_dev, args_hst, kwargs, kwargs_hst):
         _restore_args(self, args_dev, args_hst, kwargs, kwargs_hst)
 
 
+def _patch_member(obj, name, member, builder, scope):
+    inner = member.__wrapped__ if member.__code__ is _CHECKED else member
+
+    def call(*args, **kwargs):
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return inner(*args, **kwargs)
+
+    scope.set_attr(obj, name, call)
+
+
+def _unwrapped(value):
+    kind = type(value)
+    return value if kind in _PLAIN else value.value if kind is tl.constexpr else _unwrap(value)
+
+
+def _matched(self, lhs, rhs, *flags):
+    if not isinstance(lhs, tl.tensor) or lhs.dtype.name not in _AS_THEY_ARE:
+        return _match(self, lhs, rhs, *flags)
+    name = lhs.type.name
+    if isinstance(rhs, tl.tensor):
+        return (lhs, rhs) if rhs.type.name == name else _match(self, lhs, rhs, *flags)
+    if type(rhs) not in (int, float, bool):
+        return _match(self, lhs, rhs, *flags)
+    # Minus zero equals zero, NaN does not equal itself.
+    key = name, type(rhs), rhs.hex() if isinstance(rhs, float) else rhs, flags
+    if key not in _constants:
+        matched, constant = _match(self, lhs, rhs, *flags)
+        if matched is not lhs:
+            return matched, constant
+        if len(_constants) == _MOST_CONSTANTS:
+            _constants.clear()
+        _constants[key] = constant
+    return lhs, _constants[key]
+
+
+def _matched_bits(self, lhs, rhs):
+    alike = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type.name == rhs.type.name
+    return (lhs, rhs) if alike and lhs.dtype.name in _INTEGERS else _match_bits(self, lhs, rhs)
+
+
+def _sanitized(self, lhs, rhs, operation):
+    if self.builder.options.debug:
+        _sanitize(self, lhs, rhs, operation)
+
+
 interpreter._patch_lang = _patch_once
+interpreter._patch_attr = _patch_member
 interpreter._get_np_dtype = _np_dtype
 interpreter._convert_float = _convert
 interpreter.GridExecutor._restore_args_dev = _restore
+tl.core._unwrap_if_constexpr = _unwrapped
 tl.block_type.__init__ = _init_known_block
 tl.tensor.__init__ = _init_tensor
+TritonSemantic.binary_op_type_checking_impl = _matched
+TritonSemantic.bitwise_op_type_checking_impl = _matched_bits
+TritonSemantic.binary_op_sanitize_overflow_impl = _sanitized

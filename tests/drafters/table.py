@@ -6,10 +6,13 @@ A reason names the line of vLLM 0.32.0 that says so.
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+
+from engine import run_engines, steps
+from support import prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models"
@@ -147,7 +150,6 @@ KINDS = {
     "T = 1": {"temperature": 1.0},
     "T = 0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
 }
-steps = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "engine" / "steps.py")))
 
 
 def batches(number: int, max_tokens: int) -> list[dict]:
@@ -185,18 +187,9 @@ def plain_name(name: str) -> str:
 
 def start(engines: list[dict], folder: Path, runner: str) -> tuple[dict, dict]:
     """Run engines as ``run_engines.start`` does, with what ``custom_class`` names importable."""
-    import os
-
-    found = runpy.run_path(str(ROOT / "tests" / "engine" / "run_engines.py"))
-    before = os.environ.get("PYTHONPATH")
     folders = [str(Path(__file__).parent), str(ROOT / "examples" / "drafters")]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *([before] if before else [])])
-    try:
-        return found["start"](engines, folder, runner)
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+    path = prepared.environment(runner)["PYTHONPATH"]
+    return run_engines.start(engines, folder, runner, PYTHONPATH=os.pathsep.join([*folders, path]))
 
 
 def equal_share(found: list[list[int]], expected: list[list[int]]) -> float:
