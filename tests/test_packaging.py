@@ -20,7 +20,16 @@ PACKAGE = ROOT / "vllm_specopt"
 KERNELS = ROOT / "kernels"
 MAY_IMPORT_VLLM = {
     *("plugin.py", "messages.py", "v1.py", "v1_rows.py", "v1_sampler.py", "v1_thinking.py"),
-    *("diagnosis.py", "v1_watch.py", "v2.py", "v2_sampler.py", "v2_watch.py", "validation.py", "warm_up.py"),
+    *(
+        "diagnosis.py",
+        "v1_watch.py",
+        "v2.py",
+        "v2_sampler.py",
+        "v2_watch.py",
+        "validation.py",
+        "warm_up.py",
+        "sharded.py",
+    ),
 }
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]

@@ -35,7 +35,8 @@ class RecordVerified:
         def _verify(logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, slots, *args):
             output = original(logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, slots, *args)
             states = sampler.sampler.sampling_states
-            record(output[1], len(logits) - len(slots), int(states.seeds_set[slots].sum()), states.all_greedy(slots))
+            all_greedy = not states.temperature.np[slots].any()
+            record(output[1], len(logits) - len(slots), int(states.seeds_set[slots].sum()), all_greedy)
             return output
 
         def on_whole_rows(logits, *args, **kwargs):

@@ -126,7 +126,7 @@ def _warm_up(original):
     def compile_or_warm_up_model(self, *args, **kwargs):
         config = active_config(self.vllm_config)
         sampler = getattr(self.model_runner, "rejection_sampler", None) or getattr(self.model_runner, "sampler", None)
-        if config and config.sharded and hasattr(sampler, "account"):
+        if config and config.sharded and sampler is not None and hasattr(sampler, "account"):
             from vllm_specopt.integration.sharded import Sharding
 
             sampler.account.sharding = Sharding(self.model_runner)

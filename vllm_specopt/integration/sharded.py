@@ -48,7 +48,6 @@ class Sharding:
                 "specopt.sharded is true, but the model or another plugin brings its own "
                 f"{type(runner.sampler).__qualname__}, which needs whole rows; leave it out"
             )
-        self.shard: Shard | None = None
         self.steps = 0
         self._decide: Callable[[], bool] | None = None
         self._group = get_tp_group()
@@ -70,7 +69,7 @@ class Sharding:
                 f"specopt.sharded is true, but {type(model).__name__} does not make its logits by vLLM's "
                 "LogitsProcessor alone; leave it out"
             )
-        self.shard = shards_of(vocab_size, ranks, columns)[self._group.rank_in_group]
+        self.shard: Shard = shards_of(vocab_size, ranks, columns)[self._group.rank_in_group]
 
     @contextlib.contextmanager
     def open(self, decide: Callable[[], bool]) -> Iterator[None]:
