@@ -22,7 +22,7 @@ SHARDED = ("--sharded", "--vocab-size", str(VOCAB))
 ENGINES = {
     "V1": (STEPS, "--kill"),
     "V1 sharded": (STEPS, "--kill", "--pressed", *SHARDED),
-    "V2 sharded": (20, "--runner", "V2", *SHARDED),
+    "V2 sharded": (12, "--runner", "V2", "--tokens", "16", *SHARDED),
 }
 
 

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--arm", choices=("exact", "stock"), default="exact")
     parser.add_argument("--drafting", choices=("greedy", "probabilistic"), default="probabilistic")
+    parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of a request")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V1", help="vLLM's model runner")
     parser.add_argument("--sharded", action="store_true", help="logits stay on their ranks where they can")
     parser.add_argument("--vocab-size", type=int, help="extend the models' vocabulary to this size")
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     is_v2 = options.runner == "V2"
     folders = [str(HERE), *([str(INTERPRETER)] if is_v2 else []), os.environ.get("PYTHONPATH", "")]
     os.environ.update(ENV, PYTHONPATH=os.pathsep.join(folders).rstrip(os.pathsep))
-    is_ready = not is_v2 or os.environ.get("TRITON_INTERPRET") == "1"
+    is_ready = not is_v2 or str(INTERPRETER) in sys.path
     os.environ.update(dict.fromkeys(("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"), str(int(is_v2))))
     if not is_ready:
         # The interpreter has to be there before Python itself is.
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
         if options.vocab_size:
             target, draft = extended(target, draft, Path(scratch) / "extended", options.vocab_size)
         llm = engine(options, target, draft)
-        result = {"arm": options.arm, "drafting": options.drafting} | verified(llm, options.steps, options.pressed)
+        result = {"arm": options.arm, "drafting": options.drafting} | verified(llm, options)
         if options.pressed:
             found = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
             result["preemptions"] = sum(found)
@@ -150,7 +151,7 @@ def engine(options: argparse.Namespace, target: Path, draft: Path):
     )
 
 
-def requests(first: int) -> tuple[list[str], list]:
+def requests(first: int, tokens: int = MAX_TOKENS) -> tuple[list[str], list]:
     """Prompts and sampling parameters of one batch: every other request has a seed, one in eight is greedy.
 
     In every other batch half of the requests have top-p.
@@ -163,7 +164,7 @@ def requests(first: int) -> tuple[list[str], list]:
             temperature=0.0 if index % 8 == 7 else 1.0,
             top_p=0.9 if index // 2 % 2 and first // BATCH % 2 else 1.0,
             seed=first + index if index % 2 else None,
-            max_tokens=MAX_TOKENS,
+            max_tokens=tokens,
             ignore_eos=True,
         )
         for index in range(BATCH)
@@ -171,20 +172,17 @@ def requests(first: int) -> tuple[list[str], list]:
     return [texts[(first + index) % len(texts)] for index in range(BATCH)], params
 
 
-def verified(llm, steps: int, aborts: bool) -> dict:
-    """Generate until each rank has verified that many steps; return both ranks' records.
-
-    aborts: Whether other requests are there now and then, which are aborted.
-    """
+def verified(llm, options: argparse.Namespace) -> dict:
+    """Generate until each rank has verified so many steps; return both ranks' records."""
     llm.collective_rpc("start_recording")
     started, first = time.monotonic(), 0
     while True:
-        llm.generate(*requests(first), use_tqdm=False)
+        llm.generate(*requests(first, options.tokens), use_tqdm=False)
         first += BATCH
-        if aborts:
+        if options.pressed:
             abort(llm.llm_engine, first)
         ranks = llm.collective_rpc("recorded")
-        if min(rank["steps"] for rank in ranks) >= steps:
+        if min(rank["steps"] for rank in ranks) >= options.steps:
             return {"seconds": round(time.monotonic() - started, 1), "requests": first, "ranks": ranks}
 
 
