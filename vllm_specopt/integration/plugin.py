@@ -182,10 +182,9 @@ def _install_runner_hook(vllm_config) -> None:
 
 def _gather_logits(original):
     def _gather_logits(self, logits):
-        from vllm_specopt.integration.sharded import SHARDING
+        from vllm_specopt.integration.sharded import stays
 
-        sharding = getattr(self, SHARDING, None)
-        return logits if sharding is not None and sharding.stays() else original(self, logits)
+        return logits if stays(self) else original(self, logits)
 
     return _gather_logits
 

@@ -6,6 +6,7 @@ step is one of these is decided on the host, by what all ranks know alike.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,9 +19,9 @@ from vllm_specopt.integration.metrics import Account
 from vllm_specopt.sharded import Shard, shards_of, verify_sharded
 from vllm_specopt.verify import Verified, verify
 
-SHARDING = "_specopt_sharding"
-"""Where a logits processor of the target model keeps its worker's :class:`Sharding`."""
 PROBE_ROWS = 2
+# Of the target model's logits processors.
+_shardings: weakref.WeakKeyDictionary[LogitsProcessor, "Sharding"] = weakref.WeakKeyDictionary()
 # What verify() takes and a sharded step does not have.
 WHOLE_ROWS = ("top_k", "top_p", "min_p", "rule", "rule_requests", "notes")
 
@@ -42,7 +43,7 @@ class Sharding:
         Raises:
             ValueError: The model makes its logits in another way, or the runner's sampler is not ours.
         """
-        config, model = runner.model_config, runner.model
+        model = runner.model
         if not hasattr(runner.sampler, "account"):
             raise ValueError(
                 "specopt.sharded is true, but the model or another plugin brings its own "
@@ -51,25 +52,28 @@ class Sharding:
         self.steps = 0
         self._decide: Callable[[], bool] | None = None
         self._group = get_tp_group()
-        self.processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+        _shardings.update({module: self for module in model.modules() if isinstance(module, LogitsProcessor)})
+        try:
+            shard = self._probed(model, runner.model_config, runner.device)
+        except Exception as error:
+            raise ValueError(_refused(model)) from error
+        if shard is None:
+            raise ValueError(_refused(model))
+        self.shard: Shard = shard
+
+    def _probed(self, model, config, device) -> Shard | None:
+        """This rank's columns, of two random hidden states; None where all ranks' are not what the model gives."""
         hidden = torch.randn(PROBE_ROWS, config.get_hidden_size(), generator=torch.Generator().manual_seed(0))
-        hidden = hidden.to(runner.device, config.dtype)
+        hidden = hidden.to(device, config.dtype)
         with torch.inference_mode():
             whole = model.compute_logits(hidden)
-            for processor in self.processors:
-                setattr(processor, SHARDING, self)
             with self.open(lambda: True):
                 part = model.compute_logits(hidden)
         columns, vocab_size, ranks = part.shape[1], whole.shape[1], self._group.world_size
-        is_part = columns < vocab_size <= columns * ranks
-        if is_part:
-            gathered = self.gather(part.contiguous()).transpose(0, 1).flatten(1)[:, :vocab_size]
-        if not is_part or not torch.equal(gathered, whole):
-            raise ValueError(
-                f"specopt.sharded is true, but {type(model).__name__} does not make its logits by vLLM's "
-                "LogitsProcessor alone; leave it out"
-            )
-        self.shard: Shard = shards_of(vocab_size, ranks, columns)[self._group.rank_in_group]
+        if not columns < vocab_size <= columns * ranks:
+            return None
+        gathered = self.gather(part.contiguous()).transpose(0, 1).flatten(1)[:, :vocab_size]
+        return shards_of(vocab_size, ranks, columns)[self._group.rank_in_group] if gathered.equal(whole) else None
 
     @contextlib.contextmanager
     def open(self, decide: Callable[[], bool]) -> Iterator[None]:
@@ -94,6 +98,19 @@ class Sharding:
         for name in WHOLE_ROWS:
             kwargs.pop(name, None)
         return verify_sharded(logits, *args, shard=self.shard, gather=self.gather, **kwargs)
+
+
+def stays(processor: LogitsProcessor) -> bool:
+    """Whether logits that this part of a model makes now stay on their ranks."""
+    sharding = _shardings.get(processor)
+    return sharding is not None and sharding.stays()
+
+
+def _refused(model: torch.nn.Module) -> str:
+    return (
+        f"specopt.sharded is true, but {type(model).__name__} does not make its logits by vLLM's LogitsProcessor "
+        "alone; leave it out"
+    )
 
 
 def opened(runner, decide: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
