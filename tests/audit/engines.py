@@ -1,6 +1,7 @@
 """How many tokens the audit takes to find faults planted in a real engine: model runner V1 on a CPU, shipped models.
 
-Usage: ``python tests/audit/engines.py [--limit N] [--noise X] [FAULT ...]``: prints a table in markdown, line by line.
+Usage: ``python tests/audit/engines.py [--limit N] [--noise X] [--sureness X] [--eagle3] [--temperature T]
+[FAULT ...]``: prints a table in markdown, line by line.
 A fault is a change to what one call of the verification is given or returns; the audit beside it is the one that
 serving does, and takes the notes of the faulty call. Where no fault is planted, vLLM's own sampler is watched, or ours
 is clean.
@@ -11,12 +12,13 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+DRAFT, EAGLE3 = ROOT / "models" / "specopt-draft", ROOT / "models" / "heads" / "eagle3"
 PROMPTS, REPEATS, LENGTH, LIMIT = 32, 3, 40, 100_000
 SAMPLED = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "repetition_penalty": 1.2})
 
@@ -102,21 +104,25 @@ FAULTS: dict[str, tuple[str, Callable | None]] = {
 }
 
 
-def rough_draft(noise: float, folder: Path) -> Path:
-    """The shipped draft model with noise on its output embeddings, as a multiple of their own spread."""
+def changed_draft(noise: float, sureness: float, folder: Path) -> Path:
+    """The shipped draft model with noise on its output embeddings, in their spread, and its logits multiplied."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(ROOT / "models" / "specopt-draft", folder)
+    shutil.copytree(DRAFT, folder)
     weights = load_file(folder / "model.safetensors")
     name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
     weight, gen = weights[name].float(), torch.Generator().manual_seed(0)
     weights[name] = (weight + noise * weight.std() * torch.randn(weight.shape, generator=gen)).to(weights[name].dtype)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * sureness
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def run(name: str, limit: int, draft: Path) -> None:
-    """Serve until the alarm, or until ``limit`` tokens are audited; print both halves of the counts as JSON."""
+def run(name: str, limit: int, draft: Path, sampled: Sequence[dict]) -> None:
+    """Serve until the alarm, or until ``limit`` tokens are audited; print both halves of the counts as JSON.
+
+    sampled: Parameters that requests take in turns.
+    """
     from vllm import LLM, SamplingParams
 
     from vllm_specopt.benchmarks.host import small_model_dtype
@@ -127,6 +133,8 @@ def run(name: str, limit: int, draft: Path) -> None:
     method, fault = FAULTS[name]
     sys.modules.pop("llvmlite.binding.ffi", None)
     drafts = {"model": str(draft), "num_speculative_tokens": 3}
+    if draft == EAGLE3:
+        drafts["method"] = "eagle3"
     llm = LLM(
         model=str(ROOT / "models" / "specopt-target"),
         speculative_config=drafts | {"draft_sample_method": "probabilistic"},
@@ -148,7 +156,7 @@ def run(name: str, limit: int, draft: Path) -> None:
     auditor = llm.llm_engine.model_executor.driver_worker.worker.model_runner.sampler.account.auditor
     while True:
         parameters = [
-            SamplingParams(**SAMPLED[i % len(SAMPLED)], ignore_eos=True, max_tokens=LENGTH) for i in range(len(prompts))
+            SamplingParams(**sampled[i % len(sampled)], ignore_eos=True, max_tokens=LENGTH) for i in range(len(prompts))
         ]
         llm.generate(prompts, parameters, use_tqdm=False)
         noted, afresh = auditor.counts[:, ROWS.index(method)]
@@ -163,15 +171,22 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of: {', '.join(FAULTS)}; all if none is given")
     parser.add_argument("--limit", type=int, default=LIMIT, help="tokens after which to give up")
     parser.add_argument("--noise", type=float, default=0.0, help="on the draft model's output embeddings")
+    parser.add_argument("--sureness", type=float, default=1.0, help="multiplies the draft model's logits")
+    parser.add_argument("--eagle3", action="store_true", help="draft with the shipped EAGLE-3 head, as it is")
+    parser.add_argument("--temperature", type=float, help="of all requests, which have no other parameter then")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.faults) - set(FAULTS):
         parser.error(f"{unknown.pop()!r} is no fault")
+    if given.eagle3 and (given.noise or given.sureness != 1.0):
+        parser.error("--noise and --sureness change the draft model, --eagle3 takes another")
     if given.here:
         with tempfile.TemporaryDirectory(prefix="specopt-audit-") as scratch:
-            shipped = ROOT / "models" / "specopt-draft"
-            draft = rough_draft(given.noise, Path(scratch) / "draft") if given.noise else shipped
-            run(given.faults[0], given.limit, draft)
+            shipped = EAGLE3 if given.eagle3 else DRAFT
+            is_changed = given.noise or given.sureness != 1.0
+            draft = changed_draft(given.noise, given.sureness, Path(scratch) / "draft") if is_changed else shipped
+            sampled = SAMPLED if given.temperature is None else [{"temperature": given.temperature}]
+            run(given.faults[0], given.limit, draft, sampled)
         return
     sys.path.insert(0, str(ROOT / "tests"))
     from support import prepared
@@ -180,8 +195,9 @@ def main() -> None:
 
     print("| fault | tokens until the alarm | impossible | largest deviation of a bin, points | log10 e |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    options = [argument for argument in sys.argv[1:] if argument not in FAULTS]
     for name in given.faults or FAULTS:
-        status, log = prepared.run("V1", __file__, "--here", "--limit", given.limit, "--noise", given.noise, name)
+        status, log = prepared.run("V1", __file__, "--here", *options, name)
         if status:
             raise SystemExit(log[-3000:])
         counts = next(line for line in reversed(log.splitlines()) if line.startswith("["))
