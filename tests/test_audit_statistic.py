@@ -137,3 +137,20 @@ def test_planted_faults_are_found_and_a_clean_run_is_not():
         assert judge(counts).is_lossy and tokens < 200_000, name
     largest, counts = run["largest_evidence"](4, 100_000)
     assert largest < 1.3 and counts[BINS] == 0
+
+
+def test_what_shared_noise_emits_is_calculated_as_it_happens():
+    calculated = runpy.run_path(str(Path(__file__).parent / "audit" / "shared_noise.py"))
+    gen, runs = torch.Generator().manual_seed(0), 200_000
+    target, draft = (1.5 * torch.randn(2, 4, 6, generator=gen, dtype=torch.float64)).softmax(2)
+    output = calculated["emitted"](target, draft)
+    noise = torch.empty(runs, 4, 6, dtype=torch.float64).exponential_(generator=gen)
+    drafts, recovered = (noise / draft).argmin(2), (noise / (target - draft).clamp(min=0)).argmin(2)
+    ratio = (target / draft).expand(runs, 4, 6).gather(2, drafts[:, :, None])[:, :, 0]
+    tokens = torch.where(torch.rand(runs, 4, generator=gen) < ratio, drafts, recovered)
+    seen = torch.nn.functional.one_hot(tokens, 6).double().mean(0)
+    spread = (output * (1 - output) / runs).sqrt()
+    assert ((seen - output).abs() < 5 * spread).all()
+    assert ((output - target).abs() > 10 * spread).any()
+    places = calculated["shares"](target, target)
+    torch.testing.assert_close(places, torch.full_like(places, 1 / BINS))
