@@ -29,6 +29,20 @@ class Candidates(NamedTuple):
     count: tl.tensor
 
 
+class Bound(NamedTuple):
+    """What a row's tiles tell of its threshold.
+
+    top, total: Its largest logit, and its mass relative to that. threshold: That of min-p. low: All that the filters
+    may keep lies above it. filters_k: Whether top-k takes part.
+    """
+
+    top: tl.tensor
+    total: tl.tensor
+    threshold: tl.tensor
+    low: tl.tensor
+    filters_k: tl.tensor
+
+
 @triton.jit
 def list_tiles(list_ptr, maxima, floor, PADDED_TILES: tl.constexpr):
     """Write down which tiles hold a value above ``floor``; their number."""
@@ -58,13 +72,24 @@ def load_listed(row_ptr, list_ptr, start, num_listed, vocab_size, TILE: tl.const
 
 
 @triton.jit
-def gather(row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, high, vocab_size, TILE: tl.constexpr):
-    """Collect the tokens in (low, high] of the listed tiles; the count is some number above CAPACITY if too many."""
-    found = tl.full((), 0, tl.int32)
+def gather(
+    row_ptr,
+    list_ptr,
+    num_listed,
+    values_ptr,
+    ids_ptr,
+    low,
+    high,
+    found,
+    vocab_size,
+    TILE: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """Collect the tokens in (low, high] of the listed tiles, behind ``found`` others; a count above ROOM: too many."""
     start = tl.full((), 0, tl.int32)
     tl.debug_barrier()
     following = load_listed(row_ptr, list_ptr, start, num_listed, vocab_size, TILE)
-    while (start < num_listed) & (found <= CAPACITY):
+    while (start < num_listed) & (found <= ROOM):
         x = following
         following = load_listed(row_ptr, list_ptr, start + SPAN // TILE, num_listed, vocab_size, TILE)
         _tile_ids, _exists, token_ids = listed(list_ptr, start, num_listed, TILE)
@@ -73,7 +98,7 @@ def gather(row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, high, vocab_
         totals = tl.sum(wanted, axis=1)
         before = found + tl.cumsum(totals, axis=0) - totals
         places = before[:, None] + tl.cumsum(wanted, axis=1) - 1
-        kept = (wanted > 0) & (places < CAPACITY)
+        kept = (wanted > 0) & (places < ROOM)
         tl.store(values_ptr + places, x, mask=kept)
         tl.store(ids_ptr + places, token_ids, mask=kept)
         found += tl.sum(totals, axis=0)
@@ -108,14 +133,11 @@ def smallest_kept(x, measures, low, high, above_high, goal, KEY_BITS: tl.constex
 
 
 @triton.jit
-def threshold_among(candidates, filters, filters_k, threshold, total, scale, top, low, KEY_BITS: tl.constexpr):
-    """The row's threshold, where all that its filters may keep lies above ``low`` and is among the candidates.
-
-    threshold: that of min-p. total: mass of the whole row relative to its largest logit ``top``. filters_k: whether
-    top-k takes part.
-    """
+def threshold_among(candidates, filters, bound, scale, KEY_BITS: tl.constexpr):
+    """The row's threshold, where all that its filters may keep lies above the bound and is among the candidates."""
     x = load_candidates(candidates)
-    if filters_k:
+    threshold, total, top, low = bound.threshold, bound.total, bound.top, bound.low
+    if bound.filters_k:
         ones = tl.full([CAPACITY], 1.0, tl.float32)
         kth = smallest_kept(x, ones, low, top, 0.0, filters.top_k.to(tl.float32), KEY_BITS)
         threshold = tl.maximum(threshold, kth)

@@ -30,6 +30,8 @@ NEEDS_RESIDUAL = tl.constexpr(-2)
 REJECTED = tl.constexpr(-3)
 # Another tensor-parallel rank holds the tile that the row's token is in: less than all else.
 NOT_HELD = tl.constexpr(-2147483648)
+# Too many tokens of the row may pass its filters for the ranks to exchange them.
+FLAT = tl.constexpr(-2147483647)
 
 # Columns of what a row leaves for the residual, and for the end of its request.
 THRESHOLD, NUM_CANDIDATES, TARGET_TOP, TARGET_SCALE, DRAFT_TOP, DRAFT_SCALE, CARRY, SPENT = (

@@ -15,6 +15,7 @@ import triton.language as tl
 from .bounds import CAPACITY, guess, key_value, order_key, top_k_bound, top_p_bound
 from .candidates import (
     SPAN,
+    Bound,
     Candidates,
     gather,
     list_tiles,
@@ -149,7 +150,10 @@ def _crossing(
         # A pass costs a third of gathering, and two tell a few values apart.
         few = (_values_left(low, high, KEY_BITS) <= FEW_VALUES) & (2 * TILE * num_listed > vocab_size)
         if is_short & (few == 0):
-            found = gather(row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, high, vocab_size, TILE).count
+            none = tl.full((), 0, tl.int32)
+            found = gather(
+                row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, high, none, vocab_size, TILE, CAPACITY
+            ).count
         if found > CAPACITY:
             low, high, low_measure, high_measure, reach = _pass(
                 row_ptr, scale, shift, low, high, low_measure, high_measure, goal, reach, passes, vocab_size, KEY_BITS
@@ -247,6 +251,24 @@ def _wide_threshold(
 
 
 @triton.jit
+def bound_of(maxima, masses, top, filters, scale, vocab_size, TILE: tl.constexpr):
+    """Where a row's threshold may lie. maxima, masses: Of its tiles. top: Its largest logit, finite."""
+    threshold = tl.full((), float("-inf"), tl.float32)
+    low = threshold
+    if filters.min_p > 0.0:
+        threshold = tl.minimum(top, top + tl.log2(filters.min_p) / scale)
+        low = key_value(order_key(threshold) - 1)
+    filters_k = (filters.top_k >= 1) & (filters.top_k < vocab_size)
+    total = tl.sum(masses, axis=0).to(tl.float32)
+    if filters_k:
+        low = tl.maximum(low, top_k_bound(maxima, filters.top_k))
+    elif (filters.top_p < 1.0) & (threshold == float("-inf")):
+        goal = tl.maximum(filters.top_p * total, 1e-30)
+        low = top_p_bound(maxima, masses, scale, top, goal, total, vocab_size, TILE)
+    return Bound(top, total, threshold, low, filters_k)
+
+
+@triton.jit
 def filter_row(
     row_ptr,
     tiles,
@@ -273,29 +295,23 @@ def filter_row(
     if top == float("inf"):
         threshold = top
     elif top > float("-inf"):
-        low = threshold
-        if filters.min_p > 0.0:
-            threshold = tl.minimum(top, top + tl.log2(filters.min_p) / scale)
-            low = key_value(order_key(threshold) - 1)
-        filters_k = (filters.top_k >= 1) & (filters.top_k < vocab_size)
-        total = tl.sum(masses, axis=0).to(tl.float32)
-        if filters_k:
-            low = tl.maximum(low, top_k_bound(maxima, filters.top_k))
-        elif (filters.top_p < 1.0) & (threshold == float("-inf")):
-            goal = tl.maximum(filters.top_p * total, 1e-30)
-            low = top_p_bound(maxima, masses, scale, top, goal, total, vocab_size, TILE)
-        num_listed = list_tiles(list_ptr, maxima, low, PADDED_TILES)
-        candidates = gather(row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, top, vocab_size, TILE)
+        bound = bound_of(maxima, masses, top, filters, scale, vocab_size, TILE)
+        threshold = bound.threshold
+        num_listed = list_tiles(list_ptr, maxima, bound.low, PADDED_TILES)
+        none = tl.full((), 0, tl.int32)
+        candidates = gather(
+            row_ptr, list_ptr, num_listed, values_ptr, ids_ptr, bound.low, top, none, vocab_size, TILE, CAPACITY
+        )
         count = candidates.count
         if count <= CAPACITY:
-            threshold = threshold_among(candidates, filters, filters_k, threshold, total, scale, top, low, KEY_BITS)
+            threshold = threshold_among(candidates, filters, bound, scale, KEY_BITS)
         else:
             threshold = _wide_threshold(
                 row_ptr,
                 tiles,
                 row,
                 filters,
-                filters_k,
+                bound.filters_k,
                 threshold,
                 scale,
                 list_ptr,

@@ -13,6 +13,7 @@ KERNELS = {
     *("statistics_kernel", "decide_kernel", "residual_kernel", "audit_sweep_kernel", "audit_kernel"),
     *("shard_sweep_kernel", "cut_tiles_kernel", "shard_decide_kernel", "shard_end_kernel"),
     *("shard_residual_kernel", "shard_recover_kernel", "shard_write_kernel"),
+    *("shard_candidates_kernel", "shard_filter_kernel", "shard_pack_kernel", "shard_flat_kernel"),
 }
 # Of a rank among several, and of a single one.
 ALIKE = {
@@ -22,6 +23,9 @@ ALIKE = {
     "shard_residual_kernel": "residual_kernel",
     "shard_recover_kernel": "residual_kernel",
 }
+ALIKE_FILTERED = dict.fromkeys(
+    ("shard_decide_kernel", "shard_candidates_kernel", "shard_filter_kernel", "shard_flat_kernel"), "decide_kernel"
+) | {"shard_sweep_kernel": "statistics_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -50,14 +54,15 @@ def test_every_variant_compiles_without_spills(architecture, which, least, tmp_p
 
 def assert_shards_add_up_alike(results: list[dict]) -> None:
     """A rank's kernels add up tiles in the layouts of a single rank's: that is why their sums have the same bits."""
-    orders: dict[tuple[str, str], set[str]] = {}
-    for result in results:
-        dtype, *_, rule = result["variant"].split("-")
-        if rule == "exact" and "filtered" not in result["variant"]:
-            orders.setdefault((dtype, result["kernel"]), set()).update(result["orders"])
-    compared = [key for key in orders if key[1] in ALIKE]
-    assert {kernel for _, kernel in compared} == set(ALIKE)
-    for dtype, kernel in compared:
-        found = orders[dtype, kernel]
-        assert found
-        assert found <= orders[dtype, ALIKE[kernel]], (dtype, kernel)
+    for filtered, alike in ((False, ALIKE), (True, ALIKE_FILTERED)):
+        orders: dict[tuple[str, str], set[str]] = {}
+        for result in results:
+            dtype, *_, rule = result["variant"].split("-")
+            if rule == "exact" and ("filtered" in result["variant"]) == filtered:
+                orders.setdefault((dtype, result["kernel"]), set()).update(result["orders"])
+        compared = [key for key in orders if key[1] in alike]
+        assert {kernel for _, kernel in compared} == set(alike)
+        for dtype, kernel in compared:
+            found = orders[dtype, kernel]
+            assert found
+            assert found <= orders[dtype, alike[kernel]], (dtype, kernel)

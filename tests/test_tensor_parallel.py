@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks on a CPU emit the same tokens; `tests/stress/ranks.py` does it over 10,000 steps."""
+"""Tensor-parallel ranks on a CPU emit the same tokens; `tests/stress/ranks.py` does it over 10,000 steps."""
 
 import json
 import os
@@ -22,8 +22,16 @@ SHARDED = ("--sharded", "--vocab-size", str(VOCAB))
 ENGINES = {
     "V1": (STEPS, "--kill"),
     "V1 sharded": (STEPS, "--kill", "--pressed", *SHARDED),
-    "V2 sharded": (12, "--runner", "V2", "--tokens", "16", *SHARDED),
+    "V2 sharded": (12, "--runner", "V2", "--tokens", "16", "--drafting", "greedy", "--filtered", *SHARDED),
+    "V2 sharded, sampled drafts": (12, "--runner", "V2", "--tokens", "16", *SHARDED),
+    "V1 sharded, four ranks": (40, "--ranks", "4", "--tokens", "48", *SHARDED),
 }
+# The texts of seeded requests depend on the drafts where these are sampled.
+TEXTS = (20, "--dtype", "float32", "--drafting", "greedy", "--tokens", "48", "--vocab-size", str(VOCAB))
+ENGINES |= {
+    f"V1, texts of {ranks}": (*TEXTS, "--ranks", str(ranks), *(SHARDED[:1] if ranks > 1 else ())) for ranks in (1, 2, 4)
+}
+LONG = ("V2 sharded, sampled drafts", "V1 sharded, four ranks")
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +52,45 @@ def result(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["V1", "V1 sharded", "V2 sharded"])
-def test_both_ranks_emit_the_same_tokens(result, name):
-    first, second = result(name)["ranks"]
-    assert (first.pop("rank"), second.pop("rank")) == (0, 1)
-    assert first == second
+def named(*names: str) -> pytest.MarkDecorator:
+    """Engines of a test; some are for the long tests."""
+    marks = {name: pytest.mark.long if name in LONG else () for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+@named("V1", "V1 sharded", "V2 sharded", *LONG)
+def test_all_ranks_emit_the_same_tokens(result, name):
+    ranks = result(name)["ranks"]
+    assert [rank.pop("rank") for rank in ranks] == list(range(4 if "four" in name else 2))
+    first = ranks[0]
+    assert all(rank == first for rank in ranks)
     assert first["sampler"] == f"vllm_specopt.integration.{name[:2].lower()}"
     assert first["steps"] >= ENGINES[name][0]
     assert 0 < first["accepted"] < first["drafted"]
     assert first["mixed_steps"] > ENGINES[name][0] / 2
 
 
-@pytest.mark.parametrize("name", ["V1 sharded", "V2 sharded"])
+@named("V1 sharded", "V2 sharded", *LONG)
 def test_logits_that_stay_on_their_ranks_give_the_tokens_of_whole_rows(result, name):
     assert "logits=sharded" in result(name)["log"]
     for rank in result(name)["ranks"]:
-        assert rank["sharded"]["differ"] == 0
-        # Every other batch has a request with top-p, which needs whole rows.
-        assert 0 < rank["sharded"]["drawn"] <= rank["sharded"]["steps"] < rank["steps"]
+        sharded = rank["sharded"]
+        assert sharded["differ"] == 0
+        assert 0 < sharded["drawn"] <= sharded["steps"]
+        if name == "V2 sharded":
+            assert sharded["filtered"] > 0 and sharded["early"] > 0
+        else:
+            # Every other batch has requests with top-p, which need whole rows on V1 and with sampled drafts.
+            assert sharded["filtered"] == 0 and sharded["steps"] < rank["steps"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_texts_are_those_of_one_rank(result, ranks):
+    """Greedy and seeded; in single precision, in which sums over ranks differ too little to change a text."""
+    alone, shared = result("V1, texts of 1"), result(f"V1, texts of {ranks}")
+    assert shared["ranks"][0]["sharded"]["drawn"] > 0
+    assert len(alone["texts"]) == 8 and alone["texts"] == shared["texts"]
 
 
 def test_requests_were_preempted(result):

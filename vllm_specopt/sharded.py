@@ -65,13 +65,20 @@ def verify_sharded(
     state_indices: torch.Tensor | None = None,  # [num_reqs]
     draft_probs: torch.Tensor | None = None,  # [num_rows - num_reqs, draft_vocab]
     draft_logits: torch.Tensor | None = None,  # [max_reqs, max_drafts, draft_vocab]
+    top_k: torch.Tensor | None = None,  # [max_reqs]
+    top_p: torch.Tensor | None = None,  # [max_reqs]
+    min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
     counters: torch.Tensor | None = None,  # [num_rules, 8]
     token_dtype: torch.dtype = torch.int64,
     backend: str | None = None,
 ) -> Verified:
-    """Verify draft tokens exactly, without filters, on every rank alike.
+    """Verify draft tokens exactly, on every rank alike.
+
+    Filters are for the Triton backend and one-hot drafts, and bonus tokens must not be given beside them. Where more
+    than one of a request's rows is flat, more tokens passing the filters than ranks exchange, the request may end
+    before the second of them: with fewer tokens than :func:`vllm_specopt.verify.verify` returns, and the same ones.
 
     All arguments but ``logits`` and ``shard`` must be the same on all ranks, and all ranks must call. Those not named
     here are as in :func:`vllm_specopt.verify.verify`; draft rows are whole on every rank.
@@ -81,11 +88,13 @@ def verify_sharded(
         shard: Which those are.
         gather: Called with one contiguous fp32 tensor of one dimension, of the same length on all ranks; returns the
             tensors of all ranks, ``[ranks, length]``, contiguous. Their bits count, as not all of them are numbers. At
-            most two calls with one-hot drafts and four with sampled ones on a GPU, one or two more on a CPU.
+            most two calls with one-hot drafts, three with filters, and four with sampled drafts on a GPU; one or two
+            more on a CPU.
         counters: As in ``verify``. Rows read are all rows, on a CPU as well.
 
     Raises:
-        ValueError: A shape, dtype, device or stride is wrong, or a shard; the message names the argument.
+        ValueError: A shape, dtype, device or stride is wrong, or a shard, or filters stand where they cannot; the
+            message names the argument.
     """
     num_reqs = check_arguments(
         logits=logits,
@@ -98,9 +107,9 @@ def verify_sharded(
         state_indices=state_indices,
         draft_probs=draft_probs,
         draft_logits=draft_logits,
-        top_k=None,
-        top_p=None,
-        min_p=None,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         bonus_token_ids=bonus_token_ids,
         bad_row_counter=bad_row_counter,
         rule=None,
@@ -111,10 +120,14 @@ def verify_sharded(
         backend=backend,
     )
     _check_shard(logits, shard)
+    chosen, filters = backend_name(logits.device, backend), {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = {name: each for name, each in filters.items() if each is not None}
+    if given:
+        _check_filters(next(iter(given)), chosen, draft_probs, draft_logits, bonus_token_ids)
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
-        _backend(backend_name(logits.device, backend))(
+        _backend(chosen)(
             logits,
             cu_num_logits,
             draft_token_ids,
@@ -132,6 +145,7 @@ def verify_sharded(
             bonus_token_ids=bonus_token_ids,
             bad_row_counter=bad_row_counter,
             counters=counters,
+            **given,
         )
     return Verified(token_ids, num_sampled)
 
@@ -145,6 +159,19 @@ def _check_shard(logits: torch.Tensor, shard: Shard) -> None:
         raise ValueError(f"shard has first, columns, vocab_size {shard[:3]}, expected {expected} (by its widths)")
     if logits.shape[1] < shard.columns:
         raise ValueError(f"logits has {logits.shape[1]} columns, expected at least {shard.columns} (shard.columns)")
+
+
+def _check_filters(name: str, backend: str, draft_probs, draft_logits, bonus_token_ids) -> None:
+    """Raise ValueError where a filter is given beside something that is not verified sharded with it."""
+    reasons = {
+        "the cpu backend": backend == "cpu",
+        "draft_probs": draft_probs is not None,
+        "draft_logits": draft_logits is not None,
+        "bonus_token_ids": bonus_token_ids is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{name} is given beside {reason}: filtered rows are not verified sharded there")
 
 
 @functools.cache

@@ -24,7 +24,9 @@ from vllm_specopt.testing import LOGITS, NO_DRAFT
 from vllm_specopt.verify import verify
 
 VOCAB_SIZE, DTYPE = 151936, torch.bfloat16
-SHAPES = ((64, 7), (256, 3))
+SHAPES = ((64, 7), (256, 3), (8, 3))
+FILTERED = "one-hot, top-p"
+FORMS = (NO_DRAFT, FILTERED, LOGITS)
 RANKS = (2, 4, 8)
 CARD = next(card for card in CARDS if card.name == "H100")
 NVLINK_GIGABYTES = 450.0
@@ -62,6 +64,8 @@ def arguments(batch: int, num_drafts: int, draft: str, columns: int) -> tuple[tu
     if draft == LOGITS:
         # The same memory for all: what is drafted from is on every rank already.
         kwargs["draft_logits"] = torch.empty(1, 1, VOCAB_SIZE, dtype=DTYPE).expand(batch, num_drafts, -1)
+    if draft == FILTERED:
+        kwargs["top_p"] = torch.full((batch,), 0.9)
     rows = torch.arange(batch + 1, dtype=torch.int32) * (num_drafts + 1)
     logits = torch.empty(num_rows, columns, dtype=DTYPE)
     return (logits, rows, torch.zeros(num_rows, dtype=torch.int64), num_drafts), kwargs
@@ -99,7 +103,7 @@ def rows() -> list[dict]:
     """One row per shape, form of the drafts and number of ranks."""
     found = []
     for batch, num_drafts in SHAPES:
-        for draft in (NO_DRAFT, LOGITS):
+        for draft in FORMS:
             for ranks in RANKS:
                 gathered = gathered_step(batch, num_drafts, draft, ranks)
                 sharded = sharded_step(batch, num_drafts, draft, ranks)

@@ -17,10 +17,11 @@ from ..constants import (
     THRESHOLD,
 )
 from ..draw import first_within, largest_tile
-from ..load import Drafts, Noise, Tiles, load_draft_token, load_position, load_request
+from ..load import Drafts, Noise, Request, Tiles, load_draft_token, load_position, load_request
 from ..noise import draw_uniform
 from ..outcome import ratio_test
 from ..output import Output, end_request
+from .filters import flat_end
 from .pieces import UNALIGNED, Pieces, collect_row, draw_held, locate, merge
 
 COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "sent_stride", "sent_outcome_stride"]
@@ -179,12 +180,19 @@ def shard_end_kernel(
     COMPACT_DRAFTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANKS: tl.constexpr,
+    IS_FILTERED: tl.constexpr,
 ):
     """One program per request."""
-    request = load_request(tl.program_id(0).to(tl.int64), cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    index = tl.program_id(0).to(tl.int64)
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     columns = tl.arange(0, BLOCK_K)
     is_row = columns <= request.num_drafts
     outcomes = merge(sent_outcome_ptr, sent_outcome_stride, request.start_row + columns, is_row, BAD_ROW, RANKS)
+    if IS_FILTERED:
+        # A flat row that did not travel: what survives before it is emitted, and no more.
+        end = flat_end(request, draft_token_ids_ptr, outcomes, COMPACT_DRAFTS, BLOCK_K)
+        num_drafts = tl.where(end >= 0, end - 1, request.num_drafts)
+        request = Request(index, request.state, request.start_row, num_drafts, request.temperature)
     end_request(
         request,
         Noise(None, None),

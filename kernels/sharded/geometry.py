@@ -18,7 +18,8 @@ class Geometry(NamedTuple):
     """The tiles of a row of ``vocab_size`` tokens, as one rank sees them.
 
     first, columns: The rank's tokens. first_tile, end_tile: Its whole tiles. most_whole: Those of the rank that has
-        most, at least 1. num_cut: Cut tiles of the row. part_width: Elements that each rank sends of the cut tiles.
+        most, at least 1. num_cut: Cut tiles of the row. begun_tile: The cut tile that begins with the rank's tokens, -1
+        if none does: it lies behind the whole ones. part_width: Elements that each rank sends of the cut tiles.
     places: ``[num_tiles]`` int32. rank x most_whole + (number among that rank's whole tiles), or -1 - (number among the
         cut tiles).
     cut_tiles: ``[num_cut]`` int32, their numbers in the row.
@@ -38,6 +39,7 @@ class Geometry(NamedTuple):
     end_tile: int
     most_whole: int
     num_cut: int
+    begun_tile: int
     part_width: int
     places: torch.Tensor
     cut_tiles: torch.Tensor
@@ -65,6 +67,7 @@ def geometry_of(widths: tuple[int, ...], rank: int, vocab_size: int, tile: int, 
     whole: list[list[int]] = [[] for _ in widths]
     cut: list[int] = []
     places = []
+    begun_tile = -1
     for number in range(num_tiles):
         low, high = owners[number * tile], owners[min((number + 1) * tile, vocab_size) - 1]
         if low == high:
@@ -73,6 +76,7 @@ def geometry_of(widths: tuple[int, ...], rank: int, vocab_size: int, tile: int, 
         else:
             places.append((-1, len(cut)))
             cut.append(number)
+            begun_tile = number if low == rank else begun_tile
     most_whole = max(1, *map(len, whole))
     cut_tokens = (torch.tensor(cut, dtype=torch.int64)[:, None] * tile + torch.arange(tile)).flatten()
     holders = torch.where(cut_tokens < vocab_size, owners[cut_tokens.clamp(max=vocab_size - 1)], -1)
@@ -101,6 +105,7 @@ def geometry_of(widths: tuple[int, ...], rank: int, vocab_size: int, tile: int, 
         end_tile=own[0] + len(whole[rank]),
         most_whole=most_whole,
         num_cut=len(cut),
+        begun_tile=begun_tile,
         part_width=part_width,
         places=ints([holder * most_whole + place if holder >= 0 else -1 - place for holder, place in places]),
         cut_tiles=ints(cut),

@@ -1,7 +1,8 @@
 """Host side: what is exchanged when, and the launches in between.
 
-With one-hot drafts two exchanges: statistics, then what each row found. With sampled ones two more: residual masses of
-the rejected rows, then the tokens that replace them. Nothing synchronises with the host.
+With one-hot drafts two exchanges: statistics, then what each row found; three where a request filters. With sampled
+ones two more: residual masses of the rejected rows, then the tokens that replace them. Nothing synchronises with the
+host.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,11 @@ import torch
 import triton
 
 from ..constants import ROW_COLUMNS
-from ..launch import MOST_REQUESTS, tiling
+from ..launch import MOST_REQUESTS, decide_options, row_tiling
 from ..shapes import shapes_of
 from ..variants import Launcher, variant_of
 from .decide import shard_decide_kernel, shard_end_kernel
+from .filtered import Swept, filter_rows
 from .geometry import Parcel, Section, geometry_of
 from .recover import Decided, recover_tokens
 from .sweep import cut_tiles_kernel, shard_sweep_kernel
@@ -39,6 +41,9 @@ def verify_shard(
     state_indices: torch.Tensor | None = None,  # [num_reqs]
     draft_probs: torch.Tensor | None = None,  # [num_rows - num_reqs, draft_vocab]
     draft_logits: torch.Tensor | None = None,  # [max_reqs, max_drafts, draft_vocab]
+    top_k: torch.Tensor | None = None,  # [max_reqs]
+    top_p: torch.Tensor | None = None,  # [max_reqs]
+    min_p: torch.Tensor | None = None,  # [max_reqs]
     bonus_token_ids: torch.Tensor | None = None,  # [num_reqs]
     bad_row_counter: torch.Tensor | None = None,  # [1]
     counters: torch.Tensor | None = None,  # [num_rules, 8]
@@ -56,10 +61,11 @@ def verify_shard(
     if draft is not None:
         vocab_size = min(vocab_size, draft.shape[-1])
     if temperature is None:
-        draft = draft_probs = draft_logits = None
+        draft = draft_probs = draft_logits = top_k = top_p = min_p = None
     device, ranks = logits.device, len(widths)
     shapes = shapes_of(device)
-    tile, steps, num_tiles, _, padded_tiles = tiling(vocab_size, shapes.tile, shapes.statistics_steps)
+    is_filtered = top_k is not None or top_p is not None or min_p is not None
+    tile, steps, num_tiles, _, padded_tiles = row_tiling(vocab_size, shapes, is_filtered)
     held = geometry_of(widths, rank, vocab_size, tile, device)
     block_k = max(8, 1 << (width - 1).bit_length())
     compact = draft_token_ids.shape[0] != num_rows
@@ -73,7 +79,7 @@ def verify_shard(
     variant = variant_of(
         given,
         [logits, draft_probs, draft_logits],
-        (device, shapes, held[:12], block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
+        (device, shapes, held[:13], block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
     )
     per_tile = Section(num_rows, held.most_whole)
     per_draft_tile = Section(num_rows if draft_logits is not None else 0, held.most_whole)
@@ -168,7 +174,7 @@ def verify_shard(
     _decide(
         variant,
         (width, num_reqs),
-        {"num_warps": shapes.decide_warps},
+        decide_options(shapes, is_filtered),
         logits,
         logits.stride(0),
         cu_num_logits,
@@ -205,7 +211,26 @@ def verify_shard(
         PADDED_TILES=padded_tiles,
         RANKS=ranks,
     )
-    outcomes = gather(outcome.view(floats)).view(ints)
+    if is_filtered:
+        outcomes = filter_rows(
+            logits,
+            cu_num_logits,
+            draft_token_ids,
+            (state_indices, temperature),
+            (seeds, positions),
+            (top_k, top_p, min_p),
+            Swept(tile_max, tile_sum, cut, outcome),
+            held=held,
+            widths=widths,
+            shapes=shapes,
+            variant=variant,
+            gather=gather,
+            block_k=block_k,
+            rows_per_req=width,
+            compact=compact,
+        )
+    else:
+        outcomes = gather(outcome.view(floats)).view(ints)
     _end(
         variant,
         (num_reqs,),
@@ -227,7 +252,8 @@ def verify_shard(
         width,
         COMPACT_DRAFTS=compact,
         BLOCK_K=block_k,
-        RANKS=ranks,
+        RANKS=len(outcomes),
+        IS_FILTERED=is_filtered,
     )
     if row_data is not None and pending is not None:
         recover_tokens(

@@ -214,9 +214,9 @@ def features(folder: Path) -> dict:
         # Else vLLM adapts the head too, for which V2 (`LoraState.make_lora_inputs`) names one adapter per request, not
         # per row of logits: a CPU stops at the first step with drafts.
         loras["lora_target_modules"] = MODULES
-    even_heads = runpy.run_path(str(ROOT / "tests" / "stress" / "ranks.py"))["even_heads"]
+    shared_heads = runpy.run_path(str(ROOT / "tests" / "stress" / "ranks.py"))["shared_heads"]
     ranks = {
-        "model": str(even_heads(TARGET, folder / "target of two ranks")),
+        "model": str(shared_heads(TARGET, folder / "target of two ranks")),
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",
     }

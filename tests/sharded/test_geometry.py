@@ -92,11 +92,6 @@ def test_too_few_columns_are_refused():
         call(shards_of(16, 2, 8)[1], columns=7, gather=None)
 
 
-def test_filters_are_no_arguments():
-    with pytest.raises(TypeError, match="top_k"):
-        call(shards_of(16, 2, 8)[1], gather=None, top_k=torch.ones(1))
-
-
 def test_no_requests_exchange_nothing():
     shard = shards_of(16, 2, 8)[0]
     empty, rows = torch.zeros(0, dtype=torch.int64), torch.tensor([0])

@@ -1,10 +1,11 @@
-"""Two tensor-parallel ranks verify step after step; compare what each emitted.
+"""Tensor-parallel ranks verify step after step; compare what each emitted.
 
 Usage: ``python tests/stress/ranks.py --steps 10000 --out result.json``. Seeded and unseeded requests at temperature 1
-share every batch. With ``--sharded`` each step without whole rows is verified a second time with them. The shipped
-target has 5 KV heads, which two ranks cannot share, so it gets three more (and six query heads) of zeros: the same
-function. With ``--kill`` a rank is killed under load afterwards, and how the engine reports it is written down. Exits
-with 1 if the ranks differ.
+share every batch. With ``--sharded`` each step without whole rows is verified a second time with them. The texts of
+requests that are greedy or seeded are written down, to be compared with those of other numbers of ranks (``--dtype
+float32 --drafting greedy``). The shipped target has 5 KV heads, which ranks cannot share, so it gets three more (and
+six query heads) of zeros: the same function. With ``--kill`` a rank is killed under load afterwards, and how the engine
+reports it is written down. Exits with 1 if the ranks differ.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ ENV = {
     # Else each rank compiles its embedding, eager or not.
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
 }
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parents[1] / "models"
 INTERPRETER = HERE.parent / "engine" / "interpreter"
 BATCH, MAX_TOKENS = 8, 160
+BATCHES_SHOWN = 2
 # Of 32 tokens; a batch's requests want about 60.
 BLOCKS = 36
 # Of an extended vocabulary's new tokens, together: both ranks' tokens are emitted.
@@ -45,9 +46,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--arm", choices=("exact", "stock"), default="exact")
     parser.add_argument("--drafting", choices=("greedy", "probabilistic"), default="probabilistic")
+    parser.add_argument("--ranks", type=int, choices=(1, 2, 4), default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what suits this CPU")
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of a request")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V1", help="vLLM's model runner")
     parser.add_argument("--sharded", action="store_true", help="logits stay on their ranks where they can")
+    parser.add_argument("--filtered", action="store_true", help="top-p in every batch, not in every other one")
     parser.add_argument("--vocab-size", type=int, help="extend the models' vocabulary to this size")
     parser.add_argument("--pressed", action="store_true", help="too few KV cache blocks, and requests that are aborted")
     parser.add_argument("--kill", action="store_true")
@@ -56,14 +60,16 @@ def main(argv: list[str]) -> int:
     # The workers import the extension by its name.
     is_v2 = options.runner == "V2"
     folders = [str(HERE), *([str(INTERPRETER)] if is_v2 else []), os.environ.get("PYTHONPATH", "")]
-    os.environ.update(ENV, PYTHONPATH=os.pathsep.join(folders).rstrip(os.pathsep))
+    cores = sorted(os.sched_getaffinity(0))
+    binding = "|".join(str(cores[rank % len(cores)]) for rank in range(options.ranks))
+    os.environ.update(ENV, VLLM_CPU_OMP_THREADS_BIND=binding, PYTHONPATH=os.pathsep.join(folders).rstrip(os.pathsep))
     is_ready = not is_v2 or str(INTERPRETER) in sys.path
     os.environ.update(dict.fromkeys(("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"), str(int(is_v2))))
     if not is_ready:
         # The interpreter has to be there before Python itself is.
         os.execv(sys.executable, [sys.executable, __file__, *argv])
     with tempfile.TemporaryDirectory(prefix="specopt-ranks-") as scratch:
-        target, draft = even_heads(MODELS / "specopt-target", Path(scratch) / "target"), MODELS / "specopt-draft"
+        target, draft = shared_heads(MODELS / "specopt-target", Path(scratch) / "target"), MODELS / "specopt-draft"
         if options.vocab_size:
             target, draft = extended(target, draft, Path(scratch) / "extended", options.vocab_size)
         llm = engine(options, target, draft)
@@ -73,7 +79,7 @@ def main(argv: list[str]) -> int:
             result["preemptions"] = sum(found)
         if options.kill:
             result["killed"] = killed(llm)
-    result["agree"] = result["ranks"][0]["digest"] == result["ranks"][1]["digest"]
+    result["agree"] = len({rank["digest"] for rank in result["ranks"]}) == 1
     text = json.dumps(result, indent=1)
     if options.out:
         options.out.write_text(text + "\n")
@@ -87,8 +93,8 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def even_heads(source: Path, folder: Path) -> Path:
-    """Copy a model with heads of zeros added so that its KV heads are even in number; return the folder."""
+def shared_heads(source: Path, folder: Path) -> Path:
+    """Copy a model with heads of zeros added so that four ranks can share its KV heads; return the folder."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -96,9 +102,9 @@ def even_heads(source: Path, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     heads, kv_heads, head_dim = (config[x] for x in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     group = heads // kv_heads
-    if kv_heads % 2 == 0:
+    if kv_heads % 4 == 0:
         return folder
-    new_kv_heads = next(n for n in range(kv_heads + 1, 99) if n % 2 == 0 and config["hidden_size"] % (n * group) == 0)
+    new_kv_heads = next(n for n in range(kv_heads + 1, 99) if n % 4 == 0 and config["hidden_size"] % (n * group) == 0)
     new_heads = group * new_kv_heads
     rows = {"q_proj": new_heads, "k_proj": new_kv_heads, "v_proj": new_kv_heads}
     weights = load_file(folder / "model.safetensors")
@@ -126,7 +132,7 @@ def extended(target: Path, draft: Path, folder: Path, vocab_size: int) -> tuple[
 
 
 def engine(options: argparse.Namespace, target: Path, draft: Path):
-    """An engine on two ranks."""
+    """An engine on that many ranks."""
     from vllm import LLM
 
     from vllm_specopt.benchmarks.host import small_model_dtype
@@ -137,8 +143,8 @@ def engine(options: argparse.Namespace, target: Path, draft: Path):
     option = {"method": "exact"} | ({"sharded": True} if options.sharded else {})
     return LLM(
         model=str(target),
-        dtype=small_model_dtype(),
-        tensor_parallel_size=2,
+        dtype=options.dtype or small_model_dtype(),
+        tensor_parallel_size=options.ranks,
         distributed_executor_backend="mp",
         worker_extension_cls="record_verified.RecordVerified",
         speculative_config=speculative,
@@ -151,10 +157,10 @@ def engine(options: argparse.Namespace, target: Path, draft: Path):
     )
 
 
-def requests(first: int, tokens: int = MAX_TOKENS) -> tuple[list[str], list]:
+def requests(first: int, tokens: int = MAX_TOKENS, filtered: bool = False) -> tuple[list[str], list]:
     """Prompts and sampling parameters of one batch: every other request has a seed, one in eight is greedy.
 
-    In every other batch half of the requests have top-p.
+    In every other batch, or with ``filtered`` in every one, half of the requests have top-p.
     """
     from vllm import SamplingParams
 
@@ -162,7 +168,7 @@ def requests(first: int, tokens: int = MAX_TOKENS) -> tuple[list[str], list]:
     params = [
         SamplingParams(
             temperature=0.0 if index % 8 == 7 else 1.0,
-            top_p=0.9 if index // 2 % 2 and first // BATCH % 2 else 1.0,
+            top_p=0.9 if index // 2 % 2 and (filtered or first // BATCH % 2) else 1.0,
             seed=first + index if index % 2 else None,
             max_tokens=tokens,
             ignore_eos=True,
@@ -173,17 +179,22 @@ def requests(first: int, tokens: int = MAX_TOKENS) -> tuple[list[str], list]:
 
 
 def verified(llm, options: argparse.Namespace) -> dict:
-    """Generate until each rank has verified so many steps; return both ranks' records."""
+    """Generate until each rank has verified so many steps; return all ranks' records, and the first texts."""
     llm.collective_rpc("start_recording")
-    started, first = time.monotonic(), 0
+    started, first, texts = time.monotonic(), 0, {}
     while True:
-        llm.generate(*requests(first, options.tokens), use_tqdm=False)
+        prompts, params = requests(first, options.tokens, options.filtered)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        if first < BATCHES_SHOWN * BATCH:
+            shown = [i for i, one in enumerate(params) if one.temperature == 0 or one.seed is not None]
+            texts |= {first + i: list(outputs[i].outputs[0].token_ids) for i in shown}
         first += BATCH
         if options.pressed:
             abort(llm.llm_engine, first)
         ranks = llm.collective_rpc("recorded")
         if min(rank["steps"] for rank in ranks) >= options.steps:
-            return {"seconds": round(time.monotonic() - started, 1), "requests": first, "ranks": ranks}
+            seconds = round(time.monotonic() - started, 1)
+            return {"seconds": seconds, "requests": first, "ranks": ranks, "texts": texts}
 
 
 def abort(engine, first: int) -> None:

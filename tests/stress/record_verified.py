@@ -10,12 +10,14 @@ class RecordVerified:
 
     def start_recording(self) -> None:
         """Record every verification from here on; what was verified sharded is verified on whole rows as well."""
+        import torch
+
         from vllm_specopt.verify import verify
 
         sampler = self.model_runner.rejection_sampler
         self._digest = hashlib.sha256()
         self._verified = {"steps": 0, "accepted": 0, "drafted": 0, "mixed_steps": 0, "greedy_steps": 0}
-        self._sharded = {"steps": 0, "drawn": 0, "differ": 0}
+        self._sharded = {"steps": 0, "drawn": 0, "filtered": 0, "early": 0, "differ": 0}
 
         def record(ids, num_drafted: int, num_seeded: int, all_greedy: bool) -> None:
             counts, ids = self._verified, ids.cpu()
@@ -44,10 +46,16 @@ class RecordVerified:
             whole = sharding.gather(logits.contiguous()).transpose(0, 1).flatten(1)[:, : sharding.shard.vocab_size]
             kwargs |= {"bad_row_counter": None, "counters": None, "notes": None}
             token_ids, num_sampled = verify(whole, *args, **kwargs)
-            counts, drawn = self._sharded, kwargs.get("temperature") is not None
+            counts, is_filtered = self._sharded, kwargs.get("top_p") is not None
             counts["steps"] += 1
-            counts["drawn"] += drawn
-            counts["differ"] += not (token_ids.equal(verified.token_ids) and num_sampled.equal(verified.num_sampled))
+            counts["drawn"] += kwargs.get("temperature") is not None
+            counts["filtered"] += is_filtered
+            # Where a second row of a request is flat, it has some of the tokens.
+            some = torch.arange(token_ids.shape[1]) < verified.num_sampled[:, None]
+            early = int((verified.num_sampled < num_sampled).sum())
+            counts["early"] += early
+            same = token_ids.where(some, -1).equal(verified.token_ids) and (is_filtered or not early)
+            counts["differ"] += not (same and (verified.num_sampled >= 1).all())
             return verified
 
         name, wrapper = ("forward", forward) if hasattr(sampler, "forward") else ("_verify", _verify)

@@ -17,7 +17,7 @@ from vllm_specopt.integration.config import WITH_CONSTANTS
 from vllm_specopt.kernels import audit, decide, launch, residual, statistics
 from vllm_specopt.kernels.shapes import DEFAULTS
 from vllm_specopt.kernels.sharded import decide as shard_decide
-from vllm_specopt.kernels.sharded import pieces, sweep
+from vllm_specopt.kernels.sharded import filters, pieces, sweep
 from vllm_specopt.kernels.sharded import residual as shard_residual
 from vllm_specopt.rules import RULES
 
@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
 INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
-ALIGNED = (*SCALARS, "first", "end")
+ALIGNED = (*SCALARS, "first", "end", "flat_stride")
 SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "token_ids_stride", "method")
 COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
@@ -42,13 +42,15 @@ SHARD_INTS = ("places_ptr", "cut_tiles_ptr", "part_columns_ptr", "part_places_pt
 SHARD_FLOATS = ("sent_max_ptr", "sent_sum_ptr", "cut_max_ptr", "cut_sum_ptr")
 SHARD_SCALARS = (
     "first", "columns", "first_tile", "end_tile", "end", "most_whole", "part_width", "num_groups", "num_cut",
-    "sent_stride", "sent_outcome_stride", "sent_token_stride",
+    "sent_stride", "sent_outcome_stride", "sent_token_stride", "sent_values_stride", "begun_tile", "flat_width",
+    "flat_stride",
 )  # fmt: skip
+OF_FILTERS = ("count_ptr", "ids_ptr", "sent_count_ptr", "sent_ids_ptr", "flat_pos_ptr")
 OF_DRAFTS = ("target_logit_ptr", "sent_logit_ptr", "masses_ptr", "sent_masses_ptr", "cut_masses_ptr")
 OF_DRAFT_LOGITS = ("sent_draft_max_ptr", "sent_draft_sum_ptr", "cut_draft_max_ptr", "cut_draft_sum_ptr")
 
 
-def shard_launches(types: dict[str, str], draft: str) -> list:
+def shard_launches(types: dict[str, str], draft: str, filtered: bool) -> list:
     """Launches of a rank, given the types of a single rank's arguments."""
     types = types | dict.fromkeys(SHARD_INTS, "*i32") | dict.fromkeys(SHARD_FLOATS, "*fp32")
     types |= dict.fromkeys(SHARD_SCALARS, "i32")
@@ -57,19 +59,29 @@ def shard_launches(types: dict[str, str], draft: str) -> list:
         types |= dict.fromkeys(OF_DRAFT_LOGITS, "*fp32")
     if draft != "one-hot":
         types |= dict.fromkeys(OF_DRAFTS, "*fp32") | {"token_ptr": "*i32", "sent_token_ptr": "*i32"}
+    options = launch.decide_options(DEFAULTS, filtered)
     kernels = [
-        (sweep.shard_sweep_kernel, DEFAULTS.statistics_warps),
-        (sweep.cut_tiles_kernel, DEFAULTS.statistics_warps),
-        (shard_decide.shard_decide_kernel, DEFAULTS.decide_warps),
-        (shard_decide.shard_end_kernel, 1),
+        (sweep.shard_sweep_kernel, {"num_warps": DEFAULTS.statistics_warps}),
+        (sweep.cut_tiles_kernel, {"num_warps": DEFAULTS.statistics_warps}),
+        (shard_decide.shard_decide_kernel, options),
+        (shard_decide.shard_end_kernel, {"num_warps": 1}),
     ]
     if draft != "one-hot":
         kernels += [
-            (shard_residual.shard_residual_kernel, DEFAULTS.residual_warps),
-            (shard_residual.shard_recover_kernel, DEFAULTS.residual_warps),
-            (shard_residual.shard_write_kernel, 1),
+            (shard_residual.shard_residual_kernel, {"num_warps": DEFAULTS.residual_warps}),
+            (shard_residual.shard_recover_kernel, {"num_warps": DEFAULTS.residual_warps}),
+            (shard_residual.shard_write_kernel, {"num_warps": 1}),
         ]
-    return [(kernel, {"num_warps": warps}, types) for kernel, warps in kernels]
+    if filtered:
+        types |= dict.fromkeys(OF_FILTERS, "*i32")
+        types |= dict.fromkeys(("values_ptr", "sent_values_ptr", "flat_ptr"), types["logits_ptr"])
+        kernels += [
+            (filters.shard_candidates_kernel, options),
+            (filters.shard_filter_kernel, options),
+            (filters.shard_pack_kernel, {"num_warps": DEFAULTS.decide_warps}),
+            (filters.shard_flat_kernel, options),
+        ]
+    return [(*each, types) for each in kernels]
 
 
 def variants(with_all: bool):
@@ -125,8 +137,8 @@ def variants(with_all: bool):
             launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), types))
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}, types))
-        if not filtered and method in ("exact", "greedy"):
-            launches += shard_launches(types, draft)
+        if method in ("exact", "greedy") and (not filtered or draft == "one-hot"):
+            launches += shard_launches(types, draft, filtered)
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)
         known = {
             "COMPACT_DRAFTS": runner == "v1",
@@ -139,6 +151,7 @@ def variants(with_all: bool):
             "BLOCK_K": BLOCK_K,
             "RULE": 0 if greedy else list(RULES).index(name),
             "RANKS": RANKS,
+            "IS_FILTERED": filtered,
         }
         yield (
             "-".join(filter(None, [dtype, runner, draft, "filtered" if filtered else "", method])),

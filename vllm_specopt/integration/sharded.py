@@ -23,7 +23,7 @@ PROBE_ROWS = 2
 # Of the target model's logits processors.
 _shardings: weakref.WeakKeyDictionary[LogitsProcessor, "Sharding"] = weakref.WeakKeyDictionary()
 # What verify() takes and a sharded step does not have.
-WHOLE_ROWS = ("top_k", "top_p", "min_p", "rule", "rule_requests", "notes")
+WHOLE_ROWS = ("rule", "rule_requests", "notes")
 
 
 class Sharding:
@@ -136,14 +136,21 @@ def verification(
 
 
 def v2_stays(runner, input_batch, grammar_output) -> bool:
-    """Whether a step of model runner V2 needs no whole rows of logits."""
-    from vllm_specopt.integration.v2_sampler import FILTERED, PROCESSED
+    """Whether a step of model runner V2 needs no whole rows of logits.
+
+    Where a request filters, one row per request may have to travel: that saves nothing in steps with few drafts.
+    """
+    from vllm_specopt.integration.v2_sampler import FILTERED, PROCESSED, RANDOM
 
     slots, sampler = input_batch.idx_mapping_np, runner.sampler
     if grammar_output is not None or sampler.compute_nans or not len(slots):
         return False
     needed = int(np.bitwise_or.reduce(sampler.needs[slots]))
-    return not needed & (FILTERED | PROCESSED) and sampler.get_logprobs_dims(slots) is None
+    if needed & PROCESSED or sampler.get_logprobs_dims(slots) is not None:
+        return False
+    if needed & RANDOM and needed & FILTERED:
+        return input_batch.num_draft_tokens >= len(slots) and runner.speculator.draft_logits is None
+    return True
 
 
 def v1_stays(runner, scheduler_output) -> bool:

@@ -1,0 +1,177 @@
+"""Host side of rows whose requests filter: two exchanges, of candidates, and of one flat row per request."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..bounds import CAPACITY
+from ..constants import ROW_COLUMNS
+from ..launch import KEY_BITS, decide_options
+from ..shapes import Shapes
+from ..variants import Launcher
+from .filters import CHUNK, ROOM, shard_candidates_kernel, shard_filter_kernel, shard_flat_kernel, shard_pack_kernel
+from .geometry import ALIGNMENT, Geometry, Parcel, Section
+
+_candidates, _filter, _pack, _flat = map(
+    Launcher, (shard_candidates_kernel, shard_filter_kernel, shard_pack_kernel, shard_flat_kernel)
+)
+
+
+class Swept(NamedTuple):
+    """What is known of the batch's whole rows.
+
+    tile_max, tile_sum: ``[num_rows, num_tiles]``. cut: ``[num_rows, num_cut, tile]``, None where no tile is cut.
+    outcome: ``[num_rows]`` int32, of rows without filters.
+    """
+
+    tile_max: torch.Tensor
+    tile_sum: torch.Tensor
+    cut: torch.Tensor | None
+    outcome: torch.Tensor
+
+
+def filter_rows(
+    logits: torch.Tensor,  # [num_rows, columns]: this rank's
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+    draft_token_ids: torch.Tensor,  # [num_rows] or [num_rows - num_reqs]
+    requests: tuple[torch.Tensor | None, ...],
+    noise: tuple[torch.Tensor | None, ...],
+    filters: tuple[torch.Tensor | None, ...],
+    swept: Swept,
+    *,
+    held: Geometry,
+    widths: tuple[int, ...],
+    shapes: Shapes,
+    variant: tuple,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    block_k: int,
+    rows_per_req: int,
+    compact: bool,
+) -> torch.Tensor:
+    """What each row found, ``[1, num_rows]`` int32, alike on all ranks; FLAT behind a request's first flat row.
+
+    requests: States, temperatures. noise: Seeds, positions. filters: top-k, top-p, min-p.
+    """
+    num_rows, num_reqs, device = len(logits), len(cu_num_logits) - 1, logits.device
+    ints = torch.int32
+    padded_tiles = triton.next_power_of_2(held.num_tiles)
+    options = decide_options(shapes, True)
+    parcel = Parcel(
+        device,
+        Section(num_rows, 1, ints),
+        Section(num_rows, 1, ints),
+        Section(num_rows, ROOM.value, logits.dtype),
+        Section(num_rows, ROOM.value, ints),
+    )
+    outcome, count, values, ids = (parcel.section(number) for number in range(4))
+    outcome.copy_(swept.outcome[:, None])
+    tile_list = torch.empty(num_rows, held.num_tiles + CAPACITY.value, dtype=ints, device=device)
+    rows, scratch = (rows_per_req, num_reqs), torch.empty(num_rows, CAPACITY.value, device=device)
+    _candidates(
+        variant,
+        rows,
+        options,
+        logits,
+        logits.stride(0),
+        cu_num_logits,
+        *requests,
+        *filters,
+        held.places,
+        swept.cut,
+        swept.tile_max,
+        swept.tile_sum,
+        tile_list,
+        count,
+        values,
+        ids,
+        held.first,
+        held.first_tile,
+        held.end_tile,
+        held.begun_tile,
+        held.most_whole,
+        held.num_cut,
+        held.vocab_size,
+        held.num_tiles,
+        TILE=held.tile,
+        PADDED_TILES=padded_tiles,
+    )
+    received = gather(parcel.buffer)
+    sent = [parcel.section(number, received) for number in range(4)]
+    _filter(
+        variant,
+        rows,
+        options,
+        *sent,
+        received.stride(0),
+        sent[2].stride(0),
+        cu_num_logits,
+        *requests,
+        *noise,
+        *filters,
+        swept.tile_max,
+        swept.tile_sum,
+        tile_list,
+        scratch,
+        swept.outcome,
+        held.vocab_size,
+        held.num_tiles,
+        KEY_BITS=KEY_BITS[logits.dtype],
+        TILE=held.tile,
+        PADDED_TILES=padded_tiles,
+        RANKS=held.ranks,
+    )
+    width = -(-max(widths) // ALIGNMENT) * ALIGNMENT
+    parcel = Parcel(device, Section(num_reqs, width, logits.dtype))
+    flat_pos = torch.empty(num_reqs, dtype=ints, device=device)
+    _pack(
+        variant,
+        (triton.cdiv(width, CHUNK.value), num_reqs),
+        {"num_warps": shapes.decide_warps},
+        logits,
+        logits.stride(0),
+        cu_num_logits,
+        draft_token_ids,
+        swept.outcome,
+        parcel.section(0),
+        flat_pos,
+        held.columns,
+        width,
+        COMPACT_DRAFTS=compact,
+        BLOCK_K=block_k,
+    )
+    flat = _side_by_side(parcel.section(0, gather(parcel.buffer)), widths)
+    _flat(
+        variant,
+        (num_reqs,),
+        options,
+        flat,
+        flat.stride(0),
+        flat_pos,
+        cu_num_logits,
+        draft_token_ids,
+        *requests,
+        *noise,
+        *filters,
+        swept.tile_max,
+        swept.tile_sum,
+        tile_list,
+        scratch,
+        torch.empty(num_rows, ROW_COLUMNS.value, device=device),
+        swept.outcome,
+        held.vocab_size,
+        held.num_tiles,
+        COMPACT_DRAFTS=compact,
+        KEY_BITS=KEY_BITS[logits.dtype],
+        TILE=held.tile,
+        PADDED_TILES=padded_tiles,
+    )
+    return swept.outcome[None]
+
+
+def _side_by_side(sent: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+    """``[num_reqs, vocab]``, rows a multiple of 16 elements apart, from all ranks' ``[ranks, num_reqs, width]``."""
+    vocab_size = sum(widths)
+    rows = sent.new_empty(sent.shape[1], -(-vocab_size // 16) * 16)[:, :vocab_size]
+    return torch.cat([sent[rank, :, :width] for rank, width in enumerate(widths)], dim=1, out=rows)

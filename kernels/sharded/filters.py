@@ -1,0 +1,329 @@
+"""Rows whose requests filter: the ranks exchange the few tokens that may be kept, and where there are too many the row.
+
+The bound above which they lie follows from the statistics of the whole row, so that all ranks' candidates together are
+those that a single rank gathers, in the same order. Of a request's flat rows the first that is needed travels whole;
+the request ends before the next one.
+"""
+
+import triton
+import triton.language as tl
+
+from ..bounds import CAPACITY
+from ..candidates import Candidates, draw_candidate, gather, list_tiles, threshold_among
+from ..constants import BAD_ROW, DRAW, EXACT, FLAT, GREEDY_BELOW, LOG2_E
+from ..draw import load_tiles, tile_masses
+from ..filters import bound_of
+from ..load import (
+    Drafts,
+    Noise,
+    Rows,
+    Tiles,
+    is_filtered,
+    load_draft_token,
+    load_filters,
+    load_position,
+    load_request,
+)
+from ..noise import draw_uniform
+from ..outcome import find_outcome
+from ..output import load_drafts, load_outcomes
+from .pieces import UNALIGNED, Pieces, cut_row, merge
+
+ROOM = tl.constexpr(256)
+"""Candidates of a row that a rank sends at most."""
+
+CHUNK = tl.constexpr(4096)
+"""Tokens that one program sends of a flat row."""
+
+COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "begun_tile"]
+
+
+@triton.jit
+def _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
+    """A request's filters, and whether its rows are drawn with them."""
+    filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
+    return filters, is_filtered(filters, vocab_size) & (request.temperature >= GREEDY_BELOW)
+
+
+@triton.jit
+def _gather_held(
+    pieces,
+    begun_tile,
+    row,
+    list_ptr,
+    values_ptr,
+    ids_ptr,
+    maxima,
+    low,
+    top,
+    vocab_size,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """Collect a row's candidates in this rank's tiles and in the cut one that begins there; the count of ``gather``."""
+    tile_ids = tl.arange(0, PADDED_TILES)
+    found = tl.full((), 0, tl.int32)
+    is_own = (tile_ids >= pieces.first_tile) & (tile_ids < pieces.end_tile)
+    num_listed = list_tiles(list_ptr, tl.where(is_own, maxima, float("-inf")), low, PADDED_TILES)
+    own_ptr = pieces.own_ptr + row * pieces.own_stride - pieces.first
+    found = gather(own_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, top, found, vocab_size, TILE, ROOM).count
+    if pieces.cut_ptr is not None:
+        if begun_tile >= 0:
+            begun = tl.where(tile_ids == begun_tile, maxima, float("-inf"))
+            num_listed = list_tiles(list_ptr, begun, low, PADDED_TILES)
+            number = -1 - tl.load(pieces.places_ptr + begun_tile)
+            cut_ptr = cut_row(pieces.cut_ptr, pieces.num_cut, row, number, begun_tile, TILE)
+            found = gather(
+                cut_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, top, found, vocab_size, TILE, ROOM
+            ).count
+    return found
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=UNALIGNED)
+def shard_candidates_kernel(
+    logits_ptr,  # [num_rows, columns]: this rank's
+    logits_stride,
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    state_indices_ptr,  # [num_reqs] or None
+    temperature_ptr,  # [max_reqs]
+    top_k_ptr,  # [max_reqs] or None
+    top_p_ptr,  # [max_reqs] or None
+    min_p_ptr,  # [max_reqs] or None
+    places_ptr,  # [num_tiles]
+    cut_ptr,  # [num_rows, num_cut, TILE], or None
+    tile_max_ptr,  # [num_rows, num_tiles], of whole rows
+    tile_sum_ptr,  # [num_rows, num_tiles]
+    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch
+    count_ptr,  # [num_rows] out: of filtered rows; above ROOM: too many
+    values_ptr,  # [num_rows, ROOM] out: logits of candidates, in their dtype
+    ids_ptr,  # [num_rows, ROOM] out: their tokens, ascending
+    first,
+    first_tile,
+    end_tile,
+    begun_tile,
+    most_whole,
+    num_cut,
+    vocab_size,
+    num_tiles,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """One program per (row, request): the candidates that this rank holds."""
+    pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    filters, applies = _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
+    if (pos > request.num_drafts) | (applies == 0):
+        return
+    row = request.start_row + pos
+    pieces = Pieces(places_ptr, most_whole, first_tile, end_tile, logits_ptr, logits_stride, first, cut_ptr, num_cut)
+    scale = LOG2_E / request.temperature
+    maxima, sums = load_tiles(Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles), row, PADDED_TILES)
+    top, masses = tile_masses(maxima, sums, scale, float("-inf"))
+    found = tl.full((), ROOM + 1, tl.int32)
+    if (top > float("-inf")) & (top < float("inf")):
+        bound = bound_of(maxima, masses, top, filters, scale, vocab_size, TILE)
+        found = _gather_held(
+            pieces,
+            begun_tile,
+            row,
+            tile_list_ptr + row * (num_tiles + CAPACITY),
+            values_ptr + row * ROOM,
+            ids_ptr + row * ROOM,
+            maxima,
+            bound.low,
+            top,
+            vocab_size,
+            TILE,
+            PADDED_TILES,
+        )
+    tl.store(count_ptr + row, found)
+
+
+@triton.jit
+def _join(
+    sent_count_ptr,
+    sent_values_ptr,
+    sent_ids_ptr,
+    stride,
+    values_stride,
+    values_ptr,
+    ids_ptr,
+    row,
+    RANKS: tl.constexpr,
+):
+    """Put all ranks' candidates of a row together; a count above CAPACITY where some rank or all have too many."""
+    places = tl.arange(0, ROOM)
+    total = tl.full((), 0, tl.int32)
+    for rank in tl.static_range(RANKS):
+        count = tl.load(sent_count_ptr + rank * stride + row)
+        total = tl.where((count > ROOM) | (total + count > CAPACITY), CAPACITY + 1, total)
+        fits = places < tl.where(total <= CAPACITY, count, 0)
+        x = tl.load(sent_values_ptr + rank * values_stride + row * ROOM + places, mask=fits, other=0.0)
+        ids = tl.load(sent_ids_ptr + rank * stride + row * ROOM + places, mask=fits, other=0)
+        tl.store(values_ptr + total + places, x.to(tl.float32), mask=fits)
+        tl.store(ids_ptr + total + places, ids, mask=fits)
+        total = tl.where(total <= CAPACITY, total + count, total)
+    tl.debug_barrier()
+    return Candidates(values_ptr, ids_ptr, total)
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "sent_stride", "sent_values_stride"], do_not_specialize_on_alignment=UNALIGNED
+)
+def shard_filter_kernel(
+    sent_outcome_ptr,  # [ranks, num_rows], ranks sent_stride apart, as all but the values
+    sent_count_ptr,  # [ranks, num_rows]
+    sent_values_ptr,  # [ranks, num_rows, ROOM], ranks sent_values_stride apart
+    sent_ids_ptr,  # [ranks, num_rows, ROOM]
+    sent_stride,
+    sent_values_stride,
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    state_indices_ptr,  # [num_reqs] or None
+    temperature_ptr,  # [max_reqs]
+    seeds_ptr,  # [max_reqs]
+    positions_ptr,  # [num_rows] or None
+    top_k_ptr,  # [max_reqs] or None
+    top_p_ptr,  # [max_reqs] or None
+    min_p_ptr,  # [max_reqs] or None
+    tile_max_ptr,  # [num_rows, num_tiles], of whole rows
+    tile_sum_ptr,  # [num_rows, num_tiles]
+    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] out: ids of candidates, behind num_tiles
+    candidates_ptr,  # [num_rows, CAPACITY] out: their logits
+    outcome_ptr,  # [num_rows] out: the token of each row, or FLAT
+    vocab_size,
+    num_tiles,
+    KEY_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """One program per (row, request): its token, from what all ranks have sent."""
+    pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    if pos > request.num_drafts:
+        return
+    row = request.start_row + pos
+    filters, applies = _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
+    outcome = merge(sent_outcome_ptr, sent_stride, row, pos >= 0, BAD_ROW, RANKS)
+    if applies:
+        outcome = tl.full((), FLAT, tl.int32)
+        candidates = _join(
+            sent_count_ptr,
+            sent_values_ptr,
+            sent_ids_ptr,
+            sent_stride,
+            sent_values_stride,
+            candidates_ptr + row * CAPACITY,
+            tile_list_ptr + row * (num_tiles + CAPACITY) + num_tiles,
+            row,
+            RANKS,
+        )
+        if candidates.count <= CAPACITY:
+            scale = LOG2_E / request.temperature
+            maxima, sums = load_tiles(Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles), row, PADDED_TILES)
+            top, masses = tile_masses(maxima, sums, scale, float("-inf"))
+            bound = bound_of(maxima, masses, top, filters, scale, vocab_size, TILE)
+            threshold = threshold_among(candidates, filters, bound, scale, KEY_BITS)
+            position = load_position(Noise(seeds_ptr, positions_ptr), request, pos)
+            uniform = draw_uniform(tl.load(seeds_ptr + request.state), position, DRAW)
+            outcome = draw_candidate(candidates, scale, threshold, tl.full((), -1, tl.int32), uniform)
+    tl.store(outcome_ptr + row, outcome)
+
+
+@triton.jit
+def flat_end(request, draft_token_ids_ptr, outcomes, COMPACT_DRAFTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """How many of a request's draft tokens survive before a flat row that is needed; -1 if none is."""
+    columns = tl.arange(0, BLOCK_K)
+    drafts = load_drafts(request, draft_token_ids_ptr, COMPACT_DRAFTS, BLOCK_K)
+    survives = (columns < request.num_drafts) & (drafts == outcomes.to(tl.int64)) & (drafts >= 0)
+    end = tl.min(tl.where(survives, BLOCK_K, columns), axis=0)
+    outcome = tl.sum(tl.where(columns == end, outcomes, 0), axis=0)
+    return tl.where(outcome == FLAT, end, -1)
+
+
+@triton.jit(do_not_specialize=["columns", "flat_width"], do_not_specialize_on_alignment=UNALIGNED)
+def shard_pack_kernel(
+    logits_ptr,  # [num_rows, columns]: this rank's
+    logits_stride,
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
+    outcome_ptr,  # [num_rows]
+    flat_ptr,  # [num_reqs, flat_width] out: this rank's columns of a request's flat row
+    flat_pos_ptr,  # [num_reqs] out: its position, -1 if none is needed
+    columns,
+    flat_width,
+    COMPACT_DRAFTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per (CHUNK columns, request)."""
+    chunk, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    request = load_request(index, cu_num_logits_ptr, None, None)
+    outcomes = load_outcomes(request, outcome_ptr, BLOCK_K)
+    pos = flat_end(request, draft_token_ids_ptr, outcomes, COMPACT_DRAFTS, BLOCK_K)
+    if chunk == 0:
+        tl.store(flat_pos_ptr + index, pos)
+    if pos >= 0:
+        places = chunk * CHUNK + tl.arange(0, CHUNK)
+        row_ptr = logits_ptr + (request.start_row + pos) * logits_stride
+        x = tl.load(row_ptr + places, mask=places < columns, other=float("-inf"))
+        tl.store(flat_ptr + index * flat_width + places, x, mask=places < flat_width)
+
+
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
+def shard_flat_kernel(
+    flat_ptr,  # [num_reqs, vocab]: whole flat rows
+    flat_stride,
+    flat_pos_ptr,  # [num_reqs]: their positions, -1 for none
+    cu_num_logits_ptr,  # [num_reqs + 1]
+    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
+    state_indices_ptr,  # [num_reqs] or None
+    temperature_ptr,  # [max_reqs]
+    seeds_ptr,  # [max_reqs]
+    positions_ptr,  # [num_rows] or None
+    top_k_ptr,  # [max_reqs] or None
+    top_p_ptr,  # [max_reqs] or None
+    min_p_ptr,  # [max_reqs] or None
+    tile_max_ptr,  # [num_rows, num_tiles], of whole rows
+    tile_sum_ptr,  # [num_rows, num_tiles]; of flat rows it becomes that of what is kept
+    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch
+    candidates_ptr,  # [num_rows, CAPACITY] scratch
+    row_ptr,  # [num_rows, ROW_COLUMNS] scratch
+    outcome_ptr,  # [num_rows] out: of flat rows
+    vocab_size,
+    num_tiles,
+    COMPACT_DRAFTS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
+):
+    """One program per request: the token of its flat row, as a single rank finds it."""
+    index = tl.program_id(0).to(tl.int64)
+    pos = tl.load(flat_pos_ptr + index)
+    if pos < 0:
+        return
+    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
+    drafts = Drafts(draft_token_ids_ptr, None, 0, None, 0, 0)
+    row = request.start_row + pos
+    outcome = find_outcome(
+        Rows(flat_ptr + (index - row) * flat_stride, flat_stride, vocab_size),
+        Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles),
+        Tiles(None, None, None, num_tiles),
+        drafts,
+        Noise(seeds_ptr, positions_ptr),
+        load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state),
+        request,
+        pos,
+        load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS),
+        tl.full((), True, tl.int1),
+        tl.full((), False, tl.int1),
+        None,
+        tl.full((), 0.0, tl.float32),
+        tile_list_ptr,
+        candidates_ptr,
+        row_ptr,
+        KEY_BITS,
+        TILE,
+        PADDED_TILES,
+        EXACT,
+    )
+    tl.store(outcome_ptr + row, outcome)

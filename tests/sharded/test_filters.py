@@ -1,0 +1,142 @@
+"""Filtered requests on shards: the tokens of the whole rows, and where too many pass the filters the first of them."""
+
+import pytest
+import torch
+from support.emulated_ranks import verify_on_ranks
+
+from vllm_specopt.kernels.shapes import DEFAULTS
+from vllm_specopt.sharded import shards_of, verify_sharded
+from vllm_specopt.testing import LOGITS, NO_DRAFT, PROBS, Batch, random_batch
+from vllm_specopt.verify import verify
+
+TILE = DEFAULTS.filter_tile
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ALL = ("top_k", "top_p", "min_p")
+RAGGED = [3, 0, 5, 1]
+
+
+def check(batch: Batch, ranks: int, padded: int) -> tuple[int, int]:
+    """Compare what every rank emits with the whole logits' verification; how many requests ended early, and accepted.
+
+    A request that ends early has some of the tokens, from the first on, and its bad rows are not counted.
+    """
+    batch = batch.to(DEVICE)
+    bad_rows, counters = (torch.zeros(size, dtype=torch.int64, device=DEVICE) for size in ((1,), (5, 8)))
+    expected = verify(*batch.args(), **batch.kwargs, bad_row_counter=bad_rows, counters=counters, backend="triton")
+    found, meeting = verify_on_ranks(batch, ranks, padded, "triton")
+    assert meeting.exchanges == [3] * ranks
+    token_ids, num_sampled, _, counted = found[0]
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    places = torch.arange(token_ids.shape[1], device=DEVICE)
+    is_emitted = places < num_sampled[:, None]
+    assert (num_sampled >= 1).all() and (num_sampled <= expected.num_sampled).all()
+    assert torch.equal(token_ids, torch.where(is_emitted, expected.token_ids, -1))
+    early = int((num_sampled < expected.num_sampled).sum())
+    if not early:
+        assert torch.equal(counted, counters) and torch.equal(found[0][2], bad_rows)
+    return early, int(counted[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("vocab", "ranks", "padded"),
+    [(2.3, 1, 2.375), (2.9, 2, 1.5), (6.75, 4, 1.75), (3.4, 4, 1), (2.9, 4, 1.25), (0.7, 2, 0.375), (1.6, 8, 0.25)],
+)
+def test_tokens_of_the_whole_rows(vocab, ranks, padded):
+    """Rows of few tokens, where the ranks meet in all ways; all or some requests filter."""
+    for seed in range(3):
+        batch = random_batch(
+            seed=seed,
+            num_drafts=RAGGED,
+            vocab_size=int(vocab * TILE),
+            dtype=DTYPES[seed],
+            rows_layout=seed == 1,
+            filters=ALL if seed else ("top_p",),
+            spread=9.0,
+            temperatures=(0.0, 0.5, 1.0) if seed else (0.7,),
+        )
+        assert check(batch, ranks, int(padded * TILE))[0] == 0
+
+
+def flat_batch(seed: int, num_drafts: list[int], vocab_size: int, filters: dict[str, float]) -> Batch:
+    """Every request has these filters; its drafts are what it emits without speculation, so that all survive."""
+    batch = random_batch(
+        seed=seed, num_drafts=num_drafts, vocab_size=vocab_size, spread=0.3, dtype=DTYPES[seed % 3], temperatures=(1.0,)
+    )
+    num_slots = len(batch.kwargs["temperature"])
+    for name, value in filters.items():
+        batch.kwargs[name] = torch.full((num_slots,), value, dtype=torch.int32 if name == "top_k" else torch.float32)
+    rows = torch.arange(len(batch.logits) + 1, dtype=torch.int32)
+    request = torch.repeat_interleave(torch.arange(len(num_drafts)), torch.tensor(num_drafts) + 1)
+    states = batch.kwargs.get("state_indices", torch.arange(len(num_drafts)))
+    kwargs = batch.kwargs | {"state_indices": states[request]}
+    tokens = verify(batch.logits, rows, torch.zeros(0, dtype=torch.int64), 0, **kwargs, backend="triton").token_ids
+    is_last = torch.zeros(len(batch.logits), dtype=torch.bool)
+    is_last[batch.cu_num_logits[1:].long() - 1] = True
+    batch.draft_token_ids = tokens[~is_last, 0]
+    return batch
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{"top_p": 0.97}, {"top_k": 700}, {"min_p": 0.2}, {"top_k": 900, "top_p": 0.9, "min_p": 0.01}],
+    ids=lambda filters: "+".join(filters),
+)
+def test_the_first_flat_row_travels_and_the_request_ends_before_the_second(filters):
+    batch = flat_batch(3, [3, 0, 1], 1100, filters)
+    early, accepted = check(batch, 2, 552)
+    # Of three drafts one is told to be accepted: the row after it is the second flat one.
+    assert early == 2 and accepted == 0
+
+
+def test_peaked_rows_around_a_flat_one_are_all_emitted():
+    batch = flat_batch(0, [3, 2], 1100, {"top_p": 0.97})
+    peaked = [0, 2, 3, 4, 6]
+    batch.logits[peaked] *= 600.0
+    # The drafts of requests 0 and 1 are those of rows 0 to 2 and 4 to 5.
+    for draft, row in ((0, 0), (2, 2), (3, 4)):
+        batch.draft_token_ids[draft] = batch.logits[row].argmax()
+    assert check(batch, 2, 552) == (0, 5)
+
+
+def test_rows_without_usable_or_with_infinite_logits():
+    batch = flat_batch(1, [1] * 5, 700, {"top_p": 0.9})
+    batch.logits[0] = float("nan")
+    batch.logits[2] = -float("inf")
+    batch.logits[4, 5:9] = float("inf")
+    batch.logits[6, ::2] = float("nan")
+    batch.logits[8, 3:] = -float("inf")
+    check(batch, 2, 352)
+
+
+def test_more_candidates_on_one_rank_than_it_sends_but_few_in_all():
+    """Three hundred likely tokens, all on one rank: the row travels, and the token is that of a single rank's list."""
+    batch = flat_batch(2, [1, 1], 1100, {"top_p": 0.9})
+    batch.logits[:, :300] += 20.0
+    batch.draft_token_ids[:] = 1050
+    assert check(batch, 2, 552) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"backend": "cpu"}, "top_p is given beside the cpu backend"),
+        ({"draft": PROBS}, "top_p is given beside draft_probs"),
+        ({"draft": LOGITS}, "top_p is given beside draft_logits"),
+        ({"bonus": True}, "top_p is given beside bonus_token_ids"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_beside(more, said):
+    batch = random_batch(seed=0, num_drafts=[1], vocab_size=64, filters=("top_p",), draft=more.get("draft", NO_DRAFT))
+    if more.get("bonus"):
+        batch.kwargs["bonus_token_ids"] = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=said):
+        verify_sharded(
+            *batch.args(),
+            **batch.kwargs,
+            shard=shards_of(64, 1, 64)[0],
+            gather=lambda tensor: tensor[None],
+            backend=more.get("backend", "triton"),
+        )
