@@ -27,7 +27,7 @@ ENGINES = {
     "V1 sharded, four ranks": (40, "--ranks", "4", "--tokens", "48", *SHARDED),
 }
 # The texts of seeded requests depend on the drafts where these are sampled.
-TEXTS = (20, "--dtype", "float32", "--drafting", "greedy", "--tokens", "48", "--vocab-size", str(VOCAB))
+TEXTS = (60, "--dtype", "float32", "--drafting", "greedy", "--tokens", "48", "--vocab-size", str(VOCAB))
 ENGINES |= {
     f"V1, texts of {ranks}": (*TEXTS, "--ranks", str(ranks), *(SHARDED[:1] if ranks > 1 else ())) for ranks in (1, 2, 4)
 }
@@ -36,7 +36,7 @@ LONG = ("V2 sharded, sampled drafts", "V1 sharded, four ranks")
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """What the two ranks of an engine did, by the engine's name; run once."""
+    """What the ranks of an engine did, by the name of the engine; run once."""
     known = {}
 
     def run(name: str) -> dict:
