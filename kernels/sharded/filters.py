@@ -32,7 +32,7 @@ from .pieces import UNALIGNED, Pieces, cut_row, merge
 ROOM = tl.constexpr(256)
 """Candidates of a row that a rank sends at most."""
 
-CHUNK = tl.constexpr(4096)
+CHUNK = tl.constexpr(1024)
 """Tokens that one program sends of a flat row."""
 
 COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "begun_tile"]
