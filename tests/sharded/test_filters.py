@@ -140,3 +140,26 @@ def test_refused_beside(more, said):
             gather=lambda tensor: tensor[None],
             backend=more.get("backend", "triton"),
         )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_random_steps(ranks):
+    early = accepted = 0
+    for seed in range(400):
+        draw = torch.Generator().manual_seed(seed)
+        vocab_size, num_reqs = (int(torch.randint(*span, (), generator=draw)) for span in ((1, 1500), (1, 4)))
+        smallest = -(-vocab_size // ranks)
+        padded = int(torch.randint(smallest, 2 * smallest + 2, (), generator=draw))
+        batch = random_batch(
+            seed=seed,
+            num_drafts=torch.randint(0, 4, (num_reqs,), generator=draw).tolist(),
+            vocab_size=vocab_size,
+            dtype=DTYPES[seed // 3 % 3],
+            rows_layout=seed % 2 == 0,
+            filters=ALL[: seed % 3 + 1],
+            spread=(0.3, 2.5, 9.0)[seed // 7 % 3],
+        )
+        found = check(batch, ranks, padded)
+        early, accepted = early + found[0], accepted + found[1]
+    assert early > 0 and accepted > 200
