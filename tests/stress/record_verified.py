@@ -9,7 +9,12 @@ class RecordVerified:
     """Mixed into vLLM's worker by ``worker_extension_cls``; its methods are called with ``collective_rpc``."""
 
     def start_recording(self) -> None:
-        """Record every verification from here on; what was verified sharded is verified on whole rows as well."""
+        """Record every verification from here on; what was verified sharded is verified on whole rows as well.
+
+        Of these, ``sent`` and ``logits`` are the bytes that this rank sent, and that a gather would have sent.
+        """
+        from unittest import mock
+
         import torch
 
         from vllm_specopt.verify import verify
@@ -17,7 +22,7 @@ class RecordVerified:
         sampler = self.model_runner.rejection_sampler
         self._digest = hashlib.sha256()
         self._verified = {"steps": 0, "accepted": 0, "drafted": 0, "mixed_steps": 0, "greedy_steps": 0}
-        self._sharded = {"steps": 0, "drawn": 0, "filtered": 0, "early": 0, "differ": 0}
+        self._sharded = {"steps": 0, "drawn": 0, "filtered": 0, "early": 0, "differ": 0, "sent": 0, "logits": 0}
 
         def record(ids, num_drafted: int, num_seeded: int, all_greedy: bool) -> None:
             counts, ids = self._verified, ids.cpu()
@@ -41,8 +46,14 @@ class RecordVerified:
             record(output[1], len(logits) - len(slots), int(states.seeds_set[slots].sum()), all_greedy)
             return output
 
+        def counting(tensor):
+            self._sharded["sent"] += tensor.nbytes
+            return gathered(tensor)
+
         def on_whole_rows(logits, *args, **kwargs):
-            verified = sharded(logits, *args, **kwargs)
+            with mock.patch.object(sharding, "gather", counting):
+                verified = sharded(logits, *args, **kwargs)
+            self._sharded["logits"] += logits.nbytes
             whole = sharding.gather(logits.contiguous()).transpose(0, 1).flatten(1)[:, : sharding.shard.vocab_size]
             kwargs |= {"bad_row_counter": None, "counters": None, "notes": None}
             token_ids, num_sampled = verify(whole, *args, **kwargs)
@@ -63,7 +74,7 @@ class RecordVerified:
         setattr(sampler, name, wrapper)
         sharding = getattr(getattr(sampler, "account", None), "sharding", None)
         if sharding is not None:
-            sharded = sharding.verify
+            sharded, gathered = sharding.verify, sharding.gather
             sharding.verify = on_whole_rows
 
     def recorded(self) -> dict:
