@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from vllm_specopt.integration.config import parse
+
 
 class CliError(Exception):
     """A run cannot go on: the message is for the user, `exit_code` for the shell (1 a run failed, 2 bad input)."""
@@ -22,3 +24,12 @@ def json_object(flag: str, text: str) -> dict:
     if not isinstance(value, dict):
         raise CliError(f"{flag} is {text}, expected a JSON object.", 2)
     return value
+
+
+def checked_option(additional_config: dict) -> dict:
+    """The value of --additional-config as it is; raise CliError (2) where the plugin would refuse its option."""
+    try:
+        parse(additional_config)
+    except ValueError as error:
+        raise CliError(f"--additional-config: {error}.", 2) from error
+    return additional_config

@@ -19,6 +19,7 @@ from typing import Self
 import httpx
 
 from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.integration import reasons
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
@@ -88,21 +89,29 @@ class ChildProcess:
         """Return the end of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
 
+    def reason(self) -> str:
+        """Return the line of the log that says why it ended, without a full stop."""
+        return reasons.of_log(self.log.read_text(errors="replace")).rstrip(".")
+
 
 def answer(
-    module: str, request: dict, scratch: Path, env: dict[str, str], tick: Callable[[], None]
+    module: str, request: dict, scratch: Path, env: dict[str, str], tick: Callable[[], None], kept: Path | None = None
 ) -> tuple[dict, str]:
     """Run a module on a request in a process of its own; return the result it leaves and what it logged.
+
+    Its log goes to ``kept``, else to the scratch folder.
 
     Raises:
         CliError: It ended with another status than 0.
     """
-    asked, answered, log = (scratch / name for name in ("request.json", "result.json", "run.log"))
+    asked, answered = scratch / "request.json", scratch / "result.json"
+    log = kept or scratch / "run.log"
     answered.unlink(missing_ok=True)
     asked.write_text(json.dumps(request))
     with ChildProcess([sys.executable, "-m", module, str(asked), str(answered)], log, env) as child:
         if status := child.wait(tick):
-            raise CliError(f"its process failed (status {status}); the end of its log:\n{child.last_lines()}")
+            named = f" (its log: {kept})" if kept else ""
+            raise CliError(f"its process ended with status {status}: {child.reason()}{named}.")
     return json.loads(answered.read_text()), log.read_text(errors="replace")
 
 
@@ -120,7 +129,7 @@ class Server(ChildProcess):
             return self._client.post(path, json=body).raise_for_status()
         except httpx.HTTPError as error:
             raise CliError(
-                f"the server failed {path} ({error}); the end of {self.log}:\n{self.last_lines()}"
+                f"the server failed {path} ({str(error).splitlines()[0]}): {self.reason()} (its log: {self.log})."
             ) from error
 
     def wait_ready(self, tick: Callable[[], None], timeout: float = 600.0) -> None:
@@ -129,8 +138,8 @@ class Server(ChildProcess):
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise CliError(
-                    f"vLLM ended with status {self.process.returncode} before it was ready; the end of {self.log}:\n"
-                    f"{self.last_lines()}"
+                    f"vLLM ended with status {self.process.returncode} before it was ready: {self.reason()} "
+                    f"(its log: {self.log})."
                 )
             try:
                 if self._client.get("/health", timeout=5).status_code == 200:
@@ -139,7 +148,7 @@ class Server(ChildProcess):
                 pass
             tick()
             time.sleep(POLL_SECONDS)
-        raise CliError(f"vLLM was not ready after {timeout:.0f} s; the end of {self.log}:\n{self.last_lines()}")
+        raise CliError(f"vLLM was not ready after {timeout:.0f} s: {self.reason()} (its log: {self.log}).")
 
 
 def free_port(wanted: int = 0) -> int:

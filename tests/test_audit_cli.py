@@ -1,17 +1,23 @@
 """`specopt audit` on what a server shows, and on what it cannot use."""
 
 import json
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from vllm_specopt.benchmarks.errors import CliError
+from vllm_specopt.benchmarks.serve import audit as serving_audit
 from vllm_specopt.benchmarks.serve.audit import with_audit
 from vllm_specopt.cli.audit import BARS, picture
 from vllm_specopt.cli.main import app
 from vllm_specopt.evidence import BINS
+
+ROOT = Path(__file__).parents[1]
+TARGET = str(ROOT / "models" / "specopt-target")
 
 
 def text_of(bins: list[int], method="exact", impossible=0, skipped=0, afresh: list[int] | None = None) -> str:
@@ -104,12 +110,39 @@ def test_the_picture_is_as_uneven_as_the_counts():
         (("MODEL", "--additional-config", "[]"), "expected a JSON object"),
         (("MODEL", "--speculative-config", "3"), "expected a JSON object"),
         (("MODEL", "--additional-config", '{"specopt": 3}'), "neither a method nor a mapping"),
+        (("MODEL", "--additional-config", '{"specopt": "exakt"}'), "--additional-config: specopt.method is 'exakt'"),
+        (("/nope",), "/nope is no model folder (it has no config.json): name the target model."),
+        (("models",), "models is no model folder"),
+        (("no/such-model",), "the target model no/such-model is no folder and was not downloaded before"),
+        (("127.0.0.1:18433",), "127.0.0.1:18433 is no model: if it is a running server, begin it with http://."),
+        (("localhost:8000/", "--follow"), "begin it with http://"),
+        ((TARGET, "--speculative-config", '{"model": "./nope"}'), "nope is no model folder"),
+        ((TARGET, "--speculative-config", '{"model": "no/such-model"}'), "the draft model no/such-model is no folder"),
     ],
 )
-def test_bad_input_is_told_in_a_sentence(arguments, message):
+def test_bad_input_is_told_in_a_sentence(monkeypatch, arguments, message):
+    def start(*_):
+        raise AssertionError("a server starts")
+
+    monkeypatch.setattr(serving_audit, "Server", start)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)
     done = audit(*arguments)
-    assert done.exit_code == 2
-    assert message in done.output
+    assert done.exit_code == 2, done.exception
+    assert message in done.output and done.output.count("\n") == 1
+
+
+def test_a_server_that_does_not_start_is_told_in_a_sentence_and_its_log_stays(monkeypatch, tmp_path):
+    script = tmp_path / "vllm"
+    script.write_text("#!/bin/sh\necho 'ValueError: no room for it.'\nexit 4\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(serving_audit, "vllm_script", lambda: str(script))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = audit(TARGET)
+    (log,) = tmp_path.glob("specopt-audit-*.log")
+    said = f"vLLM ended with status 4 before it was ready: ValueError: no room for it (its log: {log})."
+    assert (done.exit_code, done.output) == (1, f"specopt audit: {said}\n")
+    assert log.read_text() == "ValueError: no room for it.\n"
 
 
 def test_a_server_without_an_audit(serving):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 import httpx
 
-from vllm_specopt.benchmarks.errors import CliError, json_object
+from vllm_specopt.benchmarks import folders
+from vllm_specopt.benchmarks.errors import CliError, checked_option, json_object
 from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.benchmarks.serve.servers import vllm_script
 from vllm_specopt.evidence import BINS, COLUMNS
@@ -85,18 +87,22 @@ def drive(
     Raises:
         CliError: Bad input (2), or the server failed (1).
     """
-    command = ["serve", target, "--host", "127.0.0.1", "--served-model-name", "target"]
-    command += ["--additional-config", json.dumps(with_audit(additional_config))]
+    options = ["--additional-config", json.dumps(with_audit(additional_config))]
     if speculative_config is not None:
-        command += ["--speculative-config", json.dumps(json_object("--speculative-config", speculative_config))]
+        speculative = json_object("--speculative-config", speculative_config)
+        folders.drafting(speculative)
+        options += ["--speculative-config", json.dumps(speculative)]
+    target = folders.model(target, "target")
     if not Path(vllm_script()).is_file():
         raise CliError(f"vllm is not installed beside {sys.executable}.", 2)
     port = free_port(port)
-    command = [vllm_script(), *command, "--port", str(port)]
-    with (
-        tempfile.TemporaryDirectory(prefix="specopt-audit-") as scratch,
-        Server(command, Path(scratch) / "server.log", {}, port) as server,
-    ):
+    command = [vllm_script(), "serve", target, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", "target", *options]
+    # The log of a run that fails is named in its error, and stays.
+    opened, name = tempfile.mkstemp(prefix="specopt-audit-", suffix=".log")
+    os.close(opened)
+    log = Path(name)
+    with Server(command, log, {}, port) as server:
         server.wait_ready(lambda: None)
         emitted, requests = 0, 0
         with ThreadPoolExecutor(CONCURRENCY) as pool:
@@ -106,7 +112,9 @@ def drive(
                 tick(emitted)
         # A worker writes its numbers twice a second.
         time.sleep(1.5)
-        return read(server.url)
+        counts = read(server.url)
+    log.unlink()
+    return counts
 
 
 def ask(server: Server, index: int) -> int:
@@ -124,10 +132,10 @@ def ask(server: Server, index: int) -> int:
 
 
 def with_audit(additional_config: str | None) -> dict:
-    """The configuration with the audit switched on; the method is exact unless it says another."""
+    """The configuration with the audit switched on; the method is exact unless it says another. CliError (2) if bad."""
     config = {} if additional_config is None else json_object("--additional-config", additional_config)
     option = config.get("specopt", "exact")
     option = {"method": option} if isinstance(option, str) else option
     if not isinstance(option, dict):
         raise CliError("--additional-config has a specopt that is neither a method nor a mapping.", 2)
-    return config | {"specopt": {"audit": True} | option}
+    return checked_option(config | {"specopt": {"audit": True} | option})

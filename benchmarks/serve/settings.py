@@ -72,7 +72,8 @@ def checked(
             named = [Arm.named(text, on_cpu) for text in arms or ["stock", "exact"]]
             named = list(dict((arm.name, arm) for arm in named).values())
             chosen, notice = with_repaired(named, not arms, points) if on_cpu else (named, None)
-            model, speculation = _models(target, draft, speculative_config)
+            # Servers here run without the hub; on a cluster, each machine has its own downloads.
+            model, speculation = _models(target, draft, speculative_config, is_offline=not ray)
             vocab = _vocab_size(model)
             shipped = model == str((CHECKOUT / "models" / "specopt-target").resolve())
             if vocab_size:
@@ -80,6 +81,8 @@ def checked(
                 name = f"{Path(model).name}, {vocab_size:,} tokens"
                 model = str(wide_pair(out)[0])
                 speculation = speculation | ({"model": str(wide_pair(out)[1])} if extended[0][1] else {})
+            else:
+                folders.drafting(speculation, is_offline=not ray)
             served = model
         load = workload(spec, output_len, CHECKOUT / "models" / "prompts.jsonl", vocab, seed)
     except ValueError as error:
@@ -180,17 +183,18 @@ def _served_model(urls: tuple[str, str], target: str | None) -> tuple[str, str]:
     return found[0]
 
 
-def _models(target: str | None, draft: str | None, speculative: str | None) -> tuple[str, dict]:
+def _models(target: str | None, draft: str | None, speculative: str | None, is_offline: bool) -> tuple[str, dict]:
     """Return the target and the speculative configuration; local paths must exist, other names are the hub's."""
     models = CHECKOUT / "models"
     if speculative and draft:
         raise CliError("--draft and --speculative-config say the same thing: give one of them.", 2)
     if target and not (speculative or draft):
         raise CliError("a target needs a --draft or a --speculative-config.", 2)
-    model = folders.model(target or str(models / "specopt-target"), "target")
+    model = folders.model(target or str(models / "specopt-target"), "target", is_offline)
     if speculative:
         return model, json_object("--speculative-config", speculative)
-    return model, {"model": folders.model(draft or str(models / "specopt-draft"), "draft"), **SPECULATION}
+    drafting = folders.model(draft or str(models / "specopt-draft"), "draft", is_offline)
+    return model, {"model": drafting, **SPECULATION}
 
 
 def wide_pair(out: Path) -> tuple[Path, Path]:

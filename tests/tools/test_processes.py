@@ -18,6 +18,7 @@ from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.processes import ChildProcess, Server, free_port
 from vllm_specopt.benchmarks.serve import scopes
 from vllm_specopt.cli.main import app
+from vllm_specopt.integration import reasons
 
 IGNORES_SIGTERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 LEAVES_A_CHILD = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {IGNORES_SIGTERM!r}]); "
@@ -63,12 +64,54 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
-def test_server_that_dies_shows_its_last_lines(tmp_path: Path) -> None:
+def test_server_that_dies_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
     expected = pytest.raises(CliError, match=r"ended with status 3 (?s:.)*no such model")
     with expected, Server(command, tmp_path / "log", {}, free_port()) as server:
         server.wait_ready(lambda: None)
     assert group_is_gone(server.process.pid)
+
+
+FROM_VLLM = """\
+(EngineCore pid=12) ERROR 11-27 08:22:12 [core.py:1105] OSError: Can't load the configuration of 'a/b'. If you were
+(EngineCore pid=12) ERROR 11-27 08:22:12 [core.py:1105] trying to load it from the hub, make sure of its name.
+(EngineCore pid=12) Process EngineCore:
+(APIServer pid=11) Traceback (most recent call last):
+(APIServer pid=11)     raise RuntimeError(
+(APIServer pid=11) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+FROM_PYDANTIC = """\
+pydantic_core._pydantic_core.ValidationError: 1 validation error for SpeculativeConfig
+  Value error, prompt_lookup_min=5 must be <= prompt_lookup_max=3 [type=value_error, input_value=ArgsKwargs({}), \
+input_type=ArgsKwargs]
+    For further information visit https://errors.pydantic.dev/2.13/v/value_error
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        (FROM_VLLM, "OSError: Can't load the configuration of 'a/b'. If you were"),
+        (f"(APIServer pid=9) {FROM_PYDANTIC}", "prompt_lookup_min=5 must be <= prompt_lookup_max=3"),
+        ("usage: vllm [-h]\nvllm: error: unrecognized arguments: --x\n", "vllm: error: unrecognized arguments: --x"),
+        ("INFO 11-27 08:22:12 [a.py:1] fine\n(EngineCore pid=3) Killed\n\n", "Killed"),
+        ("", "its log is empty"),
+    ],
+)
+def test_the_line_of_a_log_that_says_why(log: str, why: str) -> None:
+    assert reasons.of_log(log) == why
+
+
+def test_the_line_of_an_error_that_says_why() -> None:
+    assert reasons.of_error(FROM_PYDANTIC.partition(": ")[2]) == "prompt_lookup_min=5 must be <= prompt_lookup_max=3"
+    field = (
+        "1 validation error for ModelConfig\nseed\n  Input should be a valid integer [type=int_type, input_value=1]\n"
+    )
+    assert reasons.of_error(field) == "seed: Input should be a valid integer"
+    assert (
+        reasons.of_error("a/b is not a local folder.\nIf this is a private one, log in.")
+        == "a/b is not a local folder."
+    )
 
 
 def test_stop_reaches_what_the_server_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from rich.console import Console
@@ -25,6 +26,8 @@ def run(
         if speculative_config is not None or additional_config is not None:
             raise CliError("a URL is of a server that runs already: leave its configurations out.", 2)
         return watch(target.rstrip("/"), follow)
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", target):
+        raise CliError(f"{target} is no model: if it is a running server, begin it with http://.", 2)
     if follow:
         raise CliError("--follow goes with the URL of a running server.", 2)
     console = Console()

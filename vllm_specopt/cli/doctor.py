@@ -14,7 +14,7 @@ from rich.table import Table
 
 import vllm_specopt
 from vllm_specopt.benchmarks import folders
-from vllm_specopt.benchmarks.errors import CliError, json_object
+from vllm_specopt.benchmarks.errors import CliError, checked_option, json_object
 from vllm_specopt.integration.diagnosis import DEFAULT_OPTION, DRAFTS, NOTE, OK, PROBLEM, Check, examine
 
 CHECKOUT = Path(vllm_specopt.__file__).parents[1]
@@ -46,7 +46,9 @@ def run(model: str | None, speculative_config: str | None, additional_config: st
 def _arguments(model: str | None, speculative_config: str | None, additional_config: str | None) -> dict | None:
     """Arguments for ``EngineArgs``; None where neither a model is named nor the shipped pair is there."""
     speculative = speculative_config and json_object("--speculative-config", speculative_config)
-    additional = json_object("--additional-config", additional_config or DEFAULT_OPTION)
+    additional = checked_option(json_object("--additional-config", additional_config or DEFAULT_OPTION))
+    if speculative:
+        folders.drafting(speculative)
     models = CHECKOUT / "models"
     if model is None:
         if not (models / "specopt-target" / "config.json").is_file():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vllm_specopt
-from vllm_specopt.integration import compat
+from vllm_specopt.integration import compat, reasons
 
 ENTRY_POINT = "vllm_specopt:register"
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -106,7 +106,7 @@ def configuration(arguments: dict) -> tuple[str | None, list[Check]]:
         vllm_config = EngineArgs(**arguments).create_engine_config()
         option = validate(vllm_config)
     except (ValueError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = reasons.of_error(str(error)) or type(error).__name__
         return None, [Check("active", PROBLEM, "no", f"vLLM would not start: {reason}")]
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     checks = [Check("runner", OK, runner)]
