@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,6 +149,7 @@ def measure_repeat(plan: Plan, repeat: int) -> tuple[dict, dict]:
             out, scratch = Path(folder, "out"), Path(folder, "scratch")
             out.mkdir()
             scratch.mkdir()
-            with Stages(Console(width=140), comparison.stages(part)) as progress:
+            # Why an arm failed is in the record.
+            with suppress(CliError), Stages(Console(width=140), comparison.stages(part)) as progress:
                 comparison.Served(Settings(part, out, True, 0, ()), record, scratch, progress).run()
     return here(), record

@@ -20,7 +20,7 @@ from vllm_specopt.benchmarks.processes import stopped_by_signals
 from vllm_specopt.benchmarks.progress import Stages
 from vllm_specopt.benchmarks.serve import comparison, fit, offline, plots, report
 from vllm_specopt.benchmarks.serve.comparison import RECORD
-from vllm_specopt.benchmarks.serve.plan import Plan, changed_settings
+from vllm_specopt.benchmarks.serve.plan import Plan, changed_setting
 from vllm_specopt.benchmarks.serve.settings import Settings, wide_pair
 
 
@@ -40,7 +40,7 @@ def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
     now = records.conditions(argv)
     try:
         if settings.fresh and settings.out.is_dir():
-            path.unlink(missing_ok=True)
+            drop(settings.out)
         make_writable(settings.out)
         old = json.loads(path.read_text()) if path.exists() else None
     except OSError as error:
@@ -50,15 +50,27 @@ def begin(settings: Settings, argv: list[str]) -> tuple[dict, bool]:
     except ValueError as error:
         raise CliError(f"{path} is no record of specopt ab: --fresh starts over.", 2) from error
     now["config"] = fit.fitted(settings.plan, old or {}).describe()
+    changed = None
+    if old is not None:
+        changed = changed_setting(old.get("config", {}), now["config"])
+        changed = changed or changed_setting(old.get("versions", {}), now["versions"])
+        if changed and not old.get("cells"):
+            # Nothing was measured: there is nothing to lose.
+            drop(settings.out)
+            old = None
     if old is None:
         return now | {"arms": {}, "cells": {}, "failed_cells": {}}, False
-    changed = changed_settings(old.get("config", {}), now["config"])
-    changed += changed_settings(old.get("versions", {}), now["versions"])
     if changed:
-        raise CliError(f"{settings.out} holds a run with other settings ({changed[0]}): --fresh starts over.", 2)
+        raise CliError(f"{settings.out} holds a run with other settings ({changed}): --fresh starts over.", 2)
     for found in old["arms"].values():
         found.pop("error", None)
     return old, True
+
+
+def drop(out: Path) -> None:
+    """Remove the record in a folder, and the models that were made for it."""
+    (out / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(wide_pair(out)[0].parent, ignore_errors=True)
 
 
 def finished(record: dict, plan: Plan) -> bool:
@@ -88,7 +100,12 @@ def run(settings: Settings, argv: list[str], elsewhere: Elsewhere | None = None)
         console.print(f"going on: {done} (--fresh starts over)", highlight=False, markup=False)
     record["notices"] = list(settings.notices)
     if not finished(record, settings.plan):
-        measure(settings, record, console, elsewhere)
+        try:
+            measure(settings, record, console, elsewhere)
+        except CliError:
+            if not record["cells"]:
+                drop(settings.out)
+            raise
     report.show(record, console)
     for path in write_reports(record, settings.out):
         console.print(f"left: {path}", highlight=False, markup=False, soft_wrap=True)

@@ -46,15 +46,26 @@ class Comparison:
         records.save(self.settings.out / RECORD, self.record)
 
     def guard(self, name: str, part: Callable[[], None]) -> None:
-        """Run a part of an arm; if it fails the arm is out, and the others go on."""
+        """Run a part of an arm; if it fails the arm is out, and the others go on.
+
+        Raises:
+            CliError: It failed before anything was measured: the others have the same model, and likely the same fault.
+        """
         found = self.record["arms"].setdefault(name, {})
         if found.get("error"):
             return
         try:
             part()
         except CliError as error:
+            if not self.record["cells"] and not self.record["failed_cells"]:
+                found["error"] = str(error)
+                raise CliError(f"arm {name} failed: {error}", error.exit_code) from error
             self.drop(name, str(error))
         self.save()
+
+    def log(self, arm: Arm) -> Path:
+        """Return where the log of an arm's process goes."""
+        return self.settings.out / (re.sub(r"[^\w.-]+", "-", arm.name).strip("-") + ".log")
 
     def drop(self, name: str, reason: str) -> None:
         """Note that an arm is out."""
@@ -76,7 +87,7 @@ class Comparison:
             command += ["--draft", str(draft)] if draft else ["--no-draft"]
             with ChildProcess(command, self.scratch / "pair.log", servers.environment(self.plan.on_cpu)) as child:
                 if status := child.wait(self.stages.tick):
-                    raise CliError(f"the vocabulary could not be extended (status {status}):\n{child.last_lines()}")
+                    raise CliError(f"the vocabulary could not be extended (status {status}): {child.reason()}.")
 
 
 class Served(Comparison):
@@ -135,7 +146,7 @@ class Served(Comparison):
         else:
             port = free_port(self.settings.port + number if self.settings.port else 0)
             command = servers.server_command(self.plan, arm, port, self.scratch / f"profiles-{number}")
-            log = self.settings.out / (re.sub(r"[^\w.-]+", "-", arm.name).strip("-") + ".log")
+            log = self.log(arm)
             process = stack.enter_context(Server(command, log, servers.environment(self.plan.on_cpu), port))
             self.processes[arm.name] = process
             process.wait_ready(self.stages.tick)
@@ -212,7 +223,7 @@ class Served(Comparison):
             self.failures[cell.arm] = self.failures.get(cell.arm, 0) + 1
             if not self.servers[cell.arm].healthy():
                 process = self.processes.get(cell.arm)
-                last = f"; the end of {process.log}:\n{process.last_lines()}" if process else ""
+                last = f": {process.reason()} (its log: {process.log})" if process else ""
                 self.drop(cell.arm, f"its server no longer answers{last}")
             elif self.failures[cell.arm] >= MAX_CELL_FAILURES:
                 self.drop(cell.arm, f"{MAX_CELL_FAILURES} of its runs failed, the last one: {error}")
@@ -244,7 +255,7 @@ class Served(Comparison):
             log = self.scratch / "client-start.log"
             self.client = Client(log, servers.environment(self.plan.on_cpu)).__enter__()
             if self.client.line(300, self.stages.tick) != "ready\n":
-                raise CliError(f"vLLM's client does not start:\n{self.client.last_lines()}")
+                raise CliError(f"vLLM's client does not start: {self.client.reason()}.")
         return self.client
 
     def _stop_client(self) -> None:

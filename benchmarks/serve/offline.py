@@ -40,7 +40,9 @@ class Offline(Comparison):
         first = cells[0]
         profiles = self.scratch / f"{first.concurrency}-{first.repeat}-{list(self.plan.timed_arms()).index(arm)}"
         asked = request(self.plan, arm, first.concurrency, first.repeat, profiles)
-        result, log = answer(engine.__name__, asked, self.scratch, environment(self.plan), self.stages.tick)
+        result, log = answer(
+            engine.__name__, asked, self.scratch, environment(self.plan), self.stages.tick, self.log(arm)
+        )
         result["compiled_in_flight"] = engine.compiled_in_flight(log)
         if wrong := engine.problem(arm, result):
             raise CliError(f"{wrong}.")

@@ -22,6 +22,8 @@ GREEDY = "T = 0"
 # What repaired.py says in the log of every process it is in.
 REPAIRED_LINE = "specopt ab: expand_kernel repaired"
 REQUESTS_PER_SLOT = 4
+# Characters of a setting in a sentence.
+MOST_SHOWN = 40
 MIN_REQUESTS = 24
 PLAIN = Arm("no speculation", {"method": "exact"}, speculates=False)
 """The drop-in without drafts: seeded texts have to be the same there. It is not timed."""
@@ -176,10 +178,21 @@ def portable(text: str) -> str:
     return text.replace(f"{CHECKOUT}/", "")
 
 
-def changed_settings(old: dict, new: dict) -> list[str]:
-    """Return what differs between two configurations, one ``name: old there, new now`` per setting."""
-    keys = dict.fromkeys([*old, *new])
-    return [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in keys if old.get(key) != new.get(key)]
+def changed_setting(old: dict, new: dict) -> str | None:
+    """Return the first difference between two configurations as ``name: old there, new now``, shortened, or None."""
+
+    def short(value: object) -> str:
+        text = " + ".join(value) if isinstance(value, dict) else str(value)
+        return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
+
+    for key in dict.fromkeys([*old, *new]):
+        there, now = old.get(key), new.get(key)
+        if there == now:
+            continue
+        if isinstance(there, dict) and isinstance(now, dict) and there.keys() == now.keys():
+            return f"{key} {changed_setting(there, now)}"
+        return f"{key}: {short(there)} there, {short(now)} now"
+    return None
 
 
 def with_repaired(arms: list[Arm], by_default: bool, points: tuple[Point, ...]) -> tuple[list[Arm], str | None]:

@@ -19,7 +19,7 @@ from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.processes import Server, free_port
 from vllm_specopt.benchmarks.serve import command, servers, settings
 from vllm_specopt.benchmarks.serve.arms import Arm
-from vllm_specopt.benchmarks.serve.plan import changed_settings
+from vllm_specopt.benchmarks.serve.plan import changed_setting
 from vllm_specopt.benchmarks.serve.workloads import workload
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -34,6 +34,11 @@ RUN = [sys.executable, "-m", "vllm_specopt.cli.main", "ab", "--concurrency", "2"
         ({"target": "/no/such/folder", "draft": "x/y"}, "/no/such/folder is no model folder"),
         ({"target": str(MODELS / "specopt-target"), "draft": "./none"}, "none is no model folder"),
         ({"target": str(MODELS / "specopt-target")}, "needs a --draft or a --speculative-config"),
+        ({"target": "no/such-model", "draft": "x/y"}, "the target model no/such-model is no folder and was not down"),
+        ({"draft": "no/such-model"}, "the draft model no/such-model is no folder and was not downloaded before"),
+        ({"draft": "127.0.0.1:8000"}, "127.0.0.1:8000 is no model folder"),
+        ({"speculative_config": '{"model": "/nope"}'}, "/nope is no model folder"),
+        ({"speculative_config": '{"model": "no/such-model", "method": "eagle3"}'}, "no/such-model is no folder and"),
         ({"speculative_config": "{"}, "--speculative-config is not JSON"),
         ({"speculative_config": "[]"}, "expected a JSON object"),
         ({"speculative_config": "{}", "draft": "x"}, "give one of them"),
@@ -138,7 +143,48 @@ def test_a_record_is_continued_under_the_same_settings_only(tmp_path):
     (tmp_path / "ab.json").write_text("{")
     with pytest.raises(CliError, match="no record of specopt ab"):
         command.begin(asked(), [])
-    assert changed_settings({"a": 1}, {"a": 1, "b": 2}) == ["b: None there, 2 now"]
+
+
+def test_a_record_without_a_measurement_does_not_stand_in_the_way(tmp_path):
+    def asked(**changed):
+        return settings.checked(**(INPUT | {"out": tmp_path} | changed))
+
+    record, _ = command.begin(asked(), [])
+    record["arms"]["exact"] = {"error": "it died"}
+    (tmp_path / "ab.json").write_text(json.dumps(record))
+    (tmp_path / "pair").mkdir()
+    assert command.begin(asked(), [])[1]
+    again, resumed = command.begin(asked(output_len=9), [])
+    assert not resumed and not again["arms"] and list(tmp_path.iterdir()) == []
+
+
+def test_what_differs_between_two_runs_is_short():
+    assert changed_setting({"a": 1, "b": 2}, {"b": 2, "a": 1}) is None
+    assert changed_setting({"a": 1}, {"a": 1, "b": 2}) == "b: None there, 2 now"
+    assert changed_setting({"requests": {"1": 24, "8": 32}}, {"requests": {"1": 24, "8": 8}}) == (
+        "requests 8: 32 there, 8 now"
+    )
+    arms = {"stock": {"option": None}, "exact": {"option": {"method": "exact"}}}
+    said = changed_setting({"arms": arms}, {"arms": arms | {"stock (again)": {}}})
+    assert said == "arms: stock + exact there, stock + exact + stock (again) now"
+    assert len(changed_setting({"serve_args": ["x" * 500]}, {"serve_args": ["y" * 500]})) < 120
+
+
+def test_a_server_that_does_not_start_ends_the_run_in_one_sentence(tmp_path, monkeypatch):
+    """The other arms have the same model: they are not tried. Nothing is left but the log."""
+    says = "print('OSError: there is no such model.\\nRuntimeError: Engine core initialization failed.'); exit(3)"
+    started = []
+    fails = lambda plan, arm, *_: started.append(arm.name) or [sys.executable, "-c", says]  # noqa: E731
+    monkeypatch.setattr(servers, "server_command", fails)
+    out = tmp_path / "ab"
+    with pytest.raises(CliError) as caught:
+        command.run(settings.checked(**(INPUT | {"out": out})), [])
+    assert str(caught.value) == (
+        "arm stock failed: vLLM ended with status 3 before it was ready: OSError: there is no such model "
+        f"(its log: {out}/stock.log)."
+    )
+    assert caught.value.exit_code == 1 and started == ["stock"]
+    assert [path.name for path in out.iterdir()] == ["stock.log"]
 
 
 def _processes(marker: str) -> list[psutil.Process]:
@@ -228,14 +274,14 @@ def test_an_interrupt_leaves_no_server(tmp_path, number):
 @pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.timeout(300)
-def test_a_server_that_dies_at_start_is_told_with_its_last_lines(tmp_path):
+def test_a_server_that_dies_at_start_is_told_in_one_sentence(tmp_path):
     marker = str(tmp_path)
     command = [*RUN, "--serve-arg=--no-such-flag", "-o", str(tmp_path / "ab")]
     done = subprocess.run(command, env=os.environ | {"SPECOPT_TEST": marker}, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
-    for arm in ("stock-repaired", "exact", "stock-repaired (again)"):
-        assert f"arm {arm} failed" in done.stdout
-    assert "unrecognized arguments: --no-such-flag" in done.stdout
+    assert done.stderr.startswith("specopt ab: arm stock-repaired failed: vLLM ended with status 2")
+    assert "unrecognized arguments: --no-such-flag" in done.stderr and done.stderr.count("\n") == 1
+    assert "starting exact" not in done.stdout
     assert _gone(marker, 5)
 
 
