@@ -157,7 +157,7 @@ class Served(Comparison):
         found["kv_cache_tokens"] = server.kv_cache_tokens()
         if arm in self.plan.timed_arms():
             for point in self.plan.points:
-                servers.burst(server, self.plan, str(point))
+                servers.burst(server, self.plan, str(point), servers.WARMUP_TOKENS)
 
     def _texts(self, arm: Arm) -> None:
         found = self.record["arms"][arm.name].setdefault("texts", {})

@@ -157,9 +157,10 @@ def notes(record: dict) -> list[str]:
         found.append("* Stock on a CPU reads uninitialised sampling parameters there: no peer for speed or acceptance.")
     if machine["device"] == "cpu" and own:
         found.append(
-            "Parts of a step: the model runner's time by vLLM's profiler scopes (`sample` is all of sampling), in a "
-            "short burst beside the timed runs; the profiler slows a step by some per cent. Peak memory: sum of the "
-            "peaks of all processes of an arm, an upper bound."
+            "Parts of a step: the model runner's time by vLLM's profiler scopes (`sample` is all of sampling), medians "
+            "over the steps of a short burst beside the timed runs, the same at every number of requests in flight; "
+            "the profiler slows a step by some per cent. Peak memory: sum of the peaks of all processes of an arm, an "
+            "upper bound."
         )
     loads = [cell["load_average"] for cell in record["cells"].values()]
     if loads and max(loads) > machine["cores"] + 1:
@@ -179,11 +180,13 @@ def outcome(record: dict) -> list[str]:
             continue
         speeds = [stats.medians(record, each, point, slots) or {} for each in (arm, base)]
         line = f"{arm}, {point}, {slots} in flight: {row['ratio']['ratio']:.2f} times the tokens per second of {base}"
-        line += f" ({speeds[0][SPEED]:.0f}, not {speeds[1][SPEED]:.0f}; {row['words']})"
-        before, after = (stats.share(record, each, point) for each in (base, arm))
-        if before and after:
-            line += f"; sampling went from {100 * before:.0f} % to {100 * after:.1f} % of a step"
-        lines.append(line)
+        lines.append(f"{line} ({speeds[0][SPEED]:.0f}, not {speeds[1][SPEED]:.0f}; {row['words']})")
+    for arm in config["arms"]:
+        for point in config["points"]:
+            before, after = (stats.share(record, each, point) for each in (base, arm))
+            if before and after and arm not in (base, config["noise"]) and not mark(record, arm, point):
+                went = f"from {100 * before:.2g} % to {100 * after:.2g} % of a step"
+                lines.append(f"{arm}, {point}: sampling went {went}, in a profiled burst")
     noise = stats.noise_summary(record)
     if noise["intervals"]:
         lines.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import Counter
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,21 +14,25 @@ SAMPLE = "sample"
 
 
 def summarise(traces: Iterable[Path]) -> dict | None:
-    """Return steps, milliseconds per scope and the share of sampling, or None where the traces hold no such scope."""
-    microseconds: Counter[str] = Counter()
-    steps = 0
+    """Return steps, milliseconds per scope and the share of sampling, or None where the traces hold no such scope.
+
+    Milliseconds are those of so many median steps: among a few steps, one that the machine interrupts outweighs what
+    sampling takes in all of them.
+    """
+    microseconds: dict[str, list[float]] = {}
     for path in traces:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for event in json.loads(content)["traceEvents"]:
             name = event.get("name", "")
             if event.get("ph") == "X" and isinstance(name, str) and name.startswith(PREFIX):
-                scope = name.removeprefix(PREFIX)
-                microseconds[scope] += event["dur"]
-                steps += scope == SAMPLE
+                microseconds.setdefault(name.removeprefix(PREFIX), []).append(event["dur"])
+    steps = len(microseconds.get(SAMPLE, ()))
     if not steps:
         return None
+    medians = {scope: statistics.median(found) for scope, found in microseconds.items()}
+    ordered = sorted(medians.items(), key=lambda pair: -pair[1])
     return {
         "steps": steps,
-        "milliseconds": {scope: round(total / 1000, 3) for scope, total in microseconds.most_common()},
-        "sampling_share": microseconds[SAMPLE] / sum(microseconds.values()),
+        "milliseconds": {scope: round(steps * median / 1000, 3) for scope, median in ordered},
+        "sampling_share": medians[SAMPLE] / sum(medians.values()),
     }

@@ -23,7 +23,9 @@ from vllm_specopt.benchmarks.serve.arms import Arm
 from vllm_specopt.benchmarks.serve.plan import REPAIRED_LINE, Cell, Plan
 
 COMPARED_PROMPTS, COMPARED_TOKENS = 16, 16
-PROFILED_REQUESTS, PROFILED_TOKENS, PROFILED_STEPS = 8, 16, 8
+WARMUP_TOKENS = 16
+# A step brings 3 to 4 tokens of a request where most drafts are accepted.
+PROFILED_REQUESTS, PROFILED_TOKENS, PROFILED_STEPS = 8, 48, 16
 # vLLM's own profiler, idle until /start_profile; the variable makes the runner mark the parts of a step.
 ENV = {"VLLM_CUSTOM_SCOPES_FOR_PROFILING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
@@ -130,11 +132,11 @@ def texts(server: Endpoint, plan: Plan, point: str, tick: Callable[[], None]) ->
     return found
 
 
-def burst(server: Endpoint, plan: Plan, point: str) -> None:
+def burst(server: Endpoint, plan: Plan, point: str, tokens: int) -> None:
     """Complete a few prompts at once."""
     prompts = plan.workload.prompts[:PROFILED_REQUESTS]
     with ThreadPoolExecutor(PROFILED_REQUESTS) as pool:
-        list(pool.map(lambda prompt: server.complete(prompt, PROFILED_TOKENS, plan.sampling(point)), prompts))
+        list(pool.map(lambda prompt: server.complete(prompt, tokens, plan.sampling(point)), prompts))
 
 
 def step_parts(server: Endpoint, plan: Plan, number: int, profiles: Path) -> dict | None:
@@ -142,7 +144,7 @@ def step_parts(server: Endpoint, plan: Plan, number: int, profiles: Path) -> dic
     if not plan.on_cpu:
         return None
     server.post("/start_profile", {"profile_prefix": f"P{number}", "max_iterations": PROFILED_STEPS})
-    burst(server, plan, str(plan.points[number]))
+    burst(server, plan, str(plan.points[number]), PROFILED_TOKENS)
     server.post("/stop_profile", {})
     return scopes.summarise(profiles.glob(f"P{number}_*.pt.trace.json*"))
 

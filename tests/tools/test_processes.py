@@ -34,6 +34,12 @@ def test_scopes_share(tmp_path: Path) -> None:
     found = scopes.summarise([trace])
     assert found["steps"] == 2
     assert found["sampling_share"] == pytest.approx(1 / 7)
+    # One step that the machine interrupts says nothing of the others.
+    slow = [("gpu_model_runner: forward", 600), ("gpu_model_runner: sample", 77_000)]
+    trace.write_text(json.dumps({"traceEvents": [event(*part) for part in parts * 7 + slow]}))
+    found = scopes.summarise([trace])
+    assert found["steps"] == 8 and found["milliseconds"] == {"forward": 4.8, "sample": 0.8}
+    assert found["sampling_share"] == pytest.approx(1 / 7)
     trace.write_text(json.dumps({"traceEvents": [event("aten::mm", 5)]}))
     assert scopes.summarise([trace]) is None
     assert scopes.summarise([]) is None
