@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from vllm_specopt.benchmarks.serve import stats
 from vllm_specopt.benchmarks.serve.stats import SPEED
@@ -32,7 +33,7 @@ def draw(record: dict, path: Path) -> None:
             row(record, point, panel)
             panel.spines[["top", "right"]].set_visible(False)
     for panel, point in zip(panels[0], points, strict=True):
-        panel.set_title(point)
+        panel.set_title("\n".join([point, *_spent(record, point)]), fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -70,18 +71,24 @@ def _bars(record: dict, panel, groups: list, of_group: Callable) -> bool:
 
 
 def _throughput(record: dict, point: str, panel) -> bool:
-    """Medians, from the slowest to the fastest repeat, with the share that sampling takes of a step."""
+    """Medians, from the slowest to the fastest repeat where there are several."""
 
     def of_group(arm: str, slots: int):
         if not (found := stats.medians(record, arm, point, slots)):
             return None
-        return found[SPEED], (found["slowest"], found["fastest"]), f"{found[SPEED]:.0f}"
+        ends = (found["slowest"], found["fastest"]) if found["runs"] > 1 else None
+        return found[SPEED], ends, f"{found[SPEED]:.0f}"
 
-    shares = {arm: stats.share(record, arm, point) for arm in record["config"]["arms"]}
-    texts = [f"{100 * share:.2g} % {arm}" for arm, share in shares.items() if share]
-    spent = f"sampling, of a step: {', '.join(texts)}" if texts else ""
-    panel.set(xlabel="\n".join(["requests in flight", *textwrap.wrap(spent, 48)]), ylabel="output tokens/s")
+    panel.set(xlabel="requests in flight", ylabel="output tokens/s")
     return _bars(record, panel, record["config"]["concurrency"], of_group)
+
+
+def _spent(record: dict, point: str) -> list[str]:
+    """Lines that say what share of a step each arm spends on sampling at a point, the noise left out."""
+    config = record["config"]
+    shares = {arm: stats.share(record, arm, point) for arm in config["arms"] if arm != config["noise"]}
+    texts = [f"{arm} {100 * share:.2g} %" for arm, share in shares.items() if share]
+    return ["sampling's share of a step:", *textwrap.wrap(", ".join(texts), 52)] if texts else []
 
 
 def _latency(name: str, record: dict, point: str, panel) -> bool:
@@ -129,6 +136,13 @@ def _differences(record: dict, point: str, panel) -> bool:
             panel.errorbar([found["ratio"]], [height], xerr=ends, marker="o", capsize=3, **_style(record, arm))
             drawn = True
     panel.axvline(1, color="black", linewidth=0.8)
+    # Halving and doubling are as far from 1, and a wide interval leaves room for the others.
+    panel.set_xscale("log")
+    low, high = panel.get_xlim()
+    panel.set_xlim(min(low, 0.66), max(high, 1.5))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
     panel.set_yticks(range(len(config["concurrency"])), [f"{slots} in flight" for slots in config["concurrency"]])
     panel.set(xlabel=f"tokens/s over {config['baseline']}", ylim=(-0.5, len(config["concurrency"]) - 0.5))
     return drawn

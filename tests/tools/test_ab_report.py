@@ -142,6 +142,24 @@ def test_the_picture_has_what_was_measured(tmp_path):
     assert sizes[0] > 3 * sizes[1] > 0
 
 
+def test_the_picture_of_one_run_has_no_interval_and_a_wide_one_leaves_room(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    single = make_record(make_plan(repeats=1, noise=False, concurrency=(8,)))
+    for arm, share in (("stock-repaired", 0.11), ("exact", 0.0093)):
+        single["arms"][arm]["scopes"] = {"T = 0": {"sampling_share": share}}
+    plots.draw(single, tmp_path / "one.png")
+    first = drawn[0].axes[0]
+    # What an error bar consists of.
+    assert not first.lines and not first.collections
+    assert first.get_xlabel() == "requests in flight"
+    assert first.get_title() == "T = 0\nsampling's share of a step:\nstock-repaired 11 %, exact 0.93 %"
+    plots.draw(make_record(make_plan(), wobble=1.0), tmp_path / "wide.png")
+    assert drawn[1].axes[0].collections
+    ratios = [axes for axes in drawn[1].axes if axes.get_xlabel().startswith("tokens/s over")]
+    assert len(ratios) == 2 and all(axes.get_xscale() == "log" for axes in ratios)
+
+
 def test_the_views_say_what_failed_and_what_differs():
     record = make_record(make_plan())
     assert report.exit_code(record) == 0
@@ -179,7 +197,8 @@ def test_sampling_and_the_parts_of_a_step_are_told():
     for arm, share in (("stock-repaired", 0.41), ("exact", 0.02)):
         found = {"steps": 10, "milliseconds": {"forward": 100 * (1 - share), "sample": 100 * share}}
         record["arms"][arm]["scopes"] = {"T = 0": found | {"sampling_share": share}}
-    assert "; sampling went from 41 % to 2.0 % of a step" in "\n".join(report.outcome(record))
+    said = [line for line in report.outcome(record) if "sampling" in line]
+    assert said == ["exact, T = 0: sampling went from 41 % to 2 % of a step, in a profiled burst"]
     headings, cells = report.step_rows(record)
     assert headings[4:6] == ("forward", "sample")
     assert cells[0] == ("T = 0", "stock-repaired", "10", "10.0", "5.9", "4.1", "41.0 %", "1.69")
