@@ -11,7 +11,7 @@ quick := $(patsubst %,tests/%.py,cpu/test_cache cpu/test_requests test_compat te
 .PHONY: help setup demo check test test-long prove peer parity drafters bench cost lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1  /p' Makefile | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: ## create .venv with vLLM and this project (a few minutes once, then nothing)
 	@$(PYTHON) scripts/set_up.py
@@ -56,4 +56,5 @@ lint: setup ## check the code and its form with ruff, and the types with mypy
 
 clean: ## remove .venv, reports and caches
 	rm -rf .venv build dist reports ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf scripts/vllm-cpu-metadata/build scripts/vllm-cpu-metadata/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
