@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def test_the_environment_stays_as_it_was(monkeypatch):
     before = dict(os.environ)
     invoke("--json", "--model", str(MODELS / "specopt-target"))
     assert dict(os.environ) == before
+
+
+def test_vllms_log_is_kept_from_the_answer():
+    """In a process that has not imported vLLM yet: on a CPU its import warns that Triton is disabled."""
+    code = "from vllm_specopt.cli import doctor\nwith doctor._quiet():\n    import vllm.triton_utils"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def sentences(checks) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -67,10 +68,15 @@ def _quiet():
     before = dict(os.environ)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # On a CPU it warns, before vLLM's level counts, that it does without the Triton that is installed.
+    triton = logging.getLogger("vllm.triton_utils.importing")
+    level = triton.level
+    triton.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        triton.setLevel(level)
         os.environ.clear()
         os.environ.update(before)
 
