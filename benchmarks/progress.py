@@ -11,22 +11,30 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Stages:
-    """A context manager that shows where a run is. `plan` holds the name and the expected seconds of each stage."""
+    """A context manager that shows where a run is.
 
-    def __init__(self, console: Console, plan: list[tuple[str, float]]) -> None:
+    Args:
+        console: Where to.
+        plan: The name and the expected seconds of each stage.
+        is_known: Whether these seconds are more than a guess. If not, the time left is told from the half on, when what
+            is done says how fast this machine is.
+    """
+
+    def __init__(self, console: Console, plan: list[tuple[str, float]], is_known: bool = False) -> None:
         self._console = console
+        self._is_known = is_known
         self._plan = plan
         self._number = 0
         self._elapsed = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("about {task.fields[left]:.0f} s left"),
+            TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=sum(seconds for _, seconds in plan), left=0.0)
+        self._task = self._bar.add_task("", total=sum(seconds for _, seconds in plan), left="")
 
     def __enter__(self) -> Stages:
         self._bar.start()
@@ -44,13 +52,15 @@ class Stages:
         self._bar.update(self._task, description=description)
         self.tick()
         if not self._console.is_terminal:
-            self._console.print(f"{description}, about {self._left():.0f} s left", highlight=False, markup=False)
+            line = ", ".join(filter(None, (description, self._left())))
+            self._console.print(line, highlight=False, markup=False)
         yield
         self._elapsed += time.monotonic() - self._started
         self._number += 1
 
     def replan(self, plan: list[tuple[str, float]]) -> None:
-        """Replace the stages after the current one."""
+        """Replace the stages after the current one by others whose seconds are known."""
+        self._is_known = True
         self._plan = [*self._plan[: self._number + 1], *plan]
         self._bar.update(self._task, total=sum(seconds for _, seconds in self._plan))
 
@@ -71,6 +81,8 @@ class Stages:
         weight = sum(seconds for _, seconds in self._plan) / len(self._plan)
         return (self._elapsed + weight) / (self._before() + weight)
 
-    def _left(self) -> float:
+    def _left(self) -> str:
+        if not self._is_known and self._before() < sum(seconds for _, seconds in self._plan) / 2:
+            return ""
         now, *later = (self._pace() * seconds for _, seconds in self._plan[self._number :])
-        return max(now - (time.monotonic() - self._started), 0.0) + sum(later)
+        return f"about {max(now - (time.monotonic() - self._started), 0.0) + sum(later):.0f} s left"

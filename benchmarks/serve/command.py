@@ -121,7 +121,7 @@ def measure(settings: Settings, record: dict, console: Console, elsewhere: Elsew
     with (
         stopped_by_signals(),
         tempfile.TemporaryDirectory(prefix="specopt-ab-") as scratch,
-        Stages(console, parts) as progress,
+        Stages(console, parts, is_known=bool(plan.minutes)) as progress,
     ):
         running = kind(settings, record, Path(scratch), progress)
         if elsewhere:

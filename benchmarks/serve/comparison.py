@@ -26,8 +26,8 @@ from vllm_specopt.benchmarks.serve.settings import Settings, wide_pair
 RECORD = "ab.json"
 MAX_CELL_FAILURES = 2
 # Seconds on two quiet cores, for the progress bar only.
-EXTENSION_SECONDS, START_SECONDS, REHEARSAL_SECONDS, TEXTS_SECONDS, PROFILE_SECONDS = 12.0, 25.0, 30.0, 8.0, 8.0
-CELL_SECONDS, TOKENS_PER_SECOND = 2.0, 400.0
+EXTENSION_SECONDS, START_SECONDS, REHEARSAL_SECONDS, TEXTS_SECONDS, PROFILE_SECONDS = 12.0, 25.0, 30.0, 8.0, 12.0
+CLIENT_SECONDS, CELL_SECONDS, TOKENS_PER_SECOND = 15.0, 2.0, 400.0
 
 
 class Comparison:
@@ -277,9 +277,11 @@ def stages(plan: Plan) -> list[tuple[str, float]]:
 
 def cell_stages(plan: Plan, seconds: float | None = None) -> list[tuple[str, float]]:
     """Return the parts of a run from its first cell on; ``seconds`` are those of one cell, where they are known."""
-    found = []
+    found: list[tuple[str, float]] = []
     for cell in plan.cells():
         tokens = plan.requests(cell.concurrency) * plan.output_len
         name = f"{cell.arm}, {cell.point}, {cell.concurrency} in flight, repeat {cell.repeat + 1}"
-        found.append((name, CELL_SECONDS + tokens / TOKENS_PER_SECOND if seconds is None else seconds))
+        # The first one starts the client.
+        guess = CELL_SECONDS + tokens / TOKENS_PER_SECOND + (0 if found else CLIENT_SECONDS)
+        found.append((name, guess if seconds is None else seconds))
     return found + [(f"profiling {arm.name}", PROFILE_SECONDS) for arm in plan.timed_arms()]
