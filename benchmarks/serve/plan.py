@@ -153,9 +153,6 @@ class Plan:
     def describe(self) -> dict:
         """Return the configuration for the record; a run is continued only under an equal one."""
         return {
-            "arms": {arm.name: asdict(arm) for arm in self.timed_arms()},
-            "baseline": self.baseline.name,
-            "noise": self.noise_name if self.noise else None,
             "plain": self.plain,
             "offline": self.offline,
             "target": self.name or portable(self.target),
@@ -169,6 +166,10 @@ class Plan:
             "repeats": self.repeats,
             "seed": self.seed,
             "serve_args": list(self.serve_args),
+            # Behind the others: which arms there are follows from the points, too.
+            "arms": {arm.name: asdict(arm) for arm in self.timed_arms()},
+            "baseline": self.baseline.name,
+            "noise": self.noise_name if self.noise else None,
         }
 
 
@@ -185,7 +186,7 @@ def changed_setting(old: dict, new: dict) -> str | None:
         text = " + ".join(value) if isinstance(value, dict) else str(value)
         return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
-    for key in dict.fromkeys([*old, *new]):
+    for key in dict.fromkeys([*new, *old]):
         there, now = old.get(key), new.get(key)
         if there == now:
             continue

@@ -167,6 +167,9 @@ def test_what_differs_between_two_runs_is_short():
     arms = {"stock": {"option": None}, "exact": {"option": {"method": "exact"}}}
     said = changed_setting({"arms": arms}, {"arms": arms | {"stock (again)": {}}})
     assert said == "arms: stock + exact there, stock + exact + stock (again) now"
+    one, two = (settings.checked(**(INPUT | {"out": Path("x"), "temperature": text})) for text in ("0", "0,1"))
+    said = changed_setting(one.plan.describe(), two.plan.describe())
+    assert said == "points: T = 0 there, T = 0 + T = 1 now"
     assert len(changed_setting({"serve_args": ["x" * 500]}, {"serve_args": ["y" * 500]})) < 120
 
 
