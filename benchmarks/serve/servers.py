@@ -21,6 +21,7 @@ from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.serve import client, scopes
 from vllm_specopt.benchmarks.serve.arms import Arm
 from vllm_specopt.benchmarks.serve.plan import REPAIRED_LINE, Cell, Plan
+from vllm_specopt.integration import reasons
 
 COMPARED_PROMPTS, COMPARED_TOKENS = 16, 16
 WARMUP_TOKENS = 16
@@ -201,6 +202,6 @@ def run_cell(plan: Plan, cell: Cell, url: str, call: Callable[[list[str], Path, 
     bench = json.loads(result.read_text()) if result.exists() else {}
     if status or not bench or bench["failed"]:
         failed = f"{bench['failed']} requests failed" if bench else f"it ended with status {status}"
-        lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
-        raise CliError(f"vllm bench serve failed ({failed}); the end of its log:\n{lines}")
+        why = reasons.of_log(log.read_text(errors="replace") if log.exists() else "").rstrip(".")
+        raise CliError(f"vllm bench serve failed ({failed}): {why}")
     return client.summarise(bench)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.ab_records import EXACT, REPAIRED, make_cell, make_plan, make_record
 
+from vllm_specopt.benchmarks.errors import CliError
 from vllm_specopt.benchmarks.intervals import differs, paired_ratio
 from vllm_specopt.benchmarks.serve import client, cluster, fit, plots, report, servers, stats
 from vllm_specopt.benchmarks.serve.arms import Arm
@@ -54,6 +55,17 @@ def test_the_client_gets_the_same_prompts_in_every_arm():
     assert command[command.index("--num-prompts") + 1] == "32"
     greedy = client.command(plan, next(c for c in cells if c.point == "T = 0"), "URL", Path("r.json"))
     assert "--top-p" not in greedy
+
+
+def test_a_client_that_fails_says_why_in_a_line(tmp_path):
+    def call(argv, log, timeout):
+        log.write_text("Traceback (most recent call last):\n  File 'a'\nValueError: the prompt is too long.\n\n")
+        return 1
+
+    plan = make_plan()
+    with pytest.raises(CliError) as caught:
+        servers.run_cell(plan, plan.cells()[0], "URL", call, tmp_path)
+    assert str(caught.value) == ("vllm bench serve failed (it ended with status 1): ValueError: the prompt is too long")
 
 
 def test_stock_is_replaced_on_a_cpu_where_it_is_broken():
