@@ -102,7 +102,9 @@ def drive(
     opened, name = tempfile.mkstemp(prefix="specopt-audit-", suffix=".log")
     os.close(opened)
     log = Path(name)
-    with Server(command, log, {}, port) as server:
+    # As `specopt ab` does on a CPU, where vLLM by itself takes nearly all of the memory for its cache.
+    space = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    with Server(command, log, space, port) as server:
         server.wait_ready(lambda: None)
         emitted, requests = 0, 0
         with ThreadPoolExecutor(CONCURRENCY) as pool:
