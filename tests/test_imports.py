@@ -87,3 +87,16 @@ def test_only_the_command_line_knows_typer(package):
 def test_importing_any_module_leaves_vllm_alone():
     status, log = prepared.run("V1", "-c", CODE, "repair", cwd=ROOT)
     assert status == 0, log[-4000:]
+
+
+def test_the_house_that_is_drawn_is_the_one_on_disk():
+    """Every folder of the page exists; every folder with code is drawn, or lies in one of tests, scripts or models."""
+    drawing = (ROOT / "docs" / "design.md").read_text().split("```")[1]
+    drawn = {line.split()[0].rstrip("/") for line in drawing.strip().splitlines()}
+    assert all((ROOT / folder).is_dir() for folder in drawn)
+    roots = {folder.split("/")[0] for folder in drawn}
+    known = {str(path.parent.relative_to(ROOT)) for root in roots for path in (ROOT / root).rglob("*.py")}
+    # The places where the packages of that name are installed.
+    known -= {"vllm_specopt/kernels", "vllm_specopt/benchmarks"}
+    loose = {each for each in known - drawn if each.split("/")[0] not in ("tests", "scripts", "models", "examples")}
+    assert not loose
