@@ -180,6 +180,8 @@ def requests(first: int, tokens: int = MAX_TOKENS, filtered: bool = False) -> tu
 
 def verified(llm, options: argparse.Namespace) -> dict:
     """Generate until each rank has verified so many steps; return all ranks' records, and the first texts."""
+    if options.sharded:
+        llm.collective_rpc("warm_up_parts")
     llm.collective_rpc("start_recording")
     started, first, texts = time.monotonic(), 0, {}
     while True:

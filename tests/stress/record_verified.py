@@ -77,6 +77,14 @@ class RecordVerified:
             sharded, gathered = sharding.verify, sharding.gather
             sharding.verify = on_whole_rows
 
+    def warm_up_parts(self) -> None:
+        """What a GPU's worker does at its start for steps whose logits stay on their ranks."""
+        from vllm_specopt.integration.warm_up import warm_up_parts
+
+        steps = self.model_runner.rejection_sampler.account.sharding.steps
+        warm_up_parts(self.model_runner)
+        assert self.model_runner.rejection_sampler.account.sharding.steps > steps
+
     def recorded(self) -> dict:
         """The digest and counts so far, and the sampler's class."""
         sampler = type(self.model_runner.rejection_sampler).__module__

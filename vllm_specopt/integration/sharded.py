@@ -130,9 +130,12 @@ def verification(
 ) -> Callable[..., Verified]:
     """What verifies rows of logits: ``whole``, or if they are one rank's part of the columns its sharding."""
     sharding = account.sharding
-    if sharding is None or logits.shape[1] == sharding.shard.vocab_size:
-        return whole
-    return sharding.verify
+    return sharding.verify if sharding is not None and is_part(account, logits) else whole
+
+
+def is_part(account: Account, logits: torch.Tensor) -> bool:
+    """Whether rows of logits are one rank's part of the columns: as the model made them, in every such step."""
+    return account.sharding is not None and logits.shape[1] != account.sharding.shard.vocab_size
 
 
 def v2_stays(runner, input_batch, grammar_output) -> bool:

@@ -26,7 +26,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.metrics import Account, new_counters
-from vllm_specopt.integration.sharded import verification
+from vllm_specopt.integration.sharded import is_part, verification
 from vllm_specopt.verify import Notes, verify
 
 GREEDY_BELOW = 1e-5
@@ -185,9 +185,11 @@ class Sampler(stock.Sampler):
             "seeds": zeros(dtype=torch.int64),
             "positions": None if self.draws.runner is None else zeros(dtype=torch.int64),
         }
-        batches = [{}, sampled, sampled | _unused(logits.device)]
+        # Of a part of the columns, steps are drawn as the model made them, without filters.
+        part = is_part(self.account, logits)
+        batches = [{}, sampled, sampled | _unused(logits.device)][: 2 if part else None]
         counters, bad_rows = new_counters(logits.device)
-        for rows in (logits[:1], copied(logits[:1])):
+        for rows in (logits[:1],) if part else (logits[:1], copied(logits[:1])):
             for batch in batches:
                 notes = Notes()
                 token_ids = self._launch(rows, bad_rows, counters, notes=notes, **batch)

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm_specopt.integration.audit import leave_out
 from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
-from vllm_specopt.integration.sharded import verification
+from vllm_specopt.integration.sharded import is_part, verification
 from vllm_specopt.verify import Notes, verify
 
 # V2 runs on Triton only; on a CPU that is Triton's interpreter.
@@ -147,8 +147,10 @@ class Sampler(stock.Sampler):
         """
         zeros = torch.zeros(1, dtype=torch.int64, device=logits.device)
         counters, bad_rows = new_counters(logits.device)
-        for rows in (logits[:1], processed(logits[:1])):
-            for random, filtered in KINDS:
+        # Of a part of the columns, steps without drafts are drawn as the model made them, without filters.
+        part = is_part(self.account, logits)
+        for rows in (logits[:1],) if part else (logits[:1], processed(logits[:1])):
+            for random, filtered in KINDS[: 2 if part else None]:
                 parameters, notes = parameters_of(self, random, filtered), Notes()
                 sampled = self._launch(rows, zeros.int(), zeros, zeros, parameters, bad_rows, counters, notes)
                 step = (rows, starts_of(self._starts, 1), sampled[:, None], zeros, zeros, parameters)

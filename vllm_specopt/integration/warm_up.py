@@ -30,12 +30,18 @@ def warm_up(runner) -> None:
     start = time.perf_counter()
     _warm_up(runner, example_logits(runner))
     if sharding_of(runner) is not None:
-        with opened(runner, lambda: True):
-            part = example_logits(runner)
-        _warm_up(runner, part)
+        warm_up_parts(runner)
     if runner.device.type == "cuda":
         torch.cuda.synchronize(runner.device)
     logger.info("specopt: warmed up in %.1f s", time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def warm_up_parts(runner) -> None:
+    """Launch the variants for steps whose logits stay on their ranks; a collective."""
+    with opened(runner, lambda: True):
+        part = example_logits(runner)
+    _warm_up(runner, part)
 
 
 def _warm_up(runner, logits: torch.Tensor) -> None:
