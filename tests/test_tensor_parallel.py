@@ -23,7 +23,8 @@ ENGINES = {
     "V1": (STEPS, "--kill"),
     "V1 sharded": (STEPS, "--kill", "--pressed", *SHARDED),
     "V2 sharded": (12, "--runner", "V2", "--tokens", "16", "--drafting", "greedy", "--filtered", *SHARDED),
-    "V2 sharded, sampled drafts": (12, "--runner", "V2", "--tokens", "16", *SHARDED),
+    "V2 sharded, sampled drafts": (12, "--runner", "V2", "--tokens", "16", "--filtered", *SHARDED),
+    "V1 sharded, kernels": (12, "--kernels", "--tokens", "16", "--filtered", *SHARDED),
     "V1 sharded, four ranks": (40, "--ranks", "4", "--tokens", "48", *SHARDED),
 }
 # The texts of seeded requests depend on the drafts where these are sampled.
@@ -31,7 +32,7 @@ TEXTS = (60, "--dtype", "float32", "--drafting", "greedy", "--tokens", "48", "--
 ENGINES |= {
     f"V1, texts of {ranks}": (*TEXTS, "--ranks", str(ranks), *(SHARDED[:1] if ranks > 1 else ())) for ranks in (1, 2, 4)
 }
-LONG = ("V2 sharded, sampled drafts", "V1 sharded, four ranks")
+LONG = ("V2 sharded, sampled drafts", "V1 sharded, kernels", "V1 sharded, four ranks")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,10 @@ def test_logits_that_stay_on_their_ranks_give_the_tokens_of_whole_rows(result, n
         sharded = rank["sharded"]
         assert sharded["differ"] == 0
         assert 0 < sharded["drawn"] <= sharded["steps"]
-        if name == "V2 sharded":
+        if name.startswith("V2") or "kernels" in name:
             assert sharded["filtered"] > 0 and sharded["early"] > 0
         else:
-            # Every other batch has requests with top-p, which need whole rows on V1 and with sampled drafts.
+            # Every other batch has requests with top-p, for which the CPU backend needs whole rows.
             assert sharded["filtered"] == 0 and sharded["steps"] < rank["steps"]
 
 

@@ -76,9 +76,9 @@ def verify_sharded(
 ) -> Verified:
     """Verify draft tokens exactly, on every rank alike.
 
-    Filters are for the Triton backend and one-hot drafts, and bonus tokens must not be given beside them. Where more
-    than one of a request's rows is flat, more tokens passing the filters than ranks exchange, the request may end
-    before the second of them: with fewer tokens than :func:`vllm_specopt.verify.verify` returns, and the same ones.
+    Filters are for the Triton backend, and bonus tokens must not be given beside them. Where more than one of a
+    request's rows is flat, more tokens passing the filters than ranks exchange, the request may end before the second
+    of them: with fewer tokens than :func:`vllm_specopt.verify.verify` returns, and the same ones.
 
     All arguments but ``logits`` and ``shard`` must be the same on all ranks, and all ranks must call. Those not named
     here are as in :func:`vllm_specopt.verify.verify`; draft rows are whole on every rank.
@@ -88,8 +88,8 @@ def verify_sharded(
         shard: Which those are.
         gather: Called with one contiguous fp32 tensor of one dimension, of the same length on all ranks; returns the
             tensors of all ranks, ``[ranks, length]``, contiguous. Their bits count, as not all of them are numbers. At
-            most two calls with one-hot drafts, three with filters, and four with sampled drafts on a GPU; one or two
-            more on a CPU.
+            most two calls with one-hot drafts and four with sampled ones, one more with filters; one or two more on a
+            CPU.
         counters: As in ``verify``. Rows read are all rows, on a CPU as well.
 
     Raises:
@@ -123,7 +123,7 @@ def verify_sharded(
     chosen, filters = backend_name(logits.device, backend), {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     given = {name: each for name, each in filters.items() if each is not None}
     if given:
-        _check_filters(next(iter(given)), chosen, draft_probs, draft_logits, bonus_token_ids)
+        _check_filters(next(iter(given)), chosen, bonus_token_ids)
     token_ids = torch.empty(num_reqs, max_num_draft_tokens + 1, dtype=token_dtype, device=logits.device)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=logits.device)
     if num_reqs:
@@ -161,12 +161,10 @@ def _check_shard(logits: torch.Tensor, shard: Shard) -> None:
         raise ValueError(f"logits has {logits.shape[1]} columns, expected at least {shard.columns} (shard.columns)")
 
 
-def _check_filters(name: str, backend: str, draft_probs, draft_logits, bonus_token_ids) -> None:
+def _check_filters(name: str, backend: str, bonus_token_ids: torch.Tensor | None) -> None:
     """Raise ValueError where a filter is given beside something that is not verified sharded with it."""
     reasons = {
         "the cpu backend": backend == "cpu",
-        "draft_probs": draft_probs is not None,
-        "draft_logits": draft_logits is not None,
         "bonus_token_ids": bonus_token_ids is not None,
     }
     for reason, holds in reasons.items():

@@ -25,8 +25,8 @@ from vllm_specopt.verify import verify
 
 VOCAB_SIZE, DTYPE = 151936, torch.bfloat16
 SHAPES = ((64, 7), (256, 3), (8, 3))
-FILTERED = "one-hot, top-p"
-FORMS = (NO_DRAFT, FILTERED, LOGITS)
+FILTERED = ", top-p"
+FORMS = (NO_DRAFT, NO_DRAFT + FILTERED, LOGITS, LOGITS + FILTERED)
 RANKS = (2, 4, 8)
 CARD = next(card for card in CARDS if card.name == "H100")
 NVLINK_GIGABYTES = 450.0
@@ -61,10 +61,10 @@ def arguments(batch: int, num_drafts: int, draft: str, columns: int) -> tuple[tu
     """Arguments of a step of which only shapes count."""
     num_rows = batch * (num_drafts + 1)
     kwargs = {"temperature": torch.ones(batch), "seeds": torch.zeros(batch, dtype=torch.int64), "backend": "triton"}
-    if draft == LOGITS:
+    if draft.startswith(LOGITS):
         # The same memory for all: what is drafted from is on every rank already.
         kwargs["draft_logits"] = torch.empty(1, 1, VOCAB_SIZE, dtype=DTYPE).expand(batch, num_drafts, -1)
-    if draft == FILTERED:
+    if draft.endswith(FILTERED):
         kwargs["top_p"] = torch.full((batch,), 0.9)
     rows = torch.arange(batch + 1, dtype=torch.int32) * (num_drafts + 1)
     logits = torch.empty(num_rows, columns, dtype=DTYPE)
@@ -84,7 +84,7 @@ def sharded_step(batch: int, num_drafts: int, draft: str, ranks: int) -> Step:
     with mock.patch.object(Launcher, "__call__") as launch:
         verify_sharded(*args, shard=shards_of(VOCAB_SIZE, ranks, padded)[0], gather=gather, **kwargs)
     read = args[0].numel() * DTYPE.itemsize
-    drafts = batch * num_drafts * padded * DTYPE.itemsize if draft == LOGITS else 0
+    drafts = batch * num_drafts * padded * DTYPE.itemsize if draft.startswith(LOGITS) else 0
     return Step((ranks - 1) * sum(sent), len(sent), read + drafts + 2 * ranks * sum(sent), launch.call_count)
 
 
@@ -94,7 +94,7 @@ def gathered_step(batch: int, num_drafts: int, draft: str, ranks: int) -> Step:
     with mock.patch.object(Launcher, "__call__") as launch:
         verify(*args, **kwargs)
     logits = args[0].numel() * DTYPE.itemsize
-    drafts = batch * num_drafts * VOCAB_SIZE * DTYPE.itemsize if draft == LOGITS else 0
+    drafts = batch * num_drafts * VOCAB_SIZE * DTYPE.itemsize if draft.startswith(LOGITS) else 0
     # Written as received, read and written by the copy into rows (a launch more), read by the sweep.
     return Step(logits * (ranks - 1) // ranks, 1, 4 * logits + drafts, launch.call_count + 1)
 

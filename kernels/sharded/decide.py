@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..bounds import CAPACITY
 from ..candidates import Candidates
 from ..constants import (
     BAD_ROW,
@@ -13,6 +14,7 @@ from ..constants import (
     NEEDS_RESIDUAL,
     NO_TOKEN,
     NOT_HELD,
+    NUM_CANDIDATES,
     ROW_COLUMNS,
     THRESHOLD,
 )
@@ -21,7 +23,7 @@ from ..load import Drafts, Noise, Request, Tiles, load_draft_token, load_positio
 from ..noise import draw_uniform
 from ..outcome import ratio_test
 from ..output import Output, end_request
-from .filters import flat_end
+from .flat import flat_end
 from .pieces import UNALIGNED, Pieces, collect_row, draw_held, locate, merge
 
 COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "sent_stride", "sent_outcome_stride"]
@@ -73,7 +75,7 @@ def shard_decide_kernel(
     draft_tile_max_ptr,  # or None
     draft_tile_sum_ptr,  # or None
     outcome_ptr,  # [num_rows] out: what each row found, NOT_HELD where another rank finds it
-    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs; None where drafts are one-hot
+    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, where drafts are sampled
     first,
     first_tile,
     end_tile,
@@ -120,6 +122,7 @@ def shard_decide_kernel(
             if not IS_ONE_HOT:
                 is_drawn = token < 0
                 tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, float("-inf"))
+                tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, CAPACITY + 1.0)
             if is_drawn == 0:
                 if not IS_ONE_HOT:
                     if draft_logits_ptr is not None:
@@ -153,7 +156,7 @@ def shard_decide_kernel(
                     outcome = tl.where(survives, token, NEEDS_RESIDUAL)
             else:
                 uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), DRAW)
-                outcome = draw_held(pieces, tiles, row, scale, uniform, vocab_size, TILE, PADDED_TILES)
+                outcome = draw_held(pieces, tiles, row, scale, float("-inf"), uniform, vocab_size, TILE, PADDED_TILES)
     tl.store(outcome_ptr + row, outcome)
 
 

@@ -7,11 +7,11 @@ import torch
 import triton
 
 from ..bounds import CAPACITY
-from ..constants import ROW_COLUMNS
 from ..launch import KEY_BITS, decide_options
 from ..shapes import Shapes
 from ..variants import Launcher
-from .filters import CHUNK, ROOM, shard_candidates_kernel, shard_filter_kernel, shard_flat_kernel, shard_pack_kernel
+from .filters import ROOM, shard_candidates_kernel, shard_filter_kernel
+from .flat import CHUNK, shard_flat_kernel, shard_pack_kernel
 from .geometry import ALIGNMENT, Geometry, Parcel, Section
 
 _candidates, _filter, _pack, _flat = map(
@@ -22,14 +22,32 @@ _candidates, _filter, _pack, _flat = map(
 class Swept(NamedTuple):
     """What is known of the batch's whole rows.
 
-    tile_max, tile_sum: ``[num_rows, num_tiles]``. cut: ``[num_rows, num_cut, tile]``, None where no tile is cut.
-    outcome: ``[num_rows]`` int32, of rows without filters.
+    tile_max, tile_sum: ``[num_rows, num_tiles]``; draft_tile_max, draft_tile_sum: of draft logits, or None. sent_logit:
+    ``[ranks, num_rows, 1]``, the draft tokens' as ranks sent them; None where drafts are one-hot. cut: ``[num_rows,
+    num_cut, tile]``, None where no tile is cut. outcome: ``[num_rows]`` int32, of rows without filters. row_data:
+    ``[num_rows, ROW_COLUMNS]``.
     """
 
     tile_max: torch.Tensor
     tile_sum: torch.Tensor
+    draft_tile_max: torch.Tensor | None
+    draft_tile_sum: torch.Tensor | None
+    sent_logit: torch.Tensor | None
     cut: torch.Tensor | None
     outcome: torch.Tensor
+    row_data: torch.Tensor
+
+
+class Filtered(NamedTuple):
+    """What the filters leave, alike on all ranks.
+
+    outcomes: ``[1, num_rows]`` int32, what each row found; FLAT behind a request's first flat row. tile_list:
+    ``[num_rows, num_tiles + CAPACITY]``, ids of candidates behind the tiles. candidates: ``[num_rows, CAPACITY]``.
+    """
+
+    outcomes: torch.Tensor
+    tile_list: torch.Tensor
+    candidates: torch.Tensor
 
 
 def filter_rows(
@@ -38,6 +56,7 @@ def filter_rows(
     draft_token_ids: torch.Tensor,  # [num_rows] or [num_rows - num_reqs]
     requests: tuple[torch.Tensor | None, ...],
     noise: tuple[torch.Tensor | None, ...],
+    draft_forms: tuple,
     filters: tuple[torch.Tensor | None, ...],
     swept: Swept,
     *,
@@ -49,10 +68,11 @@ def filter_rows(
     block_k: int,
     rows_per_req: int,
     compact: bool,
-) -> torch.Tensor:
-    """What each row found, ``[1, num_rows]`` int32, alike on all ranks; FLAT behind a request's first flat row.
+) -> Filtered:
+    """What each row found; the statistics and the data of rows become those of what they keep.
 
-    requests: States, temperatures. noise: Seeds, positions. filters: top-k, top-p, min-p.
+    requests: States, temperatures. noise: Seeds, positions. draft_forms: As the kernels take them. filters: top-k,
+    top-p, min-p.
     """
     num_rows, num_reqs, device = len(logits), len(cu_num_logits) - 1, logits.device
     ints = torch.int32
@@ -68,7 +88,7 @@ def filter_rows(
     outcome, count, values, ids = (parcel.section(number) for number in range(4))
     outcome.copy_(swept.outcome[:, None])
     tile_list = torch.empty(num_rows, held.num_tiles + CAPACITY.value, dtype=ints, device=device)
-    rows, scratch = (rows_per_req, num_reqs), torch.empty(num_rows, CAPACITY.value, device=device)
+    rows, candidates = (rows_per_req, num_reqs), torch.empty(num_rows, CAPACITY.value, device=device)
     _candidates(
         variant,
         rows,
@@ -90,6 +110,7 @@ def filter_rows(
         held.first_tile,
         held.end_tile,
         held.begun_tile,
+        held.end_begun,
         held.most_whole,
         held.num_cut,
         held.vocab_size,
@@ -106,17 +127,25 @@ def filter_rows(
         *sent,
         received.stride(0),
         sent[2].stride(0),
+        swept.sent_logit,
+        0 if swept.sent_logit is None else swept.sent_logit.stride(0),
         cu_num_logits,
+        draft_token_ids,
         *requests,
         *noise,
+        *draft_forms,
         *filters,
         swept.tile_max,
         swept.tile_sum,
+        swept.draft_tile_max,
+        swept.draft_tile_sum,
         tile_list,
-        scratch,
+        candidates,
+        swept.row_data,
         swept.outcome,
         held.vocab_size,
         held.num_tiles,
+        COMPACT_DRAFTS=compact,
         KEY_BITS=KEY_BITS[logits.dtype],
         TILE=held.tile,
         PADDED_TILES=padded_tiles,
@@ -153,12 +182,15 @@ def filter_rows(
         draft_token_ids,
         *requests,
         *noise,
+        *draft_forms,
         *filters,
         swept.tile_max,
         swept.tile_sum,
+        swept.draft_tile_max,
+        swept.draft_tile_sum,
         tile_list,
-        scratch,
-        torch.empty(num_rows, ROW_COLUMNS.value, device=device),
+        candidates,
+        swept.row_data,
         swept.outcome,
         held.vocab_size,
         held.num_tiles,
@@ -167,7 +199,7 @@ def filter_rows(
         TILE=held.tile,
         PADDED_TILES=padded_tiles,
     )
-    return swept.outcome[None]
+    return Filtered(swept.outcome[None], tile_list, candidates)
 
 
 def _side_by_side(sent: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:

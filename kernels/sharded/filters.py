@@ -1,8 +1,7 @@
-"""Rows whose requests filter: the ranks exchange the few tokens that may be kept, and where there are too many the row.
+"""Rows whose requests filter: the ranks exchange the few tokens that may be kept.
 
 The bound above which they lie follows from the statistics of the whole row, so that all ranks' candidates together are
-those that a single rank gathers, in the same order. Of a request's flat rows the first that is needed travels whole;
-the request ends before the next one.
+those that a single rank gathers, in the same order. Rows with too many are left to ``flat.py``.
 """
 
 import triton
@@ -10,32 +9,29 @@ import triton.language as tl
 
 from ..bounds import CAPACITY
 from ..candidates import Candidates, draw_candidate, gather, list_tiles, threshold_among
-from ..constants import BAD_ROW, DRAW, EXACT, FLAT, GREEDY_BELOW, LOG2_E
+from ..constants import (
+    BAD_ROW,
+    DRAW,
+    EXACT,
+    FLAT,
+    GREEDY_BELOW,
+    LOG2_E,
+    NEEDS_RESIDUAL,
+    NUM_CANDIDATES,
+    ROW_COLUMNS,
+    THRESHOLD,
+)
 from ..draw import load_tiles, tile_masses
 from ..filters import bound_of
-from ..load import (
-    Drafts,
-    Noise,
-    Rows,
-    Tiles,
-    is_filtered,
-    load_draft_token,
-    load_filters,
-    load_position,
-    load_request,
-)
+from ..load import Drafts, Noise, Tiles, is_filtered, load_draft_token, load_filters, load_position, load_request
 from ..noise import draw_uniform
-from ..outcome import find_outcome
-from ..output import load_drafts, load_outcomes
+from ..outcome import ratio_test
 from .pieces import UNALIGNED, Pieces, cut_row, merge
 
 ROOM = tl.constexpr(256)
 """Candidates of a row that a rank sends at most."""
 
-CHUNK = tl.constexpr(1024)
-"""Tokens that one program sends of a flat row."""
-
-COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "begun_tile"]
+COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "begun_tile", "end_begun"]
 
 
 @triton.jit
@@ -49,6 +45,7 @@ def _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
 def _gather_held(
     pieces,
     begun_tile,
+    end_begun,
     row,
     list_ptr,
     values_ptr,
@@ -60,7 +57,7 @@ def _gather_held(
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ):
-    """Collect a row's candidates in this rank's tiles and in the cut one that begins there; the count of ``gather``."""
+    """Collect a row's candidates in this rank's tiles and in the cut ones that begin there; the count of ``gather``."""
     tile_ids = tl.arange(0, PADDED_TILES)
     found = tl.full((), 0, tl.int32)
     is_own = (tile_ids >= pieces.first_tile) & (tile_ids < pieces.end_tile)
@@ -69,7 +66,8 @@ def _gather_held(
     found = gather(own_ptr, list_ptr, num_listed, values_ptr, ids_ptr, low, top, found, vocab_size, TILE, ROOM).count
     if pieces.cut_ptr is not None:
         if begun_tile >= 0:
-            begun = tl.where(tile_ids == begun_tile, maxima, float("-inf"))
+            is_begun = (tile_ids >= begun_tile) & (tile_ids < end_begun)
+            begun = tl.where(is_begun, maxima, float("-inf"))
             num_listed = list_tiles(list_ptr, begun, low, PADDED_TILES)
             number = -1 - tl.load(pieces.places_ptr + begun_tile)
             cut_ptr = cut_row(pieces.cut_ptr, pieces.num_cut, row, number, begun_tile, TILE)
@@ -101,6 +99,7 @@ def shard_candidates_kernel(
     first_tile,
     end_tile,
     begun_tile,
+    end_begun,
     most_whole,
     num_cut,
     vocab_size,
@@ -125,6 +124,7 @@ def shard_candidates_kernel(
         found = _gather_held(
             pieces,
             begun_tile,
+            end_begun,
             row,
             tile_list_ptr + row * (num_tiles + CAPACITY),
             values_ptr + row * ROOM,
@@ -168,7 +168,8 @@ def _join(
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "sent_stride", "sent_values_stride"], do_not_specialize_on_alignment=UNALIGNED
+    do_not_specialize=["num_tiles", "sent_stride", "sent_values_stride", "sent_logit_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
 )
 def shard_filter_kernel(
     sent_outcome_ptr,  # [ranks, num_rows], ranks sent_stride apart, as all but the values
@@ -177,33 +178,46 @@ def shard_filter_kernel(
     sent_ids_ptr,  # [ranks, num_rows, ROOM]
     sent_stride,
     sent_values_stride,
+    sent_logit_ptr,  # [ranks, num_rows], ranks sent_logit_stride apart, or None
+    sent_logit_stride,
     cu_num_logits_ptr,  # [num_reqs + 1]
+    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
     state_indices_ptr,  # [num_reqs] or None
     temperature_ptr,  # [max_reqs]
     seeds_ptr,  # [max_reqs]
     positions_ptr,  # [num_rows] or None
+    draft_probs_ptr,  # [num_rows - num_reqs, draft_vocab] or None
+    draft_probs_stride,
+    draft_logits_ptr,  # [max_reqs, max_drafts, draft_vocab] or None
+    draft_logits_stride_0,
+    draft_logits_stride_1,
     top_k_ptr,  # [max_reqs] or None
     top_p_ptr,  # [max_reqs] or None
     min_p_ptr,  # [max_reqs] or None
     tile_max_ptr,  # [num_rows, num_tiles], of whole rows
     tile_sum_ptr,  # [num_rows, num_tiles]
+    draft_tile_max_ptr,  # [num_rows, num_tiles] or None
+    draft_tile_sum_ptr,  # [num_rows, num_tiles] or None
     tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] out: ids of candidates, behind num_tiles
     candidates_ptr,  # [num_rows, CAPACITY] out: their logits
-    outcome_ptr,  # [num_rows] out: the token of each row, or FLAT
+    row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, where drafts are sampled
+    outcome_ptr,  # [num_rows] out: what each row found, or FLAT
     vocab_size,
     num_tiles,
+    COMPACT_DRAFTS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """One program per (row, request): its token, from what all ranks have sent."""
+    """One program per (row, request): what it found, from what all ranks have sent."""
     pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     if pos > request.num_drafts:
         return
     row = request.start_row + pos
     filters, applies = _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
+    IS_ONE_HOT: tl.constexpr = draft_probs_ptr is None and draft_logits_ptr is None
     outcome = merge(sent_outcome_ptr, sent_stride, row, pos >= 0, BAD_ROW, RANKS)
     if applies:
         outcome = tl.full((), FLAT, tl.int32)
@@ -220,110 +234,44 @@ def shard_filter_kernel(
         )
         if candidates.count <= CAPACITY:
             scale = LOG2_E / request.temperature
-            maxima, sums = load_tiles(Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles), row, PADDED_TILES)
+            tiles, noise = Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles), Noise(seeds_ptr, positions_ptr)
+            maxima, sums = load_tiles(tiles, row, PADDED_TILES)
             top, masses = tile_masses(maxima, sums, scale, float("-inf"))
             bound = bound_of(maxima, masses, top, filters, scale, vocab_size, TILE)
             threshold = threshold_among(candidates, filters, bound, scale, KEY_BITS)
-            position = load_position(Noise(seeds_ptr, positions_ptr), request, pos)
-            uniform = draw_uniform(tl.load(seeds_ptr + request.state), position, DRAW)
-            outcome = draw_candidate(candidates, scale, threshold, tl.full((), -1, tl.int32), uniform)
-    tl.store(outcome_ptr + row, outcome)
-
-
-@triton.jit
-def flat_end(request, draft_token_ids_ptr, outcomes, COMPACT_DRAFTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """How many of a request's draft tokens survive before a flat row that is needed; -1 if none is."""
-    columns = tl.arange(0, BLOCK_K)
-    drafts = load_drafts(request, draft_token_ids_ptr, COMPACT_DRAFTS, BLOCK_K)
-    survives = (columns < request.num_drafts) & (drafts == outcomes.to(tl.int64)) & (drafts >= 0)
-    end = tl.min(tl.where(survives, BLOCK_K, columns), axis=0)
-    outcome = tl.sum(tl.where(columns == end, outcomes, 0), axis=0)
-    return tl.where(outcome == FLAT, end, -1)
-
-
-@triton.jit(do_not_specialize=["columns", "flat_width"], do_not_specialize_on_alignment=UNALIGNED)
-def shard_pack_kernel(
-    logits_ptr,  # [num_rows, columns]: this rank's
-    logits_stride,
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
-    outcome_ptr,  # [num_rows]
-    flat_ptr,  # [num_reqs, flat_width] out: this rank's columns of a request's flat row
-    flat_pos_ptr,  # [num_reqs] out: its position, -1 if none is needed
-    columns,
-    flat_width,
-    COMPACT_DRAFTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program per (CHUNK columns, request)."""
-    chunk, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    request = load_request(index, cu_num_logits_ptr, None, None)
-    outcomes = load_outcomes(request, outcome_ptr, BLOCK_K)
-    pos = flat_end(request, draft_token_ids_ptr, outcomes, COMPACT_DRAFTS, BLOCK_K)
-    if chunk == 0:
-        tl.store(flat_pos_ptr + index, pos)
-    if pos >= 0:
-        places = chunk * CHUNK + tl.arange(0, CHUNK)
-        row_ptr = logits_ptr + (request.start_row + pos) * logits_stride
-        x = tl.load(row_ptr + places, mask=places < columns, other=float("-inf"))
-        tl.store(flat_ptr + index * flat_width + places, x, mask=places < flat_width)
-
-
-@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
-def shard_flat_kernel(
-    flat_ptr,  # [num_reqs, vocab]: whole flat rows
-    flat_stride,
-    flat_pos_ptr,  # [num_reqs]: their positions, -1 for none
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    draft_token_ids_ptr,  # [num_rows] or [num_rows - num_reqs]
-    state_indices_ptr,  # [num_reqs] or None
-    temperature_ptr,  # [max_reqs]
-    seeds_ptr,  # [max_reqs]
-    positions_ptr,  # [num_rows] or None
-    top_k_ptr,  # [max_reqs] or None
-    top_p_ptr,  # [max_reqs] or None
-    min_p_ptr,  # [max_reqs] or None
-    tile_max_ptr,  # [num_rows, num_tiles], of whole rows
-    tile_sum_ptr,  # [num_rows, num_tiles]; of flat rows it becomes that of what is kept
-    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch
-    candidates_ptr,  # [num_rows, CAPACITY] scratch
-    row_ptr,  # [num_rows, ROW_COLUMNS] scratch
-    outcome_ptr,  # [num_rows] out: of flat rows
-    vocab_size,
-    num_tiles,
-    COMPACT_DRAFTS: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    TILE: tl.constexpr,
-    PADDED_TILES: tl.constexpr,
-):
-    """One program per request: the token of its flat row, as a single rank finds it."""
-    index = tl.program_id(0).to(tl.int64)
-    pos = tl.load(flat_pos_ptr + index)
-    if pos < 0:
-        return
-    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
-    drafts = Drafts(draft_token_ids_ptr, None, 0, None, 0, 0)
-    row = request.start_row + pos
-    outcome = find_outcome(
-        Rows(flat_ptr + (index - row) * flat_stride, flat_stride, vocab_size),
-        Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles),
-        Tiles(None, None, None, num_tiles),
-        drafts,
-        Noise(seeds_ptr, positions_ptr),
-        load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state),
-        request,
-        pos,
-        load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS),
-        tl.full((), True, tl.int1),
-        tl.full((), False, tl.int1),
-        None,
-        tl.full((), 0.0, tl.float32),
-        tile_list_ptr,
-        candidates_ptr,
-        row_ptr,
-        KEY_BITS,
-        TILE,
-        PADDED_TILES,
-        EXACT,
-    )
+            token = tl.full((), -1, tl.int32)
+            drafts = Drafts(
+                draft_token_ids_ptr,
+                draft_probs_ptr,
+                draft_probs_stride,
+                draft_logits_ptr,
+                draft_logits_stride_0,
+                draft_logits_stride_1,
+            )
+            if not IS_ONE_HOT:
+                token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
+            if token < 0:
+                position = load_position(noise, request, pos)
+                uniform = draw_uniform(tl.load(seeds_ptr + request.state), position, DRAW)
+                outcome = draw_candidate(candidates, scale, threshold, tl.full((), -1, tl.int32), uniform)
+            elif not IS_ONE_HOT:
+                survives = ratio_test(
+                    merge(sent_logit_ptr, sent_logit_stride, row, token >= 0, float("-inf"), RANKS),
+                    tiles,
+                    Tiles(draft_tile_max_ptr, draft_tile_sum_ptr, None, num_tiles),
+                    drafts,
+                    noise,
+                    request,
+                    pos,
+                    token,
+                    threshold,
+                    candidates,
+                    row_ptr,
+                    PADDED_TILES,
+                    EXACT,
+                )
+                outcome = tl.where(survives, token, NEEDS_RESIDUAL)
+            if not IS_ONE_HOT:
+                tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, threshold)
+                tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, candidates.count.to(tl.float32))
     tl.store(outcome_ptr + row, outcome)

@@ -18,11 +18,11 @@ class Geometry(NamedTuple):
     """The tiles of a row of ``vocab_size`` tokens, as one rank sees them.
 
     first, columns: The rank's tokens. first_tile, end_tile: Its whole tiles. most_whole: Those of the rank that has
-        most, at least 1. num_cut: Cut tiles of the row. begun_tile: The cut tile that begins with the rank's tokens, -1
-        if none does: it lies behind the whole ones. part_width: Elements that each rank sends of the cut tiles.
-    places: ``[num_tiles]`` int32. rank x most_whole + (number among that rank's whole tiles), or -1 - (number among the
-        cut tiles).
-    cut_tiles: ``[num_cut]`` int32, their numbers in the row.
+        most, at least 1. num_cut: Cut tiles of the row. begun_tile, end_begun: The cut tiles that begin with the rank's
+        tokens, behind its whole ones; -1 and 0 if none do. part_width: Elements that each rank sends of the cut tiles.
+    places: ``[at least num_tiles]`` int32. rank x most_whole + (number among that rank's whole tiles), or -1 - (number
+        among the cut tiles).
+    cut_tiles: ``[num_cut]`` int32, their numbers in the row; the last may lie behind it.
     part_columns: ``[part_width]`` int32, the columns of the rank's own logits that lie in cut tiles, then -1.
     part_places: ``[num_cut * tile]`` int32, rank x part_width + place of each token of the cut tiles among what the
         ranks send; -1 beyond the vocabulary.
@@ -40,6 +40,7 @@ class Geometry(NamedTuple):
     most_whole: int
     num_cut: int
     begun_tile: int
+    end_begun: int
     part_width: int
     places: torch.Tensor
     cut_tiles: torch.Tensor
@@ -53,30 +54,36 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def geometry_of(widths: tuple[int, ...], rank: int, vocab_size: int, tile: int, device: torch.device | str) -> Geometry:
+def geometry_of(
+    widths: tuple[int, ...], rank: int, vocab_size: int, tile: int, device: torch.device | str, part_tile: int = 0
+) -> Geometry:
     """The tiles of a row; kept, so that only a first call copies to the device.
 
     Args:
         widths: Columns of every rank, in the order of the vocabulary.
         vocab_size: Tokens that count; columns beyond them are nobody's.
         tile: Tokens of a tile.
+        part_tile: A multiple of it: the tiles of all such spans that a boundary cuts are cut. Geometries of one
+            ``part_tile`` have the same cut tokens, in the same places. 0: ``tile``.
     """
     bounds = [min(bound, vocab_size) for bound in (0, *accumulate(widths))]
     owners = torch.bucketize(torch.arange(vocab_size), torch.tensor(bounds[1:]), right=True)
-    num_tiles = -(-vocab_size // tile)
+    num_tiles, per_part = -(-vocab_size // tile), max(part_tile, tile) // tile
     whole: list[list[int]] = [[] for _ in widths]
     cut: list[int] = []
     places = []
-    begun_tile = -1
-    for number in range(num_tiles):
-        low, high = owners[number * tile], owners[min((number + 1) * tile, vocab_size) - 1]
+    begun_tile, end_begun = -1, 0
+    for start in range(0, num_tiles, per_part):
+        tiles = range(start, start + per_part)
+        low, high = owners[start * tile], owners[min(tiles.stop * tile, vocab_size) - 1]
         if low == high:
-            places.append((int(low), len(whole[low])))
-            whole[low].append(number)
+            places += [(int(low), len(whole[low]) + number) for number in range(per_part)]
+            whole[low] += tiles[: num_tiles - start]
         else:
-            places.append((-1, len(cut)))
-            cut.append(number)
-            begun_tile = number if low == rank else begun_tile
+            places += [(-1, len(cut) + number) for number in range(per_part)]
+            cut += tiles
+            if low == rank:
+                begun_tile, end_begun = start, tiles.stop
     most_whole = max(1, *map(len, whole))
     cut_tokens = (torch.tensor(cut, dtype=torch.int64)[:, None] * tile + torch.arange(tile)).flatten()
     holders = torch.where(cut_tokens < vocab_size, owners[cut_tokens.clamp(max=vocab_size - 1)], -1)
@@ -106,6 +113,7 @@ def geometry_of(widths: tuple[int, ...], rank: int, vocab_size: int, tile: int, 
         most_whole=most_whole,
         num_cut=len(cut),
         begun_tile=begun_tile,
+        end_begun=end_begun,
         part_width=part_width,
         places=ints([holder * most_whole + place if holder >= 0 else -1 - place for holder, place in places]),
         cut_tiles=ints(cut),

@@ -1,17 +1,18 @@
 """Host side: what is exchanged when, and the launches in between.
 
-With one-hot drafts two exchanges: statistics, then what each row found; three where a request filters. With sampled
-ones two more: residual masses of the rejected rows, then the tokens that replace them. Nothing synchronises with the
-host.
+With one-hot drafts two exchanges: statistics, then what each row found; a third where a request filters, flat rows.
+With sampled ones two more: residual masses of the rejected rows, then the tokens that replace them. Nothing
+synchronises with the host.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
 
 from ..constants import ROW_COLUMNS
-from ..launch import MOST_REQUESTS, decide_options, row_tiling
+from ..launch import MOST_REQUESTS, decide_options, row_tiling, tiling
 from ..shapes import shapes_of
 from ..variants import Launcher, variant_of
 from .decide import shard_decide_kernel, shard_end_kernel
@@ -66,7 +67,10 @@ def verify_shard(
     shapes = shapes_of(device)
     is_filtered = top_k is not None or top_p is not None or min_p is not None
     tile, steps, num_tiles, _, padded_tiles = row_tiling(vocab_size, shapes, is_filtered)
-    held = geometry_of(widths, rank, vocab_size, tile, device)
+    # A residual's tiles are larger than those of filtered rows: what it reads of cut ones is exchanged, too.
+    residual_tile = tile if draft is None else tiling(vocab_size, shapes.tile)[0]
+    geometry = partial(geometry_of, widths, rank, vocab_size, device=device, part_tile=max(tile, residual_tile))
+    held = geometry(tile)
     block_k = max(8, 1 << (width - 1).bit_length())
     compact = draft_token_ids.shape[0] != num_rows
 
@@ -79,7 +83,7 @@ def verify_shard(
     variant = variant_of(
         given,
         [logits, draft_probs, draft_logits],
-        (device, shapes, held[:13], block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
+        (device, shapes, widths, rank, vocab_size, block_k, compact, logits.stride(0), draft_forms[1], *draft_strides),
     )
     per_tile = Section(num_rows, held.most_whole)
     per_draft_tile = Section(num_rows if draft_logits is not None else 0, held.most_whole)
@@ -165,11 +169,12 @@ def verify_shard(
             TILE=tile,
         )
     tile_max, tile_sum = empty(floats, num_rows, num_tiles), empty(floats, num_rows, num_tiles)
-    draft_tile_max = draft_tile_sum = row_data = pending = None
+    draft_tile_max = draft_tile_sum = pending = None
     if draft_logits is not None:
         draft_tile_max, draft_tile_sum = torch.empty_like(tile_max), torch.empty_like(tile_sum)
     if draft is not None:
-        row_data, pending = empty(floats, num_rows, ROW_COLUMNS.value), empty(ints, num_reqs)
+        pending = empty(ints, num_reqs)
+    row_data = empty(floats, num_rows if draft is not None or is_filtered else 0, ROW_COLUMNS.value)
     outcome = empty(ints, num_rows)
     _decide(
         variant,
@@ -211,15 +216,17 @@ def verify_shard(
         PADDED_TILES=padded_tiles,
         RANKS=ranks,
     )
+    tile_list = candidates = None
     if is_filtered:
-        outcomes = filter_rows(
+        outcomes, tile_list, candidates = filter_rows(
             logits,
             cu_num_logits,
             draft_token_ids,
             (state_indices, temperature),
             (seeds, positions),
+            draft_forms,
             (top_k, top_p, min_p),
-            Swept(tile_max, tile_sum, cut, outcome),
+            Swept(tile_max, tile_sum, draft_tile_max, draft_tile_sum, sent[4], cut, outcome, row_data),
             held=held,
             widths=widths,
             shapes=shapes,
@@ -255,14 +262,15 @@ def verify_shard(
         RANKS=len(outcomes),
         IS_FILTERED=is_filtered,
     )
-    if row_data is not None and pending is not None:
+    if pending is not None:
         recover_tokens(
             logits,
             (cu_num_logits, state_indices, temperature),
             (seeds, positions),
             draft_forms,
-            Decided(tile_max, tile_sum, row_data, pending, cut),
-            held=held,
+            Decided(tile_max, tile_sum, row_data, pending, cut, tile_list, candidates),
+            held=geometry(residual_tile),
+            of_rows=held,
             shapes=shapes,
             variant=variant,
             gather=gather,

@@ -12,6 +12,7 @@ from ..draw import choose_tile, load_tiles, token_within
 UNALIGNED = (
     *constants.UNALIGNED,
     "places_ptr",
+    "row_places_ptr",
     "cut_tiles_ptr",
     "part_columns_ptr",
     "part_places_ptr",
@@ -119,10 +120,11 @@ def collect_row(
 
 
 @triton.jit
-def draw_held(pieces, tiles, row, scale, uniform, vocab_size, TILE: tl.constexpr, PADDED_TILES: tl.constexpr):
-    """As ``draw.draw_token`` of an unfiltered row; NOT_HELD where the chosen tile is another rank's."""
+def draw_held(
+    pieces, tiles, row, scale, threshold, uniform, vocab_size, TILE: tl.constexpr, PADDED_TILES: tl.constexpr
+):
+    """As ``draw.draw_token``; NOT_HELD where the chosen tile is another rank's."""
     maxima, sums = load_tiles(tiles, row, PADDED_TILES)
-    threshold = tl.full((), float("-inf"), tl.float32)
     top, tile, share = choose_tile(maxima, sums, scale, threshold, uniform, PADDED_TILES)
     token = tl.full((), BAD_ROW, tl.int32)
     if tile != NO_TOKEN:

@@ -18,7 +18,8 @@ class Decided(NamedTuple):
     """What the decisions leave, as in ``decide.py``.
 
     tile_max, tile_sum: ``[num_rows, num_tiles]`` of whole rows. row_data: ``[num_rows, ROW_COLUMNS]``. pending:
-    ``[num_reqs]``. cut: ``[num_rows, num_cut, tile]``, None where no tile is cut.
+    ``[num_reqs]``. cut: ``[num_rows, num_cut, tile]``, None where no tile is cut. tile_list, candidates: As in
+    ``Filtered``, None where no request filters.
     """
 
     tile_max: torch.Tensor
@@ -26,6 +27,8 @@ class Decided(NamedTuple):
     row_data: torch.Tensor
     pending: torch.Tensor
     cut: torch.Tensor | None
+    tile_list: torch.Tensor | None
+    candidates: torch.Tensor | None
 
 
 def recover_tokens(
@@ -36,6 +39,7 @@ def recover_tokens(
     decided: Decided,
     *,
     held: Geometry,
+    of_rows: Geometry,
     shapes: Shapes,
     variant: tuple,
     gather: Callable[[torch.Tensor], torch.Tensor],
@@ -44,7 +48,8 @@ def recover_tokens(
 ) -> None:
     """Draw from the residuals of rejected rows, in two exchanges, and write the tokens.
 
-    requests: First rows, states, temperatures. noise: Seeds, positions. draft_forms: As the kernels take them.
+    requests: First rows, states, temperatures. noise: Seeds, positions. draft_forms: As the kernels take them. held,
+    of_rows: Tiles of the residual, and of the rows' statistics; of one ``part_tile``.
     """
     num_reqs, device = len(token_ids), logits.device
     padded_tiles = triton.next_power_of_2(held.num_tiles)
@@ -97,6 +102,9 @@ def recover_tokens(
         cut_masses,
         decided.tile_max,
         decided.tile_sum,
+        decided.tile_list,
+        decided.candidates,
+        of_rows.places,
         decided.row_data,
         decided.pending,
         found,
@@ -105,10 +113,17 @@ def recover_tokens(
         held.end_tile,
         held.most_whole,
         held.num_cut,
+        of_rows.first_tile,
+        of_rows.end_tile,
+        of_rows.most_whole,
+        of_rows.num_cut,
         held.vocab_size,
         held.num_tiles,
+        of_rows.num_tiles,
         TILE=held.tile,
         PADDED_TILES=padded_tiles,
+        ROW_TILE=of_rows.tile,
+        PADDED_ROW_TILES=triton.next_power_of_2(of_rows.num_tiles),
     )
     tokens = gather(found.view(torch.float32)).view(torch.int32)
     _write(

@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from ..constants import BAD_ROW, EXACT, LOG2_E, NO_TOKEN, NOT_HELD, RESIDUAL, ROW_COLUMNS
+from ..bounds import CAPACITY
+from ..candidates import Candidates, draw_candidate
+from ..constants import (
+    BAD_ROW,
+    EXACT,
+    LOG2_E,
+    NO_TOKEN,
+    NOT_HELD,
+    NUM_CANDIDATES,
+    RESIDUAL,
+    ROW_COLUMNS,
+    THRESHOLD,
+)
 from ..draw import pick
 from ..load import Noise, Tiles, load_position, load_request
 from ..noise import draw_uniform
@@ -11,6 +23,7 @@ from ..residual import tile_residual
 from .pieces import UNALIGNED, Pieces, collect, draw_held, locate, merge
 
 COUNTS = ["num_tiles", "num_cut", "num_groups", "most_whole", "first_tile", "end_tile", "sent_stride"]
+ROW_COUNTS = ["num_row_tiles", "num_cut_row", "most_whole_row", "first_row_tile", "end_row_tile"]
 
 
 @triton.jit
@@ -121,7 +134,7 @@ def shard_residual_kernel(
         tl.store(cut_masses_ptr + index * num_cut + group - num_groups + steps, sums, mask=steps < 1)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=COUNTS + ROW_COUNTS, do_not_specialize_on_alignment=UNALIGNED)
 def shard_recover_kernel(
     logits_ptr,  # [num_rows, columns]: this rank's
     logits_stride,
@@ -140,8 +153,11 @@ def shard_recover_kernel(
     places_ptr,  # [num_tiles]
     cut_ptr,  # [num_rows, num_cut, TILE], or None
     cut_masses_ptr,  # [num_reqs, num_cut], or None
-    tile_max_ptr,  # [num_rows, num_tiles], of whole rows
-    tile_sum_ptr,  # [num_rows, num_tiles]
+    tile_max_ptr,  # [num_rows, num_row_tiles], of whole rows
+    tile_sum_ptr,  # [num_rows, num_row_tiles]
+    tile_list_ptr,  # [num_rows, num_row_tiles + CAPACITY], see filters.py; None where no request filters
+    candidates_ptr,  # [num_rows, CAPACITY], or None
+    row_places_ptr,  # [num_row_tiles]
     row_ptr,  # [num_rows, ROW_COLUMNS], see decide.py
     pending_ptr,  # [num_reqs]
     token_ptr,  # [num_reqs] out: the token, NOT_HELD where another rank finds it or none is wanted
@@ -150,12 +166,22 @@ def shard_recover_kernel(
     end_tile,
     most_whole,
     num_cut,
+    first_row_tile,
+    end_row_tile,
+    most_whole_row,
+    num_cut_row,
     vocab_size,
     num_tiles,
+    num_row_tiles,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    PADDED_ROW_TILES: tl.constexpr,
 ):
-    """One program per request: pick a tile by the masses, and the token in it where this rank holds it."""
+    """One program per request: pick a tile by the masses, and the token in it where this rank holds it.
+
+    Names with ``row`` are of the tiles of rows' statistics, which are smaller where a request filters.
+    """
     index = tl.program_id(0).to(tl.int64)
     pos = tl.load(pending_ptr + index)
     token = tl.full((), NOT_HELD, tl.int32)
@@ -190,10 +216,33 @@ def shard_recover_kernel(
                 fine = w.to(tl.float64)
                 token, _share = pick(fine, token_ids, share * tl.sum(fine, axis=0))
         else:
-            # An empty residual: the full target row takes its place.
-            tiles = Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles)
+            # An empty residual: the target row, filtered, takes its place.
             scale = LOG2_E / request.temperature
-            token = draw_held(pieces, tiles, row, scale, uniform, vocab_size, TILE, PADDED_TILES)
+            threshold = tl.load(row_ptr + row * ROW_COLUMNS + THRESHOLD)
+            is_gathered = tl.full((), False, tl.int1)
+            if candidates_ptr is not None:
+                count = tl.load(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES).to(tl.int32)
+                is_gathered = count <= CAPACITY
+                if is_gathered:
+                    ids_ptr = tile_list_ptr + row * (num_row_tiles + CAPACITY) + num_row_tiles
+                    candidates = Candidates(candidates_ptr + row * CAPACITY, ids_ptr, count)
+                    token = draw_candidate(candidates, scale, threshold, tl.full((), -1, tl.int32), uniform)
+            if is_gathered == 0:
+                row_pieces = Pieces(
+                    row_places_ptr,
+                    most_whole_row,
+                    first_row_tile,
+                    end_row_tile,
+                    logits_ptr,
+                    logits_stride,
+                    first,
+                    cut_ptr,
+                    num_cut_row,
+                )
+                tiles = Tiles(tile_max_ptr, tile_sum_ptr, None, num_row_tiles)
+                token = draw_held(
+                    row_pieces, tiles, row, scale, threshold, uniform, vocab_size, ROW_TILE, PADDED_ROW_TILES
+                )
     tl.store(token_ptr + index, token)
 
 

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what suits this CPU")
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of a request")
     parser.add_argument("--runner", choices=("V1", "V2"), default="V1", help="vLLM's model runner")
+    parser.add_argument("--kernels", action="store_true", help="verify as on a GPU, in Triton's interpreter; V2 does")
     parser.add_argument("--sharded", action="store_true", help="logits stay on their ranks where they can")
     parser.add_argument("--filtered", action="store_true", help="top-p in every batch, not in every other one")
     parser.add_argument("--vocab-size", type=int, help="extend the models' vocabulary to this size")
@@ -59,12 +60,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     # The workers import the extension by its name.
     is_v2 = options.runner == "V2"
-    folders = [str(HERE), *([str(INTERPRETER)] if is_v2 else []), os.environ.get("PYTHONPATH", "")]
+    interprets = is_v2 or options.kernels
+    folders = [str(HERE), *([str(INTERPRETER)] if interprets else []), os.environ.get("PYTHONPATH", "")]
     cores = sorted(os.sched_getaffinity(0))
     binding = "|".join(str(cores[rank % len(cores)]) for rank in range(options.ranks))
     os.environ.update(ENV, VLLM_CPU_OMP_THREADS_BIND=binding, PYTHONPATH=os.pathsep.join(folders).rstrip(os.pathsep))
-    is_ready = not is_v2 or str(INTERPRETER) in sys.path
-    os.environ.update(dict.fromkeys(("TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER"), str(int(is_v2))))
+    is_ready = not interprets or str(INTERPRETER) in sys.path
+    os.environ.update(TRITON_INTERPRET=str(int(interprets)), VLLM_USE_V2_MODEL_RUNNER=str(int(is_v2)))
     if not is_ready:
         # The interpreter has to be there before Python itself is.
         os.execv(sys.executable, [sys.executable, __file__, *argv])
@@ -180,6 +182,8 @@ def requests(first: int, tokens: int = MAX_TOKENS, filtered: bool = False) -> tu
 
 def verified(llm, options: argparse.Namespace) -> dict:
     """Generate until each rank has verified so many steps; return all ranks' records, and the first texts."""
+    if options.kernels:
+        llm.collective_rpc("use_kernels")
     if options.sharded:
         llm.collective_rpc("warm_up_parts")
     llm.collective_rpc("start_recording")

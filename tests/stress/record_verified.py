@@ -77,6 +77,15 @@ class RecordVerified:
             sharded, gathered = sharding.verify, sharding.gather
             sharding.verify = on_whole_rows
 
+    def use_kernels(self) -> None:
+        """Verify on a CPU with what verifies on a GPU."""
+        import vllm_specopt.integration.sharded
+        import vllm_specopt.sharded
+        import vllm_specopt.verify
+
+        for module in (vllm_specopt.verify, vllm_specopt.sharded, vllm_specopt.integration.sharded):
+            module.backend_name = lambda device, backend=None: "triton"
+
     def warm_up_parts(self) -> None:
         """What a GPU's worker does at its start for steps whose logits stay on their ranks."""
         from vllm_specopt.integration.warm_up import warm_up_parts

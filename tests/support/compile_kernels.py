@@ -17,7 +17,7 @@ from vllm_specopt.integration.config import WITH_CONSTANTS
 from vllm_specopt.kernels import audit, decide, launch, residual, statistics
 from vllm_specopt.kernels.shapes import DEFAULTS
 from vllm_specopt.kernels.sharded import decide as shard_decide
-from vllm_specopt.kernels.sharded import filters, pieces, sweep
+from vllm_specopt.kernels.sharded import filters, flat, pieces, sweep
 from vllm_specopt.kernels.sharded import residual as shard_residual
 from vllm_specopt.rules import RULES
 
@@ -38,13 +38,21 @@ COMMON = {
 }
 # Of a rank among eight: boundaries between them cut tiles.
 RANKS = 8
-SHARD_INTS = ("places_ptr", "cut_tiles_ptr", "part_columns_ptr", "part_places_ptr", "sent_outcome_ptr")
-SHARD_FLOATS = ("sent_max_ptr", "sent_sum_ptr", "cut_max_ptr", "cut_sum_ptr")
+SHARD_INTS = (
+    "places_ptr",
+    "row_places_ptr",
+    "cut_tiles_ptr",
+    "part_columns_ptr",
+    "part_places_ptr",
+    "sent_outcome_ptr",
+)
+SHARD_FLOATS = ("sent_max_ptr", "sent_sum_ptr", "cut_max_ptr", "cut_sum_ptr", "row_ptr")
 SHARD_SCALARS = (
     "first", "columns", "first_tile", "end_tile", "end", "most_whole", "part_width", "num_groups", "num_cut",
     "sent_stride", "sent_outcome_stride", "sent_token_stride", "sent_values_stride", "begun_tile", "flat_width",
-    "flat_stride",
+    "flat_stride", "end_begun", "sent_logit_stride", "first_row_tile", "end_row_tile", "most_whole_row", "num_cut_row",
 )  # fmt: skip
+RESIDUALS = (residual.residual_kernel, shard_residual.shard_residual_kernel, shard_residual.shard_recover_kernel)
 OF_FILTERS = ("count_ptr", "ids_ptr", "sent_count_ptr", "sent_ids_ptr", "flat_pos_ptr")
 OF_DRAFTS = ("target_logit_ptr", "sent_logit_ptr", "masses_ptr", "sent_masses_ptr", "cut_masses_ptr")
 OF_DRAFT_LOGITS = ("sent_draft_max_ptr", "sent_draft_sum_ptr", "cut_draft_max_ptr", "cut_draft_sum_ptr")
@@ -78,8 +86,8 @@ def shard_launches(types: dict[str, str], draft: str, filtered: bool) -> list:
         kernels += [
             (filters.shard_candidates_kernel, options),
             (filters.shard_filter_kernel, options),
-            (filters.shard_pack_kernel, {"num_warps": DEFAULTS.decide_warps}),
-            (filters.shard_flat_kernel, options),
+            (flat.shard_pack_kernel, {"num_warps": DEFAULTS.decide_warps}),
+            (flat.shard_flat_kernel, options),
         ]
     return [(*each, types) for each in kernels]
 
@@ -137,7 +145,7 @@ def variants(with_all: bool):
             launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), types))
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}, types))
-        if method in ("exact", "greedy") and (not filtered or draft == "one-hot"):
+        if method in ("exact", "greedy"):
             launches += shard_launches(types, draft, filtered)
         tile, steps, _, _, padded_tiles = launch.row_tiling(VOCAB_SIZE, DEFAULTS, filtered)
         known = {
@@ -179,11 +187,10 @@ def main() -> None:
     for variant, known, launches in variants(sys.argv[2:] == ["all"]):
         for kernel, options, types in launches:
             known_here = {name: known[name] for name in kernel.arg_names if name in known}
-            if kernel is residual.residual_kernel:
-                names = "TILE", "STEPS", "PADDED_TILES"
-                known_here |= zip(names, itertools.compress(launch.tiling(VOCAB_SIZE), (1, 1, 0, 0, 1)), strict=True)
-            if kernel is shard_residual.shard_residual_kernel:
-                known_here["STEPS"] = DEFAULTS.residual_steps
+            if kernel in RESIDUALS:
+                tiling = launch.tiling(VOCAB_SIZE, DEFAULTS.tile, DEFAULTS.residual_steps)
+                of_residual = {"TILE": tiling[0], "STEPS": tiling[1], "PADDED_TILES": tiling[4]}
+                known_here |= {name: value for name, value in of_residual.items() if name in known_here}
             used = {name: types.get(name) for name in kernel.arg_names if name not in known}
             key = (kernel.__name__, tuple(sorted((used | known_here).items(), key=str)))
             if key in seen:

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vllm_specopt.integration.metrics import Account
 from vllm_specopt.sharded import Shard, shards_of, verify_sharded
-from vllm_specopt.verify import Verified, verify
+from vllm_specopt.verify import Verified, backend_name, verify
 
 PROBE_ROWS = 2
 # Of the target model's logits processors.
@@ -138,11 +138,18 @@ def is_part(account: Account, logits: torch.Tensor) -> bool:
     return account.sharding is not None and logits.shape[1] != account.sharding.shard.vocab_size
 
 
-def v2_stays(runner, input_batch, grammar_output) -> bool:
-    """Whether a step of model runner V2 needs no whole rows of logits.
+def filters_stay(device: torch.device) -> bool:
+    """Whether logits of steps in which a request filters can stay on their ranks; not with the CPU backend."""
+    return backend_name(device) == "triton"
 
-    Where a request filters, one row per request may have to travel: that saves nothing in steps with few drafts.
-    """
+
+def _saves(num_draft_tokens: int, num_reqs: int) -> bool:
+    """Whether a step in which a request filters may stay: one row per request may have to travel."""
+    return num_draft_tokens >= num_reqs
+
+
+def v2_stays(runner, input_batch, grammar_output) -> bool:
+    """Whether a step of model runner V2 needs no whole rows of logits."""
     from vllm_specopt.integration.v2_sampler import FILTERED, PROCESSED, RANDOM
 
     slots, sampler = input_batch.idx_mapping_np, runner.sampler
@@ -152,7 +159,7 @@ def v2_stays(runner, input_batch, grammar_output) -> bool:
     if needed & PROCESSED or sampler.get_logprobs_dims(slots) is not None:
         return False
     if needed & RANDOM and needed & FILTERED:
-        return input_batch.num_draft_tokens >= len(slots) and runner.speculator.draft_logits is None
+        return _saves(input_batch.num_draft_tokens, len(slots))
     return True
 
 
@@ -166,10 +173,14 @@ def v1_stays(runner, scheduler_output) -> bool:
     )
 
     metadata = runner.input_batch.sampling_metadata
+    if not metadata.all_greedy and is_filtered(metadata):
+        num_draft_tokens = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        if not (filters_stay(runner.device) and _saves(num_draft_tokens, runner.input_batch.num_reqs)):
+            return False
     return not (
         scheduler_output.has_structured_output_requests
         or envs.VLLM_COMPUTE_NANS_IN_LOGITS
         or wants_logprobs(metadata)
         or needs_processors(metadata)
-        or (not metadata.all_greedy and (works_on_probabilities(metadata) or is_filtered(metadata)))
+        or (not metadata.all_greedy and works_on_probabilities(metadata))
     )

@@ -22,7 +22,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specopt.integration.config import SpecoptConfig, flag_of
 from vllm_specopt.integration.metrics import Account, new_counters
-from vllm_specopt.integration.sharded import is_part, verification
+from vllm_specopt.integration.sharded import filters_stay, is_part, verification
 from vllm_specopt.integration.v1_rows import process
 from vllm_specopt.integration.v1_sampler import (
     GREEDY_BELOW,
@@ -203,10 +203,12 @@ class RejectionSampler(stock.RejectionSampler):
         # A batch whose drafts come from an all-greedy one brings no probabilities, whatever the drafter.
         probs = torch.zeros(1, logits.shape[1], device=device) if probabilistic else None
         filters = {"top_k": zeros(dtype=torch.int32), "top_p": zeros(), "min_p": zeros()}
-        # Of a part of the columns, steps are verified as the model made them, without filters.
+        # A part of the columns is verified as the model made it.
         part = is_part(self.account, logits)
         options = itertools.product(
-            ({},) if part else ({}, filters), (None, probs) if probabilistic else (None,), methods
+            ({}, filters) if not part or filters_stay(device) else ({},),
+            (None, probs) if probabilistic else (None,),
+            methods,
         )
         batches: list[dict[str, Any]] = [{}] + [{**f, "draft_probs": d, **sampled, **m} for f, d, m in options]
         cu_num_logits = torch.tensor([0, 2], dtype=torch.int32, device=device)
@@ -220,7 +222,8 @@ class RejectionSampler(stock.RejectionSampler):
                     drafts = zeros(dtype=torch.int32)
                     token_ids, _ = launch(rows, cu_num_logits, drafts, width - 1, notes=notes, **common, **batch)
                     self._warm_audit(rows, cu_num_logits, token_ids, batch, notes)
-                if batch.get("draft_probs") is None:
+                # With filters, steps without drafts are verified whole.
+                if batch.get("draft_probs") is None and not (part and "top_k" in batch):
                     positions = {} if batch.get("positions") is None else {"positions": batch["positions"][:1]}
                     token_ids, _ = launch(rows[:1], starts, no_drafts, 0, notes=notes, **common, **(batch | positions))
                     self._warm_audit(rows[:1], starts, token_ids, batch | positions, notes)

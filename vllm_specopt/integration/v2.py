@@ -216,16 +216,14 @@ class RejectionSampler(stock.RejectionSampler):
         rules: list[tuple[Constants | None, torch.Tensor | None]] = [(self._config.rule, None)]
         if self._methods is not None:
             rules = [(None, None), (self._config.rule, self._methods.flags.gpu)]
-        # Of a part of the columns, steps with filters are verified where the drafts are certain.
-        part = is_part(self.account, logits)
-        layouts = [logits[:2]] if part else [logits[:2], processed(logits[:2])]
-        kinds = [kind for kind in KINDS if not (part and draft_logits is not None and kind[1])]
+        # A part of the columns is verified as the model made it.
+        layouts = [logits[:2]] if is_part(self.account, logits) else [logits[:2], processed(logits[:2])]
         max_rows = states.max_num_reqs * (self.num_speculative_steps + 1)
         if max_rows > stock.get_max_chunk_logits(logits.shape[1]):
             # A later chunk starts at any row, and not every row need be a multiple of 16 bytes away from the first.
             layouts.append(logits[1:3])
         for rows in layouts:
-            for kind in kinds:
+            for kind in KINDS:
                 for chosen in rules:
                     counters, bad_rows = new_counters(device)
                     parameters, notes = parameters_of(self.sampler, *kind), Notes()
