@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,22 @@ def test_metadata_only_vllm_has_no_modules(set_up: ModuleType) -> None:
 def test_entry_points_parse(command: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def scripts_named() -> list[str]:
+    """Scripts of the tests that the Makefile or a page tells to start."""
+    pages = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/**/*.md")]
+    found = {name for page in pages for name in re.findall(r"python (tests/[\w/]+\.py)", page.read_text())}
+    # Its arguments are pytest's.
+    return sorted(found - {"tests/peer/run.py"})
+
+
+@pytest.mark.parametrize("script", scripts_named())
+def test_scripts_that_the_pages_name_begin(script: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
 
 
 def test_help_is_a_table_and_clean_leaves_nothing_that_setup_made(tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ def run(name: str, limit: int, draft: Path, sampled: Sequence[dict]) -> None:
 
 
 def main() -> None:
+    shown = ", ".join(FAULTS).replace("%", "%%")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of: {', '.join(FAULTS)}; all if none is given")
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of: {shown}; all if none is given")
     parser.add_argument("--limit", type=int, default=LIMIT, help="tokens after which to give up")
     parser.add_argument("--noise", type=float, default=0.0, help="on the draft model's output embeddings")
     parser.add_argument("--sureness", type=float, default=1.0, help="multiplies the draft model's logits")

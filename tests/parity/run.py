@@ -6,6 +6,7 @@ keeps what they emitted in ``reports/parity/``, and writes the table once every 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -90,8 +91,13 @@ Stock V1 on a CPU reads temperature, top-k and top-p from memory that vLLM never
 """
 
 
-def main(*names: str) -> None:
+def main(argv: list[str]) -> None:
     """Run columns, then write the page from the results of all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("columns", nargs="*", metavar="COLUMN", help=f"of: {', '.join(COLUMNS)}; all if none is given")
+    names = parser.parse_args(argv).columns
+    if unknown := set(names) - set(COLUMNS):
+        parser.error(f"{unknown.pop()!r} is no column")
     REPORTS.mkdir(parents=True, exist_ok=True)
     for name in names or COLUMNS:
         began = time.monotonic()
@@ -115,4 +121,4 @@ def main(*names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

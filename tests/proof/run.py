@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Not from this folder: its modules would hide others of the same name.
+elsewhere = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+sys.path[:] = [str(ROOT), str(ROOT / "tests"), *elsewhere]
 # Before anything imports Triton: without a GPU its kernels run in the interpreter. Worker processes come here too.
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
