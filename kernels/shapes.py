@@ -41,7 +41,7 @@ class Shapes(NamedTuple):
 
 
 DEFAULTS = Shapes()
-LIMITS = dict.fromkeys(Shapes._fields, (1, 32)) | {"tile": (16, 16384), "filter_tile": (16, 2048)}
+LIMITS = dict.fromkeys(Shapes._fields, (1, 32)) | {"tile": (16, 16384), "filter_tile": (16, 1024)}
 LIMITS["filter_registers"] = (64, 256)
 """Smallest and largest value of each."""
 

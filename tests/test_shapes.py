@@ -59,6 +59,8 @@ def test_what_a_table_leaves_out_is_the_default(tmp_path):
         ('{"device": "a card", "shapes": {"tile": 1000}}', "tile 1000, expected a power of 2, 16 to 16384"),
         ('{"device": "a card", "shapes": {"tile": true}}', "tile True, expected a power of 2"),
         ('{"device": "a card", "shapes": {"decide_warps": 64}}', "expected a power of 2, 1 to 32"),
+        # What gathers candidates reads 1,024 tokens at once.
+        ('{"device": "a card", "shapes": {"filter_tile": 2048}}', "expected a power of 2, 16 to 1024"),
     ],
 )
 def test_a_broken_or_foreign_table_is_one_sentence_and_the_defaults(monkeypatch, tmp_path, text, message):
@@ -75,7 +77,7 @@ def test_a_broken_or_foreign_table_is_one_sentence_and_the_defaults(monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "chosen", [OTHER, Shapes(4096, 2048, 2, 4, 1, 1, 256, 16, 1)], ids=["small tiles", "large tiles"]
+    "chosen", [OTHER, Shapes(4096, 1024, 2, 4, 1, 1, 256, 16, 1)], ids=["small tiles", "large tiles"]
 )
 @pytest.mark.parametrize("draft", [NO_DRAFT, LOGITS])
 def test_other_shapes_give_the_references_tokens(monkeypatch, draft, chosen):

@@ -32,6 +32,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specopt.integration import v1
+from vllm_specopt.integration.v1_sampler import needs_processors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -285,6 +286,15 @@ def test_greedy_log_probabilities_equal_stock(mode, change):
     for name in ("logprob_token_ids", "logprobs", "selected_token_ranks"):
         theirs = getattr(stock.logprobs_tensors, name)[emitted]
         torch.testing.assert_close(getattr(ours.logprobs_tensors, name)[emitted], theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_minimum_length_is_active_until_tokens_that_the_host_knows_reach_it():
+    """Async scheduling: what ends a request's output may stand for drafts that are not accepted in the end."""
+    processors = min_tokens({0: {7}})
+    metadata = sampling(size=1, logitsprocs=processors)
+    for known, is_active in ((6, True), (10, False)):
+        processors.non_argmax_invariant[0].min_toks = {0: (10, [5] * known + [-1] * 5, {7}, False)}
+        assert needs_processors(metadata) == is_active
 
 
 def test_the_minimum_length_counts_the_drafts_before_a_bonus_token():

@@ -24,11 +24,12 @@ from support.launch_keys import recorded, unexpected
 from support.v1_steps import CHANGES, CPU, Runner, min_p_processor, sampling, spec_metadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_specopt.integration import plugin, v1, v1_sampler, warm_up
+from vllm_specopt.integration import plugin, sharded, v1, v1_sampler, warm_up
 from vllm_specopt.integration.audit import Auditor
 from vllm_specopt.integration.config import SpecoptConfig
 from vllm_specopt.integration.v1 import RejectionSampler
 from vllm_specopt.rules import PAPER, RULES, BlockConstants, BudgetConstants
+from vllm_specopt.sharded import shards_of
 
 ROOT = Path(__file__).parents[1]
 KERNELS, AUDIT = {"statistics_kernel", "decide_kernel"}, {"audit_sweep_kernel", "audit_kernel"}
@@ -98,6 +99,35 @@ def test_v1_launches_only_what_it_warmed_up(monkeypatch, choice, probabilistic, 
     assert not unexpected(served, warmed), "compiles while serving"
     # Chance decides which steps are swept anew.
     assert is_audited or not unexpected(warmed, served), "compiled in vain"
+
+
+@pytest.mark.parametrize("probabilistic", [False, True])
+def test_v1_launches_for_a_part_of_the_columns_only_what_it_warmed_up(monkeypatch, probabilistic):
+    """One of two ranks, which receives what it has sent."""
+    vocab_size, columns = 3000, 1504
+    for module in (sharded, v1):
+        monkeypatch.setattr(module, "filters_stay", lambda device: True)
+    monkeypatch.setattr(sharded, "verify_sharded", functools.partial(sharded.verify_sharded, backend="triton"))
+    sharding = object.__new__(sharded.Sharding)
+    vars(sharding).update(shard=shards_of(vocab_size, 2, columns)[0], steps=0, gather=lambda x: torch.stack([x, x]))
+    sampler = RejectionSampler(Sampler(), None, CPU, runner=Runner(torch.arange(99)))
+    sampler.account.sharding = sharding
+    with recorded(run=False) as warmed:
+        sampler.warm_up(torch.zeros(3, columns, dtype=torch.bfloat16), 4, probabilistic)
+    settings = [{"size": 4}, {"temperature": torch.ones(4)}]
+    settings += [setting | {"top_p": torch.full((4,), 0.9)} for setting in settings[1:]]
+    with recorded(run=False) as served:
+        for setting, count in itertools.product(settings, ([3, 0, 2, 4], [1, 1, 1, 1], [0, 0, 0, 0])):
+            if "top_p" in setting and not sum(count):
+                continue
+            metadata = spec_metadata(count, torch.ones(sum(count)))
+            setattr(metadata, v1.BY_REQUEST, True)
+            logits = torch.zeros(sum(count) + 4, columns, dtype=torch.bfloat16)
+            for given in {False, probabilistic and sum(count) > 0}:
+                probs = torch.ones(sum(count), vocab_size) if given else None
+                sampler(metadata, probs, logits, sampling(**setting, spec_token_ids=[[1] * n for n in count]))
+    assert {key[0] for key in served} >= {"shard_sweep_kernel", "shard_filter_kernel", "shard_flat_kernel"}
+    assert not unexpected(served, warmed), "compiles while serving"
 
 
 def test_v1_draws_without_speculation_launch_only_what_was_warmed_up(monkeypatch):

@@ -52,7 +52,7 @@ def shards_of(vocab_size: int, ranks: int, padded_per_rank: int) -> tuple[Shard,
 
 
 def verify_sharded(
-    logits: torch.Tensor,  # [num_rows, at least shard.columns]
+    logits: torch.Tensor,  # [num_rows, at least shard.columns, and 1]
     cu_num_logits: torch.Tensor,  # [num_reqs + 1], leading 0
     draft_token_ids: torch.Tensor,  # [num_rows] or [num_rows - num_reqs]
     max_num_draft_tokens: int,

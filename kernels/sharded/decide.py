@@ -191,9 +191,11 @@ def shard_end_kernel(
     columns = tl.arange(0, BLOCK_K)
     is_row = columns <= request.num_drafts
     outcomes = merge(sent_outcome_ptr, sent_outcome_stride, request.start_row + columns, is_row, BAD_ROW, RANKS)
+    swept, end = tl.full((), 0, tl.int32), tl.full((), -1, tl.int32)
     if IS_FILTERED:
         # A flat row that did not travel: what survives before it is emitted, and no more.
         end = flat_end(request, draft_token_ids_ptr, outcomes, COMPACT_DRAFTS, BLOCK_K)
+        swept = request.num_drafts + 1
         num_drafts = tl.where(end >= 0, end - 1, request.num_drafts)
         request = Request(index, request.state, request.start_row, num_drafts, request.temperature)
     end_request(
@@ -207,10 +209,16 @@ def shard_end_kernel(
         None,
         pending_ptr,
         tl.full((), False, tl.int1),
-        tl.full((), 0, tl.int32),
+        swept,
         rows_per_req,
         vocab_size,
         COMPACT_DRAFTS,
         BLOCK_K,
         EXACT,
     )
+    if IS_FILTERED:
+        if counters_ptr is not None:
+            # The last token that such a request emits is a draft token, too, not one drawn behind them.
+            places = tl.arange(0, 8)
+            more = tl.where((places == 0) & (end >= 0), 1, tl.where((places == 2) & (end >= 2), -1, 0))
+            tl.atomic_add(counters_ptr + places, more.to(tl.int64), mask=more != 0, sem="relaxed")

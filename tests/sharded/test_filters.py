@@ -46,6 +46,10 @@ def check(batch: Batch, ranks: int, padded: int) -> Seen:
     assert (num_sampled >= 1).all() and (num_sampled <= expected.num_sampled).all()
     assert torch.equal(token_ids, torch.where(is_emitted, expected.token_ids, -1))
     early = int((num_sampled < expected.num_sampled).sum())
+    # Each token is a surviving draft, a replaced one or a bonus, but for requests without drafts.
+    num_drafts = batch.cu_num_logits.diff() - 1
+    assert counted[0, :3].sum() == num_sampled.sum() - (num_drafts == 0).sum()
+    assert torch.equal(counted[0, 3:5], counters[0, 3:5])
     if not early:
         assert torch.equal(counted, counters) and torch.equal(found[0][2], bad_rows)
     return Seen(early, int(counted[0, 0]), int(counted[0, 1]))
@@ -112,8 +116,8 @@ def flat_batch(seed: int, num_drafts: list[int], vocab_size: int, filters: dict[
 )
 def test_the_first_flat_row_travels_and_the_request_ends_before_the_second(filters):
     batch = flat_batch(3, [3, 0, 1], 1100, filters)
-    # Of three drafts one is told to be accepted: the row after it is the second flat one.
-    assert check(batch, 2, 552) == (2, 0, 0)
+    # One draft of each request survives; the row after it is the second flat one.
+    assert check(batch, 2, 552) == (2, 2, 0)
 
 
 def test_peaked_rows_around_a_flat_one_are_all_emitted():

@@ -201,10 +201,11 @@ class RejectionSampler(stock.RejectionSampler):
                 },
             ]
         # A batch whose drafts come from an all-greedy one brings no probabilities, whatever the drafter.
-        probs = torch.zeros(1, logits.shape[1], device=device) if probabilistic else None
+        sharding, part = self.account.sharding, is_part(self.account, logits)
+        vocab_size = logits.shape[1] if sharding is None else sharding.shard.vocab_size
+        probs = torch.zeros(1, vocab_size, device=device) if probabilistic else None
         filters = {"top_k": zeros(dtype=torch.int32), "top_p": zeros(), "min_p": zeros()}
         # A part of the columns is verified as the model made it.
-        part = is_part(self.account, logits)
         options = itertools.product(
             ({}, filters) if not part or filters_stay(device) else ({},),
             (None, probs) if probabilistic else (None,),

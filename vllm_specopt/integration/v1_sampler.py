@@ -8,6 +8,7 @@ for batches that go to the stock one.
 import functools
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -356,9 +357,17 @@ def _unused(device: torch.device | str) -> dict[str, torch.Tensor]:
     return {"top_k": full(0, dtype=torch.int32), "top_p": full(1.0), "min_p": full(0.0)}
 
 
+def _num_known(output: Sequence[int]) -> int:
+    """Tokens of a request's output, without the -1 that stand at its end for what is not known to the host yet."""
+    known = len(output)
+    while known and output[known - 1] == -1:
+        known -= 1
+    return known
+
+
 def _is_active(processor) -> bool:
     if isinstance(processor, MinTokensLogitsProcessor):
-        return any(len(output) < minimum for minimum, output, *_ in processor.min_toks.values())
+        return any(_num_known(output) < minimum for minimum, output, *_ in processor.min_toks.values())
     if type(processor) is LogitBiasLogitsProcessor:
         return bool(processor.biases)
     return True
