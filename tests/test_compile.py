@@ -28,9 +28,6 @@ ALIKE_FILTERED = dict.fromkeys(
     ("shard_decide_kernel", "shard_candidates_kernel", "shard_filter_kernel", "shard_flat_kernel"), "decide_kernel"
 ) | dict.fromkeys(("shard_sweep_kernel", "cut_tiles_kernel"), "statistics_kernel")
 
-# Before its loop, where ptxas stops at 72 registers: 24 bytes stored and loaded.
-SPILLS = {(100, "shard_sweep_kernel", "bf16-v2-logits-filtered-exact")}
-
 
 @pytest.mark.parametrize(
     ("architecture", "which", "least"),
@@ -50,8 +47,8 @@ def test_every_variant_compiles_without_spills(architecture, which, least, tmp_p
     assert {result["kernel"] for result in results} == KERNELS
     assert len(results) >= least
     assert any(result["variant"].endswith("mixed") for result in results)
-    spilling = {(architecture, r["kernel"], r["variant"]): r["spilled_bytes"] for r in results if r["spilled_bytes"]}
-    assert set(spilling) <= SPILLS and sum(spilling.values()) <= 24, spilling
+    spilling = [(r["kernel"], r["variant"], r["spilled_bytes"]) for r in results if r["spilled_bytes"]]
+    assert not spilling
     assert_shards_add_up_alike(results)
     assert all(r["cubin_bytes"] > 0 and r["registers"] <= 255 for r in results)
 

@@ -5,8 +5,11 @@ import triton.language as tl
 
 from ..constants import GREEDY_BELOW, LOG2_E
 from ..load import Drafts, draft_offset, load_draft_token, load_logits, load_request
-from ..statistics import BLOCK, sweep
+from ..statistics import sweep
 from .pieces import UNALIGNED, cut_row
+
+COPIED = tl.constexpr(512)
+"""Tokens copied at once: more take registers that the sweeps need."""
 
 COUNTS = ["num_cut", "num_groups", "part_width", "most_whole", "first_tile", "end_tile", "sent_stride"]
 
@@ -14,8 +17,8 @@ COUNTS = ["num_cut", "num_groups", "part_width", "most_whole", "first_tile", "en
 @triton.jit
 def _send_parts(row_ptr, parts_ptr, part_columns_ptr, part_width):
     """Copy what a rank holds of a row's cut tiles."""
-    for start in range(0, part_width, BLOCK):
-        places = start + tl.arange(0, BLOCK)
+    for start in range(0, part_width, COPIED):
+        places = start + tl.arange(0, COPIED)
         columns = tl.load(part_columns_ptr + places, mask=places < part_width, other=-1)
         parts = tl.load(row_ptr + columns, mask=columns >= 0, other=0.0)
         tl.store(parts_ptr + places, parts, mask=places < part_width)
