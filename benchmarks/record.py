@@ -32,7 +32,7 @@ def conditions(argv: list[str], program: str = "specopt") -> dict:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
-        "command": shlex.join([program, *argv]),
+        "command": f"{program} {shlex.join(argv)}".rstrip(),
         "machine": {
             "device": "cpu" if on_cpu else "cuda",
             "name": cpu_name() if on_cpu else gpu,

@@ -43,7 +43,8 @@ def folders(monkeypatch, tmp_path):
 def test_the_steps_fit_into_one_call_and_bring_back_few_files():
     steps = plan.steps()
     assert [step.name for step in steps] == [
-        "info", "tests", "drafters", "grid", "modelled", "engines", "seeds", "races", "ncu", "sweep"
+        "info", "tests", "drafters", "grid", "modelled", "flat", "audit", "sharded", "races", "engines", "ncu", "seeds",
+        "sweep",
     ]  # fmt: skip
     usual = sum(step.seconds for step in steps if step.name in plan.usual())
     assert plan.usual() == {step.name for step in steps} - plan.ASKED

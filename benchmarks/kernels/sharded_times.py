@@ -1,9 +1,9 @@
 """Time of one rank's part of a sharded step on one GPU, beside the whole rows' verification there.
 
-Usage: ``python -m vllm_specopt.benchmarks.kernels.sharded_times [--vocab-size N] [--only 64x7 ...] [--out FILE]``. An
-exchange is a copy on the same GPU, as if all ranks had sent the same: what a link adds is left out, and of the gather
-that whole rows need first as well. Shapes, drafts and ranks are those of ``sharded_bytes``. On a CPU, for the tests,
-Triton's interpreter has to be on, and times mean nothing.
+Usage: ``python -m vllm_specopt.benchmarks.kernels.sharded_times [--vocab-size N] [--only 64x7 ...] [--out FILE]``. What
+the ranks exchange is computed beforehand; an exchange is then a copy of it on the same GPU: what a link adds is left
+out, and the gather that whole rows need first as well. Shapes, drafts and ranks are those of ``sharded_bytes``, rows
+those of the benchmark at T = 1. On a CPU, for the tests, Triton's interpreter has to be on, and times mean nothing.
 """
 
 from __future__ import annotations
@@ -11,80 +11,104 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from vllm_specopt.benchmarks import record, tables
 from vllm_specopt.benchmarks.kernels import measure
+from vllm_specopt.benchmarks.kernels.grid import Case
+from vllm_specopt.benchmarks.kernels.inputs import make_inputs
 from vllm_specopt.benchmarks.kernels.peers import Implementation
-from vllm_specopt.benchmarks.kernels.sharded_bytes import DTYPE, FILTERED, FORMS, RANKS, SHAPES, VOCAB_SIZE
+from vllm_specopt.benchmarks.kernels.sharded_bytes import FILTERED, FORMS, RANKS, SHAPES, VOCAB_SIZE
 from vllm_specopt.sharded import shards_of, verify_sharded
-from vllm_specopt.testing import LOGITS
-from vllm_specopt.verify import verify
+from vllm_specopt.testing import Batch
+from vllm_specopt.verify import Verified, verify
 
-SPREAD = 3.0
+SEED = 7
 HEADINGS = ("requests x drafts", "drafts", "whole rows us", *(f"one rank of {ranks} us" for ranks in RANKS))
 
 
-def arguments(batch: int, num_drafts: int, draft: str, vocab_size: int, device: torch.device) -> tuple[tuple, dict]:
-    """Arguments of ``verify`` for random rows; half of one-hot drafts are the row's most likely token."""
-    generator = torch.Generator(device).manual_seed(0)
-    num_rows = batch * (num_drafts + 1)
-    logits = torch.randn(num_rows, vocab_size, generator=generator, device=device, dtype=DTYPE) * SPREAD
-    drafts = logits.argmax(1)
-    kwargs = {
-        "temperature": torch.ones(batch, device=device),
-        "seeds": torch.arange(batch, device=device),
-        "backend": "triton",
-    }
-    if draft.startswith(LOGITS):
-        rows = logits.view(batch, num_drafts + 1, vocab_size)[:, :-1]
-        noise = torch.randn(rows.shape, generator=generator, device=device, dtype=DTYPE)
-        kwargs["draft_logits"] = rows + 0.7 * noise
-    if draft.endswith(FILTERED):
-        kwargs["top_p"] = torch.full((batch,), 0.9, device=device)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * (num_drafts + 1)
-    drafts = torch.where(torch.arange(num_rows, device=device) % 4 < 2, drafts, 0).roll(1)
-    return (logits, starts, drafts, num_drafts), kwargs
+class _MissingExchange(Exception):
+    """A rank has come to an exchange that is not known yet."""
 
 
-def implementations(args: tuple, kwargs: dict) -> list[Implementation]:
-    """The whole rows' verification, and of each number of ranks the first one's part."""
-    vocab_size = args[0].shape[1]
+def make_batch(batch: int, num_drafts: int, form: str, vocab_size: int, device: torch.device) -> Batch:
+    """Arguments of ``verify`` by a form of ``sharded_bytes``."""
+    draft, top_p = form.removesuffix(FILTERED), 0.9 if form.endswith(FILTERED) else 1.0
+    made = make_inputs(Case(batch, num_drafts, vocab_size, draft=draft, top_p=top_p), device, SEED).round(0)
+    logits, starts, drafts, most_drafts = made.args()
+    return Batch(logits, starts, drafts, most_drafts, made.kwargs | {"backend": "triton"})
 
-    def rank_of(ranks: int) -> Implementation:
-        shard = shards_of(vocab_size, ranks, -(-vocab_size // ranks))[0]
-        part = args[0][:, : shard.columns].contiguous()
+
+class Ranks:
+    """The ranks of a sharded step on one GPU.
+
+    exchanged: What each exchange of the step leaves on every rank, ``[ranks, length]`` fp32.
+    """
+
+    def __init__(self, batch: Batch, ranks: int) -> None:
+        self.batch, vocab_size = batch, batch.logits.shape[1]
+        self.shards = shards_of(vocab_size, ranks, -(-vocab_size // ranks))
+        self.parts = [batch.logits[:, s.first : s.first + s.columns].contiguous() for s in self.shards]
+        self.exchanged: list[torch.Tensor] = []
+        while brought := [each for rank in range(ranks) if (each := self._next_brought(rank)) is not None]:
+            # As integers: not all of them are numbers.
+            self.exchanged.append(torch.stack([each.view(torch.int32) for each in brought]).view(torch.float32))
+
+    def verify(self, rank: int) -> Verified:
+        """One rank's part of the step.
+
+        Raises:
+            _MissingExchange: Its arguments are what the rank brings to an exchange that is not among ``exchanged``.
+        """
+        known = iter(self.exchanged)
 
         def gather(buffer: torch.Tensor) -> torch.Tensor:
-            return buffer.expand(ranks, -1).contiguous()
+            together = next(known, None)
+            if together is None:
+                raise _MissingExchange(buffer)
+            return together.clone()
 
-        def call(_number: int):
-            return verify_sharded(part, *args[1:], shard=shard, gather=gather, **kwargs)
+        _logits, *args = self.batch.args()
+        return verify_sharded(self.parts[rank], *args, shard=self.shards[rank], gather=gather, **self.batch.kwargs)
 
-        return Implementation(str(ranks), call, lambda result: result, lambda: None)
+    def _next_brought(self, rank: int) -> torch.Tensor | None:
+        """What a rank brings to the first exchange that is not known; None behind the last."""
+        try:
+            self.verify(rank)
+        except _MissingExchange as missing:
+            return missing.args[0]
+        return None
 
-    whole = Implementation("whole", lambda _number: verify(*args, **kwargs), lambda result: result, lambda: None)
-    return [whole, *map(rank_of, RANKS)]
+
+def implementations(batch: Batch) -> list[Implementation]:
+    """The whole rows' verification, and of each number of ranks the first one's part."""
+
+    def named(name: str, call) -> Implementation:
+        return Implementation(name, lambda _number: call(), lambda result: result, lambda: None)
+
+    def rank_of(ranks: int) -> Implementation:
+        together = Ranks(batch, ranks)
+        return named(str(ranks), lambda: together.verify(0))
+
+    return [named("whole", lambda: verify(*batch.args(), **batch.kwargs)), *map(rank_of, RANKS)]
 
 
-def rows(shapes: Sequence[tuple[int, int]], vocab_size: int, device: torch.device, rounds: int) -> list[dict]:
+def rows(shapes: Sequence[tuple[int, int]], vocab_size: int, device: torch.device, rounds: int) -> Iterator[dict]:
     """One row per shape and form of the drafts: medians and quartiles of the times, us."""
     flusher = measure.cache_flusher(device)
-    found = []
     for batch, num_drafts in shapes:
         for draft in FORMS:
-            timed = implementations(*arguments(batch, num_drafts, draft, vocab_size, device))
+            timed = implementations(make_batch(batch, num_drafts, draft, vocab_size, device))
             for each in timed:
                 measure.warm_up(each, device)
             row: dict = {"batch": batch, "num_drafts": num_drafts, "draft": draft}
             for name, samples in measure.time_rounds(timed, device, flusher, rounds, seconds=2.0).items():
                 low, middle, high = statistics.quantiles(samples.time_us, n=4)
                 row[name] = {"us": round(middle, 1), "quartiles": [round(low, 1), round(high, 1)]}
-            found.append(row)
-    return found
+            yield row
 
 
 def cells(row: dict) -> list[str]:
@@ -109,11 +133,14 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = record.conditions(sys.argv[1:], f"python -m {__spec__.name}")
-    found = rows(given.only, given.vocab_size, device, given.rounds)
+    made["case"] = {"vocab": given.vocab_size, "dtype": "bf16"}
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        made |= {"case": {"vocab": given.vocab_size, "dtype": "bf16", "spread": SPREAD}, "rows": found}
-        record.save(given.out, made, indent=1)
+    found = []
+    for row in rows(given.only, given.vocab_size, device, given.rounds):
+        found.append(row)
+        if given.out:
+            record.save(given.out, made | {"rows": found}, indent=1)
     print("\n".join(tables.markdown(HEADINGS, map(cells, found), ("requests x drafts", "drafts"))))
 
 

@@ -71,8 +71,8 @@ fi
 
 mkdir -p "$out"
 pack() { tar c --sort=name --owner=0 --group=0 -C "$scratch/pack" "${@:2}" | xz -T1 "${xz[@]}" > "$out/$1"; }
-xz=(--lzma2=preset=6); pack python.tar.xz --exclude='*.so' --exclude='*.so.*' site deps fallback
-xz=(--x86 --lzma2=preset=6); pack native.tar.xz $(cd "$scratch/pack" && find site deps -name '*.so' -o -name '*.so.*')
+xz=(--lzma2=preset=9e); pack python.tar.xz --exclude='*.so' --exclude='*.so.*' site deps fallback
+xz=(--x86 --lzma2=preset=9e); pack native.tar.xz $(cd "$scratch/pack" && find site deps -name '*.so' -o -name '*.so.*')
 [ ! -d "$scratch/pack/triton" ] || { xz=(--lzma2=preset=6); pack triton.tar.xz triton; }
 [ ! -f "$root/reports/cost/cost.json" ] || cp "$root/reports/cost/cost.json" "$out/"
 tree=$(cd "$root" && git ls-files -z --cached --others --exclude-standard | du -bc --files0-from=- 2> /dev/null | tail -n 1)

@@ -1,19 +1,21 @@
-"""The benchmark of one rank's part runs; its times mean something on a GPU only."""
+"""The benchmark of one rank's part verifies what whole rows do; its times mean something on a GPU only."""
 
 import pytest
 import torch
 
 from vllm_specopt.benchmarks.kernels import sharded_times
-from vllm_specopt.benchmarks.kernels.sharded_bytes import FORMS, RANKS
+from vllm_specopt.benchmarks.kernels.sharded_bytes import FORMS
 
 
 @pytest.mark.parametrize("draft", FORMS)
-def test_one_ranks_part_beside_whole_rows(draft, monkeypatch):
-    monkeypatch.setattr(sharded_times, "RANKS", RANKS[:1])
+def test_ranks_exchange_what_whole_rows_decide(draft, monkeypatch):
+    monkeypatch.setattr(sharded_times, "RANKS", (2,))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    whole, part = sharded_times.implementations(*sharded_times.arguments(2, 1, draft, 700, device))
-    token_ids, num_sampled = whole.call(0)
-    assert ((token_ids >= 0) & (token_ids < 700) | (token_ids == -1)).all() and (num_sampled >= 1).all()
-    found = part.call(0)
-    # All exchanges are with itself: a token that another rank would find is nowhere.
-    assert found.token_ids.shape == token_ids.shape and (found.num_sampled >= 1).all()
+    batch = sharded_times.make_batch(2, 1, draft, 700, device)
+    ranks = sharded_times.Ranks(batch, 2)
+    whole, part = sharded_times.implementations(batch)[:2]
+    expected = whole.call(0)
+    for found in part.call(0), ranks.verify(1):
+        assert torch.equal(found.token_ids, expected.token_ids)
+        assert torch.equal(found.num_sampled, expected.num_sampled)
+    assert len(ranks.exchanged) >= 2 and all(len(each) == 2 for each in ranks.exchanged)

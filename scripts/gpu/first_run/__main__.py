@@ -150,14 +150,14 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
 
 def collect() -> None:
     """Bring back what there is so far; a run that is cut short keeps it."""
-    parts = ("info", "steps", "modelled", "seeds", "drafters", "races", "kernels")
+    parts = ("info", "steps", "modelled", "seeds", "drafters", "races", "kernels", "audit_cost", "sharded_times")
     save("run", {"standin": STANDIN, "rehearsal": REHEARSE} | {name: load(name, None) for name in parts})
     for name in plan.FILES[:-1]:
         if (RESULTS / name).is_file():
             shutil.copy(RESULTS / name, OUT / name)
     scratch = OUT / ".logs"
     with tarfile.open(scratch, "w:gz") as archive:
-        for path in sorted(RESULTS.rglob("*.log")):
+        for path in [*sorted(RESULTS.rglob("*.log")), *sorted(RESULTS.glob("flat_rows.csv"))]:
             archive.add(path, path.name)
     scratch.replace(OUT / plan.FILES[-1])
 

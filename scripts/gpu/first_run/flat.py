@@ -1,7 +1,4 @@
-"""Filters on rows of which much is kept: ours beside stock V2, medians of 20 calls on a cold cache with their spread.
-
-python -m first_run.flat SECONDS       in the environment that first_run.sh left; writes flat_rows.csv
-"""
+"""Filters on rows of which much is kept: ours beside stock V2, medians of 20 calls on a cold cache with spread."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from first_run import batches, timing
-from first_run.places import RESULTS
+from first_run.places import REHEARSE, RESULTS
 from vllm_specopt.benchmarks.kernels import measure, peers
 from vllm_specopt.benchmarks.kernels.grid import Case
 from vllm_specopt.benchmarks.kernels.inputs import make_inputs
@@ -26,7 +23,7 @@ ROWS = (
     (2.0, {"top_k": 2000, "top_p": 0.95}),
     (0.5, {"top_k": 50}),
 )
-SHAPES = ((64, 7), (1, 3))
+SHAPES = ((2, 1),) if REHEARSE else ((64, 7), (1, 3))
 WHO = ("ours", "stock-v2")
 
 
@@ -44,7 +41,7 @@ def main(seconds: float) -> None:
             for deviation, filters in ROWS:
                 if time.monotonic() > deadline:
                     return
-                case = replace(Case(batch, num_drafts), **filters)
+                case = replace(Case(batch, num_drafts, 300 if REHEARSE else Case.vocab), **filters)
                 inputs = make_inputs(case, device, batches.SEED)
                 if deviation:
                     generator = torch.Generator(device).manual_seed(batches.SEED)

@@ -16,10 +16,10 @@ SPARE = 8
 PATIENCE = 40 if REHEARSE else 60 if STANDIN else 1
 TESTS = (
     *("test_triton.py", "test_filters.py", "test_sigmoid.py", "test_rules.py", "test_shapes.py"),
-    *("sharded/test_tokens.py", "sharded/test_filters.py"),
+    *("test_audit.py", "sharded/test_tokens.py", "sharded/test_filters.py"),
 )
-"""The kernels against the float64 reference, with poisoned outputs: rules, drafts, filters, dtypes, shapes; and ranks,
-emulated one after another, against a single one.
+"""The kernels against the float64 reference, with poisoned outputs: rules, drafts, filters, dtypes, shapes, the audit;
+and ranks, emulated one after another, against a single one.
 """
 FILES = (
     "summary.txt",
@@ -52,7 +52,7 @@ class Step:
         return self.seconds * PATIENCE
 
 
-ASKED = {"sweep", "drafters"}
+ASKED = {"sweep", "drafters", "seeds"}
 """Run only where ONLY names them, or in a rehearsal."""
 UNPACK = Step("unpack", 15, ("bash", str(SCRIPTS / "unpack.sh")))
 
@@ -64,10 +64,11 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 def steps() -> list[Step]:
     """The steps in their order, most telling first, and those that have to be asked for."""
-    limits = {"info": 10, "tests": 120, "drafters": 150, "grid": 125, "modelled": 8, "engines": 177, "seeds": 75,
-              "races": 20, "ncu": 12, "sweep": 50}  # fmt: skip
+    limits = {"info": 10, "tests": 130, "drafters": 150, "grid": 170, "modelled": 8, "flat": 25, "audit": 15,
+              "sharded": 25, "races": 20, "engines": 120, "ncu": 12, "seeds": 75, "sweep": 50}  # fmt: skip
     commands = {name: module(name, SECONDS) for name in limits}
-    commands |= {"tests": tests(), "grid": grid()}
+    commands |= {"tests": tests(), "grid": grid(), "audit": beside_verification("audit_cost"),
+                 "sharded": beside_verification("sharded_times")}  # fmt: skip
     beside = {} if REHEARSE else {"tests": (module("precompile"),), "drafters": (module("warm"),)}
     return [Step(name, seconds, commands[name], beside.get(name, ())) for name, seconds in limits.items()]
 
@@ -85,7 +86,7 @@ def tests() -> tuple[str, ...]:
     if STANDIN:
         # Nothing is computed there, so nothing can be asserted.
         return ("env", "PYTHONOPTIMIZE=1", *command, "--assert=plain")
-    return (*command, "--tb=short", "-n", "10")
+    return (*command, "--tb=short", "-n", "10", "-k", "not cpu")
 
 
 def grid() -> tuple[str, ...]:
@@ -95,7 +96,15 @@ def grid() -> tuple[str, ...]:
         return (*command, "--suite", "rehearsal", "--repeats", "5")
     if STANDIN:
         command[1:3] = [str(SCRIPTS / "standin" / "bench.py")]
-    return (*command, "--suite", "gpu", "--device", "cuda", "--repeats", "15", "--minutes", "1.9")
+    return (*command, "--suite", "gpu", "--device", "cuda", "--repeats", "15", "--minutes", "2.7")
+
+
+def beside_verification(name: str) -> tuple[str, ...]:
+    """A benchmark of what is beside the grid: the audit's cost, or one rank's part of a sharded step."""
+    module = f"vllm_specopt.benchmarks.kernels.{name}"
+    command = (sys.executable, "-m", module, "--out", str(RESULTS / f"{name}.json"))
+    tiny = ("--vocab-size", "300", *(("--only", "2x1") if name == "sharded_times" else ()), "--rounds", "5")
+    return (*command, *tiny) if REHEARSE else command
 
 
 def pair() -> tuple[str, ...]:

@@ -40,15 +40,16 @@ def work(number: int, count: int) -> None:
 
 
 def tasks() -> list[Callable[[], None]]:
-    """The grid's first cases, the sweep if it is asked for, then the other cases."""
+    """The grid's first cases, the sweep if it is asked for, then the other cases, ranks' parts and audits."""
     from first_run import sweep
-    from vllm_specopt.benchmarks.kernels import grid
+    from vllm_specopt.benchmarks.kernels import grid, sharded_bytes
 
     cases = [partial(call_all, case) for case in grid.suite("gpu")]
     shapes = [partial(call_shapes, *variation) for variation in sweep.variations()]
     if "sweep" not in os.environ.get("ONLY", "").split():
         shapes = []
-    return cases[:FIRST] + shapes + cases[FIRST:]
+    parts = [partial(call_parts, num_drafts, draft) for draft in sharded_bytes.FORMS for num_drafts in (3, 7)]
+    return cases[:FIRST] + parts + [call_audits] + shapes + cases[FIRST:]
 
 
 def call_all(case) -> None:
@@ -62,6 +63,33 @@ def call_all(case) -> None:
         if not isinstance(implementation, tuple):
             implementation.call(0)
             implementation.greedy()
+
+
+def call_parts(num_drafts: int, draft: str) -> None:
+    """Each rank's part of a sharded step, once."""
+    import torch
+
+    from vllm_specopt.benchmarks.kernels import sharded_times
+
+    batch = sharded_times.make_batch(2, num_drafts, draft, sharded_times.VOCAB_SIZE, torch.device("cuda"))
+    for implementation in sharded_times.implementations(batch):
+        implementation.call(0)
+
+
+def call_audits() -> None:
+    """The audit after each kind of step, once."""
+    import torch
+
+    from vllm_specopt.audit import new_counts
+    from vllm_specopt.benchmarks.kernels import audit_cost
+    from vllm_specopt.benchmarks.kernels.grid import Case
+    from vllm_specopt.benchmarks.kernels.inputs import make_inputs
+
+    device = torch.device("cuda")
+    for parameters in (audit_cost.SETTINGS | audit_cost.SAMPLED).values():
+        inputs = make_inputs(Case(2, 3, **parameters), device, audit_cost.SEED)
+        for kind in audit_cost.CALLS:
+            audit_cost.step(inputs, new_counts(1, device), kind, 0)
 
 
 def call_shapes(shapes, cases) -> None:
