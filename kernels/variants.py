@@ -37,7 +37,7 @@ class Launcher:
         """Launch with Triton's ``options``; ``args`` and ``constants`` in the kernel's order."""
         compiled = self._compiled.get(variant)
         if compiled is not None:
-            compiled[(*grid, 1)[:3]](*args, *constants.values())
+            compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
             return
         # Triton compiles it or finds what it has; None under its interpreter.
         self._compiled[variant] = self._kernel[grid](*args, **constants, **options)

@@ -14,7 +14,7 @@ KERNELS = {
     *("statistics_kernel", "decide_kernel", "residual_kernel", "audit_sweep_kernel", "audit_kernel"),
     *("shard_sweep_kernel", "cut_tiles_kernel", "shard_decide_kernel", "shard_end_kernel"),
     *("shard_residual_kernel", "shard_recover_kernel", "shard_write_kernel"),
-    *("shard_candidates_kernel", "shard_filter_kernel", "shard_pack_kernel", "shard_flat_kernel"),
+    *("shard_filter_kernel", "shard_pack_kernel", "shard_flat_kernel"),
 }
 # Of a rank among several, and of a single one.
 ALIKE = {
@@ -25,7 +25,7 @@ ALIKE = {
     "shard_recover_kernel": "residual_kernel",
 }
 ALIKE_FILTERED = dict.fromkeys(
-    ("shard_decide_kernel", "shard_candidates_kernel", "shard_filter_kernel", "shard_flat_kernel"), "decide_kernel"
+    ("shard_decide_kernel", "shard_filter_kernel", "shard_flat_kernel"), "decide_kernel"
 ) | dict.fromkeys(("shard_sweep_kernel", "cut_tiles_kernel"), "statistics_kernel")
 
 

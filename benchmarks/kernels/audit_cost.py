@@ -39,10 +39,11 @@ HEADINGS = ("requests x drafts", "setting", "rows", "tokens per step", *(f"{call
 def step(inputs: Inputs, counts: torch.Tensor, kind: str, number: int) -> torch.Tensor:
     """Run a step, with an audit unless it is only ``verified``; how many tokens each request emitted."""
     batch = inputs.round(number)
+    audited = {name: each for name, each in batch.kwargs.items() if not name.startswith("draft")}
     notes = Notes() if kind == "audited" else None
     verified = verify(*batch.args(), **batch.kwargs, notes=notes)
     if kind != "verified":
-        audit(batch.logits, batch.cu_num_logits, verified.token_ids, counts, notes=notes, **batch.kwargs)
+        audit(batch.logits, batch.cu_num_logits, verified.token_ids, counts, notes=notes, **audited)
     return verified.num_sampled
 
 

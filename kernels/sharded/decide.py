@@ -23,10 +23,11 @@ from ..load import Drafts, Noise, Request, Tiles, load_draft_token, load_positio
 from ..noise import draw_uniform
 from ..outcome import ratio_test
 from ..output import Output, end_request
+from .filters import ROOM, filters_of, find_candidates
 from .flat import flat_end
 from .pieces import UNALIGNED, Pieces, collect_row, draw_held, locate, merge
 
-COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "sent_stride", "sent_outcome_stride"]
+COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "begun_tile", "end_begun", "sent_stride"]
 
 
 @triton.jit
@@ -57,6 +58,9 @@ def shard_decide_kernel(
     draft_logits_ptr,  # [max_reqs, max_drafts, draft_vocab] or None
     draft_logits_stride_0,
     draft_logits_stride_1,
+    top_k_ptr,  # [max_reqs] or None
+    top_p_ptr,  # [max_reqs] or None
+    min_p_ptr,  # [max_reqs] or None
     bonus_token_ids_ptr,  # [num_reqs] or None
     sent_max_ptr,  # [ranks, num_rows, most_whole], ranks sent_stride apart, as the three below
     sent_sum_ptr,
@@ -74,11 +78,17 @@ def shard_decide_kernel(
     tile_sum_ptr,
     draft_tile_max_ptr,  # or None
     draft_tile_sum_ptr,  # or None
-    outcome_ptr,  # [num_rows] out: what each row found, NOT_HELD where another rank finds it
+    outcome_ptr,  # [num_rows] out: what each row without filters found, NOT_HELD where another rank finds it
     row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual needs, where drafts are sampled
+    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch, None where none filters, as the three below
+    count_ptr,  # [num_rows] out: candidates of filtered rows that this rank holds; above ROOM: too many
+    values_ptr,  # [num_rows, ROOM] out: their logits, in their dtype
+    ids_ptr,  # [num_rows, ROOM] out: their tokens, ascending
     first,
     first_tile,
     end_tile,
+    begun_tile,
+    end_begun,
     most_whole,
     num_cut,
     vocab_size,
@@ -88,7 +98,7 @@ def shard_decide_kernel(
     PADDED_TILES: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """One program per (row, request)."""
+    """One program per (row, request); what a row with filters finds, ``shard_filter_kernel`` says."""
     pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     if pos > request.num_drafts:
@@ -118,14 +128,13 @@ def shard_decide_kernel(
         if request.temperature < GREEDY_BELOW:
             outcome = _greedy_outcome(pieces, tiles, row, token, vocab_size, TILE, PADDED_TILES)
         elif seeds_ptr is not None:
-            is_drawn = tl.full((), True, tl.int1)
+            is_drawn, applies = tl.full((), True, tl.int1), tl.full((), False, tl.int1)
             if not IS_ONE_HOT:
                 is_drawn = token < 0
                 tl.store(row_ptr + row * ROW_COLUMNS + THRESHOLD, float("-inf"))
                 tl.store(row_ptr + row * ROW_COLUMNS + NUM_CANDIDATES, CAPACITY + 1.0)
-            if is_drawn == 0:
-                if not IS_ONE_HOT:
-                    if draft_logits_ptr is not None:
+                if draft_logits_ptr is not None:
+                    if is_drawn == 0:
                         collect_row(
                             sent_draft_max_ptr,
                             sent_draft_sum_ptr,
@@ -137,6 +146,32 @@ def shard_decide_kernel(
                             row,
                             PADDED_TILES,
                         )
+            if tile_list_ptr is not None:
+                filters, applies = filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
+                if applies:
+                    found = find_candidates(
+                        pieces,
+                        begun_tile,
+                        end_begun,
+                        tiles,
+                        row,
+                        filters,
+                        scale,
+                        tile_list_ptr + row * (num_tiles + CAPACITY),
+                        values_ptr + row * ROOM,
+                        ids_ptr + row * ROOM,
+                        vocab_size,
+                        TILE,
+                        PADDED_TILES,
+                    )
+                    tl.store(count_ptr + row, found)
+            if applies == 0:
+                if is_drawn:
+                    uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), DRAW)
+                    outcome = draw_held(
+                        pieces, tiles, row, scale, float("-inf"), uniform, vocab_size, TILE, PADDED_TILES
+                    )
+                elif not IS_ONE_HOT:
                     logit = merge(sent_logit_ptr, sent_stride, row, token >= 0, float("-inf"), RANKS)
                     survives = ratio_test(
                         logit,
@@ -154,9 +189,6 @@ def shard_decide_kernel(
                         EXACT,
                     )
                     outcome = tl.where(survives, token, NEEDS_RESIDUAL)
-            else:
-                uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), DRAW)
-                outcome = draw_held(pieces, tiles, row, scale, float("-inf"), uniform, vocab_size, TILE, PADDED_TILES)
     tl.store(outcome_ptr + row, outcome)
 
 

@@ -1,5 +1,7 @@
 """Host side of rows whose requests filter: two exchanges, of candidates, and of one flat row per request."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,21 +12,39 @@ from ..bounds import CAPACITY
 from ..launch import KEY_BITS, decide_options
 from ..shapes import Shapes
 from ..variants import Launcher
-from .filters import ROOM, shard_candidates_kernel, shard_filter_kernel
+from .filters import ROOM, shard_filter_kernel
 from .flat import CHUNK, shard_flat_kernel, shard_pack_kernel
 from .geometry import ALIGNMENT, Geometry, Parcel, Section
 
-_candidates, _filter, _pack, _flat = map(
-    Launcher, (shard_candidates_kernel, shard_filter_kernel, shard_pack_kernel, shard_flat_kernel)
-)
+_filter, _pack, _flat = map(Launcher, (shard_filter_kernel, shard_pack_kernel, shard_flat_kernel))
+
+
+class Found(NamedTuple):
+    """What a rank finds of each row before filters are applied, to be sent.
+
+    parcel: Its sections are what rows without filters found, ``[num_rows, 1]`` int32, then of the others how many
+        candidates this rank holds, ``[num_rows, 1]`` int32, their logits and their tokens, ``[num_rows, ROOM]``.
+    tile_list: ``[num_rows, num_tiles + CAPACITY]`` int32.
+    """
+
+    parcel: Parcel
+    tile_list: torch.Tensor
+
+    @classmethod
+    def empty(cls, logits: torch.Tensor, num_tiles: int) -> Found:
+        """To be filled by ``shard_decide_kernel``."""
+        num_rows, ints, device = len(logits), torch.int32, logits.device
+        sections = [Section(num_rows, 1, ints)] * 2
+        sections += [Section(num_rows, ROOM.value, dtype) for dtype in (logits.dtype, ints)]
+        tile_list = torch.empty(num_rows, num_tiles + CAPACITY.value, dtype=ints, device=device)
+        return cls(Parcel(device, *sections), tile_list)
 
 
 class Swept(NamedTuple):
     """What is known of the batch's whole rows.
 
     tile_max, tile_sum: ``[num_rows, num_tiles]``; draft_tile_max, draft_tile_sum: of draft logits, or None. sent_logit:
-    ``[ranks, num_rows, 1]``, the draft tokens' as ranks sent them; None where drafts are one-hot. cut: ``[num_rows,
-    num_cut, tile]``, None where no tile is cut. outcome: ``[num_rows]`` int32, of rows without filters. row_data:
+    ``[ranks, num_rows, 1]``, the draft tokens' as ranks sent them; None where drafts are one-hot. row_data:
     ``[num_rows, ROW_COLUMNS]``.
     """
 
@@ -33,8 +53,7 @@ class Swept(NamedTuple):
     draft_tile_max: torch.Tensor | None
     draft_tile_sum: torch.Tensor | None
     sent_logit: torch.Tensor | None
-    cut: torch.Tensor | None
-    outcome: torch.Tensor
+    found: Found
     row_data: torch.Tensor
 
 
@@ -75,54 +94,15 @@ def filter_rows(
     top-p, min-p.
     """
     num_rows, num_reqs, device = len(logits), len(cu_num_logits) - 1, logits.device
-    ints = torch.int32
     padded_tiles = triton.next_power_of_2(held.num_tiles)
     options = decide_options(shapes, True)
-    parcel = Parcel(
-        device,
-        Section(num_rows, 1, ints),
-        Section(num_rows, 1, ints),
-        Section(num_rows, ROOM.value, logits.dtype),
-        Section(num_rows, ROOM.value, ints),
-    )
-    outcome, count, values, ids = (parcel.section(number) for number in range(4))
-    outcome.copy_(swept.outcome[:, None])
-    tile_list = torch.empty(num_rows, held.num_tiles + CAPACITY.value, dtype=ints, device=device)
-    rows, candidates = (rows_per_req, num_reqs), torch.empty(num_rows, CAPACITY.value, device=device)
-    _candidates(
-        variant,
-        rows,
-        options,
-        logits,
-        logits.stride(0),
-        cu_num_logits,
-        *requests,
-        *filters,
-        held.places,
-        swept.cut,
-        swept.tile_max,
-        swept.tile_sum,
-        tile_list,
-        count,
-        values,
-        ids,
-        held.first,
-        held.first_tile,
-        held.end_tile,
-        held.begun_tile,
-        held.end_begun,
-        held.most_whole,
-        held.num_cut,
-        held.vocab_size,
-        held.num_tiles,
-        TILE=held.tile,
-        PADDED_TILES=padded_tiles,
-    )
-    received = gather(parcel.buffer)
-    sent = [parcel.section(number, received) for number in range(4)]
+    candidates = torch.empty(num_rows, CAPACITY.value, device=device)
+    received = gather(swept.found.parcel.buffer)
+    sent = [swept.found.parcel.section(number, received) for number in range(4)]
+    outcome, tile_list = torch.empty(num_rows, dtype=torch.int32, device=device), swept.found.tile_list
     _filter(
         variant,
-        rows,
+        (rows_per_req, num_reqs),
         options,
         *sent,
         received.stride(0),
@@ -142,7 +122,7 @@ def filter_rows(
         tile_list,
         candidates,
         swept.row_data,
-        swept.outcome,
+        outcome,
         held.vocab_size,
         held.num_tiles,
         COMPACT_DRAFTS=compact,
@@ -153,7 +133,7 @@ def filter_rows(
     )
     width = -(-max(widths) // ALIGNMENT) * ALIGNMENT
     parcel = Parcel(device, Section(num_reqs, width, logits.dtype))
-    flat_pos = torch.empty(num_reqs, dtype=ints, device=device)
+    flat_pos = torch.empty(num_reqs, dtype=torch.int32, device=device)
     _pack(
         variant,
         (triton.cdiv(width, CHUNK.value), num_reqs),
@@ -162,7 +142,7 @@ def filter_rows(
         logits.stride(0),
         cu_num_logits,
         draft_token_ids,
-        swept.outcome,
+        outcome,
         parcel.section(0),
         flat_pos,
         held.columns,
@@ -191,7 +171,7 @@ def filter_rows(
         tile_list,
         candidates,
         swept.row_data,
-        swept.outcome,
+        outcome,
         held.vocab_size,
         held.num_tiles,
         COMPACT_DRAFTS=compact,
@@ -199,7 +179,7 @@ def filter_rows(
         TILE=held.tile,
         PADDED_TILES=padded_tiles,
     )
-    return Filtered(swept.outcome[None], tile_list, candidates)
+    return Filtered(outcome[None], tile_list, candidates)
 
 
 def _side_by_side(sent: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:

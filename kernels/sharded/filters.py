@@ -26,16 +26,14 @@ from ..filters import bound_of
 from ..load import Drafts, Noise, Tiles, is_filtered, load_draft_token, load_filters, load_position, load_request
 from ..noise import draw_uniform
 from ..outcome import ratio_test
-from .pieces import UNALIGNED, Pieces, cut_row, merge
+from .pieces import UNALIGNED, cut_row, merge
 
 ROOM = tl.constexpr(256)
 """Candidates of a row that a rank sends at most."""
 
-COUNTS = ["num_tiles", "num_cut", "most_whole", "first_tile", "end_tile", "begun_tile", "end_begun"]
-
 
 @triton.jit
-def _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
+def filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size):
     """A request's filters, and whether its rows are drawn with them."""
     filters = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, request.state)
     return filters, is_filtered(filters, vocab_size) & (request.temperature >= GREEDY_BELOW)
@@ -77,46 +75,28 @@ def _gather_held(
     return found
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=UNALIGNED)
-def shard_candidates_kernel(
-    logits_ptr,  # [num_rows, columns]: this rank's
-    logits_stride,
-    cu_num_logits_ptr,  # [num_reqs + 1]
-    state_indices_ptr,  # [num_reqs] or None
-    temperature_ptr,  # [max_reqs]
-    top_k_ptr,  # [max_reqs] or None
-    top_p_ptr,  # [max_reqs] or None
-    min_p_ptr,  # [max_reqs] or None
-    places_ptr,  # [num_tiles]
-    cut_ptr,  # [num_rows, num_cut, TILE], or None
-    tile_max_ptr,  # [num_rows, num_tiles], of whole rows
-    tile_sum_ptr,  # [num_rows, num_tiles]
-    tile_list_ptr,  # [num_rows, num_tiles + CAPACITY] scratch
-    count_ptr,  # [num_rows] out: of filtered rows; above ROOM: too many
-    values_ptr,  # [num_rows, ROOM] out: logits of candidates, in their dtype
-    ids_ptr,  # [num_rows, ROOM] out: their tokens, ascending
-    first,
-    first_tile,
-    end_tile,
+@triton.jit
+def find_candidates(
+    pieces,
     begun_tile,
     end_begun,
-    most_whole,
-    num_cut,
+    tiles,
+    row,
+    filters,
+    scale,
+    list_ptr,
+    values_ptr,
+    ids_ptr,
     vocab_size,
-    num_tiles,
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ):
-    """One program per (row, request): the candidates that this rank holds."""
-    pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
-    filters, applies = _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
-    if (pos > request.num_drafts) | (applies == 0):
-        return
-    row = request.start_row + pos
-    pieces = Pieces(places_ptr, most_whole, first_tile, end_tile, logits_ptr, logits_stride, first, cut_ptr, num_cut)
-    scale = LOG2_E / request.temperature
-    maxima, sums = load_tiles(Tiles(tile_max_ptr, tile_sum_ptr, None, num_tiles), row, PADDED_TILES)
+    """How many candidates of a row this rank holds, above ROOM: too many.
+
+    values_ptr, ids_ptr: ``[ROOM]`` out: their logits in their dtype, their tokens, ascending. list_ptr: Scratch for
+    numbers of tiles.
+    """
+    maxima, sums = load_tiles(tiles, row, PADDED_TILES)
     top, masses = tile_masses(maxima, sums, scale, float("-inf"))
     found = tl.full((), ROOM + 1, tl.int32)
     if (top > float("-inf")) & (top < float("inf")):
@@ -126,9 +106,9 @@ def shard_candidates_kernel(
             begun_tile,
             end_begun,
             row,
-            tile_list_ptr + row * (num_tiles + CAPACITY),
-            values_ptr + row * ROOM,
-            ids_ptr + row * ROOM,
+            list_ptr,
+            values_ptr,
+            ids_ptr,
             maxima,
             bound.low,
             top,
@@ -136,7 +116,7 @@ def shard_candidates_kernel(
             TILE,
             PADDED_TILES,
         )
-    tl.store(count_ptr + row, found)
+    return found
 
 
 @triton.jit
@@ -216,7 +196,7 @@ def shard_filter_kernel(
     if pos > request.num_drafts:
         return
     row = request.start_row + pos
-    filters, applies = _filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
+    filters, applies = filters_of(request, top_k_ptr, top_p_ptr, min_p_ptr, vocab_size)
     IS_ONE_HOT: tl.constexpr = draft_probs_ptr is None and draft_logits_ptr is None
     outcome = merge(sent_outcome_ptr, sent_stride, row, pos >= 0, BAD_ROW, RANKS)
     if applies:

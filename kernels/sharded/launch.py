@@ -16,7 +16,7 @@ from ..launch import MOST_REQUESTS, decide_options, row_tiling, tiling
 from ..shapes import shapes_of
 from ..variants import Launcher, variant_of
 from .decide import shard_decide_kernel, shard_end_kernel
-from .filtered import Swept, filter_rows
+from .filtered import Found, Swept, filter_rows
 from .geometry import Parcel, Section, geometry_of
 from .recover import Decided, recover_tokens
 from .sweep import cut_tiles_kernel, shard_sweep_kernel
@@ -175,7 +175,12 @@ def verify_shard(
     if draft is not None:
         pending = empty(ints, num_reqs)
     row_data = empty(floats, num_rows if draft is not None or is_filtered else 0, ROW_COLUMNS.value)
-    outcome = empty(ints, num_rows)
+    found = Found.empty(logits, num_tiles) if is_filtered else None
+    if found is None:
+        outcome, *of_filtered = empty(ints, num_rows), None, None, None, None
+    else:
+        outcome, *candidates = (found.parcel.section(number) for number in range(4))
+        of_filtered = [found.tile_list, *candidates]
     _decide(
         variant,
         (width, num_reqs),
@@ -189,6 +194,9 @@ def verify_shard(
         seeds,
         positions,
         *draft_forms,
+        top_k,
+        top_p,
+        min_p,
         bonus_token_ids,
         *sent,
         sent_stride,
@@ -204,9 +212,12 @@ def verify_shard(
         draft_tile_sum,
         outcome,
         row_data,
+        *of_filtered,
         held.first,
         held.first_tile,
         held.end_tile,
+        held.begun_tile,
+        held.end_begun,
         held.most_whole,
         held.num_cut,
         vocab_size,
@@ -217,7 +228,7 @@ def verify_shard(
         RANKS=ranks,
     )
     tile_list = candidates = None
-    if is_filtered:
+    if found is not None:
         outcomes, tile_list, candidates = filter_rows(
             logits,
             cu_num_logits,
@@ -226,7 +237,7 @@ def verify_shard(
             (seeds, positions),
             draft_forms,
             (top_k, top_p, min_p),
-            Swept(tile_max, tile_sum, draft_tile_max, draft_tile_sum, sent[4], cut, outcome, row_data),
+            Swept(tile_max, tile_sum, draft_tile_max, draft_tile_sum, sent[4], found, row_data),
             held=held,
             widths=widths,
             shapes=shapes,

@@ -84,7 +84,6 @@ def shard_launches(types: dict[str, str], draft: str, filtered: bool) -> list:
         types |= dict.fromkeys(OF_FILTERS, "*i32")
         types |= dict.fromkeys(("values_ptr", "sent_values_ptr", "flat_ptr"), types["logits_ptr"])
         kernels += [
-            (filters.shard_candidates_kernel, options),
             (filters.shard_filter_kernel, options),
             (flat.shard_pack_kernel, {"num_warps": DEFAULTS.decide_warps}),
             (flat.shard_flat_kernel, options),
