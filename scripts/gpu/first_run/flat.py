@@ -41,7 +41,7 @@ def main(seconds: float) -> None:
             for deviation, filters in ROWS:
                 if time.monotonic() > deadline:
                     return
-                case = replace(Case(batch, num_drafts, 300 if REHEARSE else Case.vocab), **filters)
+                case = replace(Case(batch, num_drafts, 3000 if REHEARSE else Case.vocab), **filters)
                 inputs = make_inputs(case, device, batches.SEED)
                 if deviation:
                     generator = torch.Generator(device).manual_seed(batches.SEED)
