@@ -176,11 +176,12 @@ def verify_shard(
         pending = empty(ints, num_reqs)
     row_data = empty(floats, num_rows if draft is not None or is_filtered else 0, ROW_COLUMNS.value)
     found = Found.empty(logits, num_tiles) if is_filtered else None
+    of_filtered: list[torch.Tensor | None] = [None] * 4
     if found is None:
-        outcome, *of_filtered = empty(ints, num_rows), None, None, None, None
+        outcome = empty(ints, num_rows)
     else:
-        outcome, *candidates = (found.parcel.section(number) for number in range(4))
-        of_filtered = [found.tile_list, *candidates]
+        outcome = found.parcel.section(0)
+        of_filtered = [found.tile_list, *(found.parcel.section(number) for number in (1, 2, 3))]
     _decide(
         variant,
         (width, num_reqs),
