@@ -4,9 +4,9 @@ A token's place is the probability of all tokens above it, plus a random share o
 places of tokens that follow their rows' distributions are uniform, whatever those are, so that counts in bins are all
 that is kept (``reference/audit.py``). It looks at tokens that are there already, so it works beside any sampler.
 
-One launch, a program for each row that emitted: with the statistics and thresholds that the verification of the step
-left, it reads the tiles whose largest logit reaches the token's. Beside another sampler a sweep of these rows comes
-first, and thresholds are found anew.
+One launch: with the statistics and thresholds that the verification of the step left, it reads the tiles whose largest
+logit reaches the token's. That may be most of the row, so a few programs share each row; the last one to arrive counts.
+Beside another sampler a sweep of these rows comes first, and thresholds are found anew, by one program per row.
 """
 
 import torch
@@ -38,6 +38,12 @@ from .variants import Launcher, variant_of
 BINS = tl.constexpr(32)
 COLUMNS = tl.constexpr(34)
 """Of the counts: the bins, tokens that cannot have been drawn, tokens that were drawn and not audited."""
+
+MOST_PARTS = tl.constexpr(32)
+"""Programs that share a row at most."""
+
+PROGRAMS = 4096
+"""Programs of a launch beyond which rows are shared by fewer: most rows emit nothing, and theirs only come and go."""
 
 
 @triton.jit
@@ -71,6 +77,7 @@ def audit_sweep_kernel(
     temperature_ptr,  # [max_reqs]
     tile_max_ptr,  # [num_rows, num_tiles] out, as in statistics.py
     tile_sum_ptr,  # [num_rows, num_tiles] out
+    row_arrived_ptr,  # [num_rows] out: zeros
     vocab_size,
     num_tiles,
     TILE: tl.constexpr,
@@ -83,6 +90,8 @@ def audit_sweep_kernel(
     if (is_emitted == 0) | (request.temperature < GREEDY_BELOW):
         return
     row = request.start_row + pos
+    if group == 0:
+        tl.store(row_arrived_ptr + row, 0)
     sweep(
         logits_ptr + row * logits_stride,
         LOG2_E / request.temperature,
@@ -100,12 +109,32 @@ def audit_sweep_kernel(
 
 @triton.jit
 def _split_tiles(
-    row_ptr, tiles, row, list_ptr, logit, scale, top, vocab_size, TILE: tl.constexpr, PADDED_TILES: tl.constexpr
+    row_ptr,
+    tiles,
+    row,
+    list_ptr,
+    shares_ptr,
+    row_arrived_ptr,
+    logit,
+    scale,
+    top,
+    vocab_size,
+    TILE: tl.constexpr,
+    PADDED_TILES: tl.constexpr,
 ):
-    """What lies above a logit, and what equals it, relative to the row's largest, fp64; reads tiles that reach it."""
+    """What lies above a logit, and what equals it, relative to the row's largest, fp64; reads tiles that reach it.
+
+    Each of the row's programs reads some of these; only the last one to arrive, which is told, has the sums of all.
+    """
     TOGETHER: tl.constexpr = SPAN // TILE if TILE < SPAN else 1
+    part, num_parts = tl.program_id(0), tl.num_programs(0)
     maxima, _sums = load_tiles(tiles, row, PADDED_TILES)
-    num_listed = list_tiles(list_ptr, maxima, key_value(order_key(logit) - 1), PADDED_TILES)
+    tile_ids = tl.arange(0, PADDED_TILES)
+    reader = tile_ids // TOGETHER % num_parts
+    # Nobody else lists the tiles that belong there.
+    list_ptr += tl.sum(((reader < part) & (tile_ids < tiles.count)).to(tl.int32), axis=0)
+    mine = tl.where(reader == part, maxima, float("-inf"))
+    num_listed = list_tiles(list_ptr, mine, key_value(order_key(logit) - 1), PADDED_TILES)
     shift = row_shift(top, scale)
     above, equal = tl.zeros([TOGETHER, TILE], tl.float32), tl.zeros([TOGETHER, TILE], tl.float32)
     start = tl.full((), 0, tl.int32)
@@ -118,7 +147,20 @@ def _split_tiles(
         above += tl.where(x > logit, w, 0.0)
         equal += tl.where(x == logit, w, 0.0)
     above, equal = tl.sum(above, axis=0).to(tl.float64), tl.sum(equal, axis=0).to(tl.float64)
-    return tl.sum(above, axis=0), tl.sum(equal, axis=0)
+    above, equal = tl.sum(above, axis=0), tl.sum(equal, axis=0)
+    shares_ptr += row * num_parts * 2
+    tl.store(shares_ptr + part * 2, above)
+    tl.store(shares_ptr + part * 2 + 1, equal)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(row_arrived_ptr + row, 1, sem="acq_rel") == num_parts - 1
+    if is_last:
+        tl.debug_barrier()
+        parts = tl.arange(0, MOST_PARTS)
+        above = tl.sum(tl.load(shares_ptr + parts * 2, mask=parts < num_parts, other=0.0), axis=0)
+        equal = tl.sum(tl.load(shares_ptr + parts * 2 + 1, mask=parts < num_parts, other=0.0), axis=0)
+        # Another audit may take the same notes.
+        tl.store(row_arrived_ptr + row, 0)
+    return above, equal, is_last
 
 
 @triton.jit
@@ -150,6 +192,8 @@ def audit_kernel(
     tile_list_ptr,  # [num_rows, num_tiles] scratch; with candidates_ptr CAPACITY more columns, as in decide.py
     candidates_ptr,  # [num_rows, CAPACITY], or None where none filters
     row_ptr,  # [num_rows, ROW_COLUMNS], thresholds of requests that filter; None: they are to be found here
+    shares_ptr,  # [num_rows, num_parts, 2] scratch: what each of a row's programs found above and equal
+    row_arrived_ptr,  # [num_rows] zeros
     counts_ptr,  # [num_methods, COLUMNS]
     places_ptr,  # [num_reqs, width] out, or None
     vocab_size,
@@ -159,18 +203,19 @@ def audit_kernel(
     TILE: tl.constexpr,
     PADDED_TILES: tl.constexpr,
 ):
-    """One program per (row, request)."""
-    pos, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One program per (part of a row, row, request); what needs no share of the others is the first part's."""
+    part, pos, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    is_last = part == 0
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     is_emitted, token = _emitted(token_ids_ptr, token_ids_stride, num_sampled_ptr, request, pos)
     if places_ptr is not None:
-        tl.store(places_ptr + index * tl.num_programs(0) + pos, float("nan"))
+        tl.store(places_ptr + index * tl.num_programs(1) + pos, float("nan"), mask=is_last)
     if is_emitted == 0:
         return
     counts_ptr += COLUMNS * (method if rule_requests_ptr is None else _method_of(rule_requests_ptr, request, method))
     if request.temperature < GREEDY_BELOW:
         is_left_out = tl.load(temperature_ptr + request.state) < 0.0
-        tl.atomic_add(counts_ptr + BINS + 1, 1, mask=is_left_out, sem="relaxed")
+        tl.atomic_add(counts_ptr + BINS + 1, 1, mask=is_left_out & is_last, sem="relaxed")
         return
     row = request.start_row + pos
     row_logits_ptr = logits_ptr + row * logits_stride
@@ -205,7 +250,7 @@ def audit_kernel(
     top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
     if ((mass > 0.0) & (mass < float("inf"))) == 0:
         # No usable logit, or some that are too large for single precision at this temperature.
-        tl.atomic_add(counts_ptr + BINS + 1, 1, sem="relaxed")
+        tl.atomic_add(counts_ptr + BINS + 1, 1, mask=is_last, sem="relaxed")
         return
     logit = _token_logit(row_logits_ptr, token, vocab_size)
     is_possible = (logit >= threshold) & (logit > float("-inf")) & ((top < float("inf")) | (logit == top))
@@ -215,20 +260,33 @@ def audit_kernel(
         is_gathered = tl.full((), False, tl.int1)
         if candidates_ptr is not None:
             is_gathered = count <= CAPACITY
-            if is_gathered:
+            if is_gathered & is_last:
                 above, equal = _split_candidates(candidates, logit, scale, top)
         if is_gathered == 0:
-            above, equal = _split_tiles(
-                row_logits_ptr, tiles, row, list_ptr, logit, scale, top, vocab_size, TILE, PADDED_TILES
+            above, equal, is_last = _split_tiles(
+                row_logits_ptr,
+                tiles,
+                row,
+                list_ptr,
+                shares_ptr,
+                row_arrived_ptr,
+                logit,
+                scale,
+                top,
+                vocab_size,
+                TILE,
+                PADDED_TILES,
             )
         noise = Noise(seeds_ptr, positions_ptr)
         uniform = draw_uniform(tl.load(seeds_ptr + request.state), load_position(noise, request, pos), AUDIT)
         place = (above + uniform * equal) / mass
+    if is_last == 0:
+        return
     bin = tl.minimum(tl.maximum((place * BINS).to(tl.int32), 0), BINS - 1)
     tl.atomic_add(counts_ptr + bin, 1, sem="relaxed")
     tl.atomic_add(counts_ptr + BINS, 1, mask=is_possible == 0, sem="relaxed")
     if places_ptr is not None:
-        tl.store(places_ptr + index * tl.num_programs(0) + pos, tl.minimum(place, 1.0))
+        tl.store(places_ptr + index * tl.num_programs(1) + pos, tl.minimum(place, 1.0))
 
 
 @triton.jit
@@ -294,8 +352,12 @@ def audit_batch(
         return torch.empty(num_rows, columns, dtype=dtype, device=logits.device)
 
     finds_thresholds = filtered and notes is None
+    # Only one program can find a threshold.
+    shared_by = 1 if finds_thresholds else PROGRAMS // (width * num_reqs)
+    num_parts = max(1, min(MOST_PARTS.value, triton.cdiv(num_tiles * tile, max(tile, SPAN.value)), shared_by))
     if notes is None:
-        notes = Swept(empty(num_tiles), empty(num_tiles), None, empty(CAPACITY.value) if filtered else None, None)
+        candidates, arrived = empty(CAPACITY.value) if filtered else None, empty(1, torch.int32)
+        notes = Swept(empty(num_tiles), empty(num_tiles), None, candidates, None, arrived)
         _sweep(
             variant,
             (num_groups, width, num_reqs),
@@ -303,6 +365,7 @@ def audit_batch(
             *rows,
             notes.tile_max,
             notes.tile_sum,
+            notes.arrived,
             vocab_size,
             num_tiles,
             TILE=tile,
@@ -313,7 +376,7 @@ def audit_batch(
         tile_list = empty(num_tiles + (CAPACITY.value if filtered else 0), torch.int32)
     _count(
         variant,
-        (width, num_reqs),
+        (num_parts, width, num_reqs),
         audit_options(shapes, finds_thresholds),
         *rows,
         seeds,
@@ -325,6 +388,8 @@ def audit_batch(
         tile_list,
         notes.candidates,
         notes.row_data if filtered else None,
+        empty(2 * num_parts, torch.float64),
+        notes.arrived,
         counts,
         places,
         vocab_size,

@@ -63,6 +63,7 @@ UNALIGNED = (
     "outcome_ptr",
     "row_ptr",
     "arrived_ptr",
+    "row_arrived_ptr",
     "pending_ptr",
     "counters_ptr",
     "token_ids_ptr",

@@ -28,10 +28,11 @@ _statistics, _decide, _residual = map(Launcher, (statistics_kernel, decide_kerne
 
 
 class Swept(NamedTuple):
-    """What a verification leaves of its rows for an audit; the last three are None where no request filters.
+    """What a verification leaves of its rows for an audit; three are None where no request filters.
 
     tile_max, tile_sum: ``[num_rows, num_tiles]`` fp32, as the draw takes them. tile_list, candidates: Scratch of the
-    filters, with the candidates of each row. row_data: ``[num_rows, ROW_COLUMNS]`` fp32, thresholds among it.
+    filters, with the candidates of each row. row_data: ``[num_rows, ROW_COLUMNS]`` fp32, thresholds among it. arrived:
+    ``[num_rows]`` int32 zeros, for programs that share a row.
     """
 
     tile_max: torch.Tensor
@@ -39,6 +40,7 @@ class Swept(NamedTuple):
     tile_list: torch.Tensor | None
     candidates: torch.Tensor | None
     row_data: torch.Tensor | None
+    arrived: torch.Tensor
 
 
 @cache
@@ -135,7 +137,7 @@ def verify_batch(
         row_data = floats(num_rows, ROW_COLUMNS.value)
     if is_filtered:
         tile_list, candidates = ints(num_rows, num_tiles + CAPACITY.value), floats(num_rows, CAPACITY.value)
-    outcome, arrived = ints(num_rows), ints(num_reqs, 2)
+    outcome, arrived = ints(num_rows), ints(2 * num_reqs + num_rows)
     draft_strides = (0, 0) if draft_logits is None else draft_logits.stride()[:2]
     draft_forms = (draft_probs, 0 if draft_probs is None else draft_probs.stride(0), draft_logits, *draft_strides)
 
@@ -222,8 +224,9 @@ def verify_batch(
         BLOCK_K=block_k,
         RULE=rule,
     )
-    leaves_all = temperature is not None and bonus_token_ids is None and rule != SIGMOID.value
-    left = Swept(tile_max, tile_sum, tile_list, candidates, row_data) if takes_notes and leaves_all else None
+    left = None
+    if takes_notes and temperature is not None and bonus_token_ids is None and rule != SIGMOID.value:
+        left = Swept(tile_max, tile_sum, tile_list, candidates, row_data, arrived[2 * num_reqs :])
     if draft is None:
         return left
     is_block = rule == BLOCK.value

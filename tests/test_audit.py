@@ -21,6 +21,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("cpu", "triton")
 
 
+count = kernels._count
+
+
 def device_of(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
@@ -212,6 +215,26 @@ def test_requests_count_for_the_method_they_follow(backend, dtype):
     assert counts[4].sum() == verified.num_sampled[::2].sum()
     assert counts[0].sum() == verified.num_sampled[1::2].sum()
     assert counts.sum() == verified.num_sampled.sum()
+
+
+@pytest.mark.parametrize("filters", [(), ("top_k",)], ids=["plain", "filtered"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_number_of_programs_may_share_a_row(dtype, filters, monkeypatch):
+    """Most tokens of the row lie above the audited one, and of equal ones some in every program's part."""
+    shared_by = []
+    monkeypatch.setattr(kernels, "_count", lambda variant, grid, *args, **kw: shared_by.append(grid[0]) or count(
+        variant, grid, *args, **kw))  # fmt: skip
+    batch = random_batch(seed=5, num_drafts=[1, 0, 2], vocab_size=9000, spread=0.1, dtype=dtype, temperatures=(1.0,))
+    if filters:
+        batch.kwargs["top_k"] = torch.full_like(batch.kwargs["temperature"], 8000).int()
+    _, notes = verified_with_notes(batch, "triton", monkeypatch)
+    middle = batch.logits.argsort(1)[:, 4000]
+    token_ids = torch.stack([middle[row : row + 3] for row in (0, 2, 2)])
+    for programs, parts in ((1, 1), (20, 2), (4096, 9)):
+        monkeypatch.setattr(kernels, "PROGRAMS", programs)
+        for given in (notes, None):
+            check(batch, token_ids, torch.tensor([2, 1, 3]), "triton", monkeypatch, notes=given)
+            assert shared_by.pop() == (1 if filters and given is None else parts)
 
 
 def test_a_wide_row_of_which_much_is_kept(monkeypatch):

@@ -26,7 +26,7 @@ BLOCK_K = 8
 METHODS = ("sigmoid", "sigmoid-mixed", "block-mixed", "typical-mixed", "budget-mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = ("tile_max_ptr", "tile_sum_ptr", "temperature_ptr")
-INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "num_sampled_ptr")
+INTS = ("cu_num_logits_ptr", "draft_token_ids_ptr", "outcome_ptr", "arrived_ptr", "row_arrived_ptr", "num_sampled_ptr")
 SCALARS = ("logits_stride", "draft_logits_stride_0", "draft_logits_stride_1", "draft_probs_stride", "vocab_size")
 ALIGNED = (*SCALARS, "first", "end", "flat_stride")
 SCALARS += ("num_tiles", "num_row_tiles", "rows_per_req", "token_ids_stride", "method")
@@ -34,6 +34,7 @@ COMMON = {
     **dict.fromkeys(FLOATS, "*fp32"),
     **dict.fromkeys(INTS, "*i32"),
     **dict.fromkeys(SCALARS, "i32"),
+    "shares_ptr": "*fp64",
     **dict.fromkeys(("seeds_ptr", "positions_ptr", "bad_row_counter_ptr", "counters_ptr", "counts_ptr"), "*i64"),
 }
 # Of a rank among eight: boundaries between them cut tiles.
