@@ -3,7 +3,9 @@
 Usage: ``python -m vllm_specopt.benchmarks.kernels.sharded_times [--vocab-size N] [--only 64x7 ...] [--out FILE]``. What
 the ranks exchange is computed beforehand; an exchange is then a copy of it on the same GPU: what a link adds is left
 out, and the gather that whole rows need first as well. Shapes, drafts and ranks are those of ``sharded_bytes``, rows
-those of the benchmark at T = 1. On a CPU, for the tests, Triton's interpreter has to be on, and times mean nothing.
+those of the benchmark: at T = 1, with top-p at T = 0.7, and once more at T = 1, where they are flat and requests end
+early. Nothing is timed before ranks have emitted what whole rows do. On a CPU, for the tests, Triton's interpreter has
+to be on, and times mean nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +30,9 @@ from vllm_specopt.testing import Batch
 from vllm_specopt.verify import Verified, verify
 
 SEED = 7
-HEADINGS = ("requests x drafts", "drafts", "whole rows us", *(f"one rank of {ranks} us" for ranks in RANKS))
+FLAT = ", flat rows"
+ALL_FORMS = (*FORMS, *(form + FLAT for form in FORMS if form.endswith(FILTERED)))
+HEADINGS = ("requests x drafts", "drafts", "whole rows us", *(f"one rank of {ranks} us" for ranks in RANKS), "tokens")
 
 
 class _MissingExchange(Exception):
@@ -35,9 +40,12 @@ class _MissingExchange(Exception):
 
 
 def make_batch(batch: int, num_drafts: int, form: str, vocab_size: int, device: torch.device) -> Batch:
-    """Arguments of ``verify`` by a form of ``sharded_bytes``."""
-    draft, top_p = form.removesuffix(FILTERED), 0.9 if form.endswith(FILTERED) else 1.0
-    made = make_inputs(Case(batch, num_drafts, vocab_size, draft=draft, top_p=top_p), device, SEED).round(0)
+    """Arguments of ``verify`` by one of ALL_FORMS."""
+    kind = form.removesuffix(FLAT)
+    case = Case(batch, num_drafts, vocab_size, draft=kind.removesuffix(FILTERED))
+    if kind.endswith(FILTERED):
+        case = replace(case, top_p=0.9, temperature=0.7 if kind == form else 1.0)
+    made = make_inputs(case, device, SEED).round(0)
     logits, starts, drafts, most_drafts = made.args()
     return Batch(logits, starts, drafts, most_drafts, made.kwargs | {"backend": "triton"})
 
@@ -97,24 +105,41 @@ def implementations(batch: Batch) -> list[Implementation]:
 
 
 def rows(shapes: Sequence[tuple[int, int]], vocab_size: int, device: torch.device, rounds: int) -> Iterator[dict]:
-    """One row per shape and form of the drafts: medians and quartiles of the times, us."""
+    """One row per shape and form of the drafts: medians and quartiles of the times, us, and tokens emitted.
+
+    Raises:
+        RuntimeError: A rank emits something else than whole rows do.
+    """
     flusher = measure.cache_flusher(device)
     for batch, num_drafts in shapes:
-        for draft in FORMS:
+        for draft in ALL_FORMS:
             timed = implementations(make_batch(batch, num_drafts, draft, vocab_size, device))
             for each in timed:
                 measure.warm_up(each, device)
-            row: dict = {"batch": batch, "num_drafts": num_drafts, "draft": draft}
+            tokens = {each.name: emitted(timed[0].call(0), each.call(0), draft) for each in timed}
+            row: dict = {"batch": batch, "num_drafts": num_drafts, "draft": draft, "tokens": tokens}
             for name, samples in measure.time_rounds(timed, device, flusher, rounds, seconds=2.0).items():
                 low, middle, high = statistics.quantiles(samples.time_us, n=4)
                 row[name] = {"us": round(middle, 1), "quartiles": [round(low, 1), round(high, 1)]}
             yield row
 
 
+def emitted(whole: Verified, part: Verified, draft: str) -> int:
+    """How many tokens a rank emits, which are those of whole rows, or the first of them where rows are flat."""
+    places = torch.arange(part.token_ids.shape[1], device=part.token_ids.device)
+    is_cut = places >= part.num_sampled[:, None]
+    if not torch.equal(part.token_ids, whole.token_ids.masked_fill(is_cut, -1)):
+        raise RuntimeError(f"a rank emits other tokens than whole rows do ({draft})")
+    if not draft.endswith(FLAT) and not torch.equal(part.num_sampled, whole.num_sampled):
+        raise RuntimeError(f"a rank emits fewer tokens than whole rows do ({draft})")
+    return int(part.num_sampled.sum())
+
+
 def cells(row: dict) -> list[str]:
     """A row of the table."""
+    tokens = row["tokens"]
     times = [f"{row[name]['us']:.0f}" for name in ("whole", *map(str, RANKS))]
-    return [f"{row['batch']} x {row['num_drafts']}", row["draft"], *times]
+    return [f"{row['batch']} x {row['num_drafts']}", row["draft"], *times, " / ".join(map(str, tokens.values()))]
 
 
 def shape(text: str) -> tuple[int, int]:

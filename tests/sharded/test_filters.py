@@ -102,7 +102,8 @@ def flat_batch(seed: int, num_drafts: list[int], vocab_size: int, filters: dict[
     request = torch.repeat_interleave(torch.arange(len(num_drafts)), torch.tensor(num_drafts) + 1)
     states = batch.kwargs.get("state_indices", torch.arange(len(num_drafts)))
     kwargs = batch.kwargs | {"state_indices": states[request]}
-    tokens = verify(batch.logits, rows, torch.zeros(0, dtype=torch.int64), 0, **kwargs, backend="triton").token_ids
+    alone = Batch(batch.logits, rows, torch.zeros(0, dtype=torch.int64), 0, kwargs).to(DEVICE)
+    tokens = verify(*alone.args(), **alone.kwargs, backend="triton").token_ids.cpu()
     is_last = torch.zeros(len(batch.logits), dtype=torch.bool)
     is_last[batch.cu_num_logits[1:].long() - 1] = True
     batch.draft_token_ids = tokens[~is_last, 0]

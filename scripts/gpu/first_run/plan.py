@@ -15,8 +15,8 @@ SPARE = 8
 # The interpreter takes its time; rehearsals have no limit of 10 minutes.
 PATIENCE = 40 if REHEARSE else 60 if STANDIN else 1
 TESTS = (
-    *("test_triton.py", "test_filters.py", "test_sigmoid.py", "test_rules.py", "test_shapes.py"),
-    *("test_audit.py", "sharded/test_tokens.py", "sharded/test_filters.py"),
+    *("sharded/test_tokens.py", "sharded/test_filters.py", "test_audit.py", "test_triton.py", "test_filters.py"),
+    *("test_sigmoid.py", "test_rules.py", "test_shapes.py"),
 )
 """The kernels against the float64 reference, with poisoned outputs: rules, drafts, filters, dtypes, shapes, the audit;
 and ranks, emulated one after another, against a single one.
