@@ -39,7 +39,7 @@ BINS = tl.constexpr(32)
 COLUMNS = tl.constexpr(34)
 """Of the counts: the bins, tokens that cannot have been drawn, tokens that were drawn and not audited."""
 
-MOST_PARTS = tl.constexpr(32)
+MOST_PARTS = tl.constexpr(16)
 """Programs that share a row at most."""
 
 PROGRAMS = 4096
@@ -246,6 +246,8 @@ def audit_kernel(
                     TILE,
                     PADDED_TILES,
                 )
+        if (count <= CAPACITY) & (part > 0):
+            return
         candidates = Candidates(values_ptr, list_ptr + num_tiles, count)
     top, mass = kept_mass(tiles, candidates, row, scale, threshold, PADDED_TILES)
     if ((mass > 0.0) & (mass < float("inf"))) == 0:
@@ -295,11 +297,12 @@ def _method_of(rule_requests_ptr, request, method):
     return tl.where(tl.load(rule_requests_ptr + request.state).to(tl.float32) > 0.0, method, 0)
 
 
-def audit_options(shapes: Shapes, finds_thresholds: bool) -> dict[str, int]:
+def audit_options(shapes: Shapes, is_filtered: bool, finds_thresholds: bool) -> dict[str, int]:
     """Launch options of the counting kernel: to find thresholds it holds a few numbers more than the deciding one."""
-    if not finds_thresholds:
-        return {"num_warps": COUNT_WARPS}
-    return {"num_warps": shapes.filter_warps, "maxnreg": 160}
+    if finds_thresholds:
+        return {"num_warps": shapes.filter_warps, "maxnreg": 160}
+    # Left to itself, the assembler spills with filters.
+    return {"num_warps": COUNT_WARPS} | ({"maxnreg": 72} if is_filtered else {})
 
 
 COUNT_WARPS = 4
@@ -377,7 +380,7 @@ def audit_batch(
     _count(
         variant,
         (num_parts, width, num_reqs),
-        audit_options(shapes, finds_thresholds),
+        audit_options(shapes, filtered, finds_thresholds),
         *rows,
         seeds,
         positions,

@@ -3,9 +3,9 @@
 Usage: ``python -m vllm_specopt.benchmarks.kernels.sharded_times [--vocab-size N] [--only 64x7 ...] [--out FILE]``. What
 the ranks exchange is computed beforehand; an exchange is then a copy of it on the same GPU: what a link adds is left
 out, and the gather that whole rows need first as well. Shapes, drafts and ranks are those of ``sharded_bytes``, rows
-those of the benchmark: at T = 1, with top-p at T = 0.7, and once more at T = 1, where they are flat and requests end
-early. Nothing is timed before ranks have emitted what whole rows do. On a CPU, for the tests, Triton's interpreter has
-to be on, and times mean nothing.
+those of the benchmark at T = 1, with top-p at T = 0.7, and once more flat ones, of which most tokens are kept, so that
+requests end early. Nothing is timed before ranks have emitted what whole rows do. On a CPU, for the tests, Triton's
+interpreter has to be on, and times mean nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def make_batch(batch: int, num_drafts: int, form: str, vocab_size: int, device: 
     kind = form.removesuffix(FLAT)
     case = Case(batch, num_drafts, vocab_size, draft=kind.removesuffix(FILTERED))
     if kind.endswith(FILTERED):
-        case = replace(case, top_p=0.9, temperature=0.7 if kind == form else 1.0)
+        case = replace(case, top_p=0.9, temperature=0.7)
     made = make_inputs(case, device, SEED).round(0)
+    if kind != form:
+        made.logits.normal_(std=0.5, generator=torch.Generator(device).manual_seed(SEED))
     logits, starts, drafts, most_drafts = made.args()
     return Batch(logits, starts, drafts, most_drafts, made.kwargs | {"backend": "triton"})
 

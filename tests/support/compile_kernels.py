@@ -139,10 +139,10 @@ def variants(with_all: bool):
             alone = {name: kind for name, kind in types.items() if name != "row_ptr"} | {"tile_list_ptr": "*i32"}
             launches += [
                 (audit.audit_sweep_kernel, {"num_warps": DEFAULTS.statistics_warps}, types),
-                (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered), alone),
+                (audit.audit_kernel, audit.audit_options(DEFAULTS, filtered, filtered), alone),
             ]
         if filtered:
-            launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, False), types))
+            launches.append((audit.audit_kernel, audit.audit_options(DEFAULTS, True, False), types))
         if draft != "one-hot":
             launches.append((residual.residual_kernel, {"num_warps": DEFAULTS.residual_warps}, types))
         if method in ("exact", "greedy"):
