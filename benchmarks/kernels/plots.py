@@ -9,6 +9,7 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -91,7 +92,8 @@ def time_figure(rows: list[dict], axis: str) -> Figure | None:
         panel.set(xscale="log", yscale="log", title=_title(group[0], axis), xlabel=AXES[axis], ylabel="µs")
         ticks = sorted({int(row[axis]) for row in group})
         shown = ticks if len(ticks) <= 7 else ticks[::2]
-        panel.set_xticks(shown, [f"{tick:,}" for tick in shown], rotation=30 if axis == "vocab" else 0)
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if axis == "vocab" else {}
+        panel.set_xticks(shown, [f"{tick:,}" for tick in shown], **slanted)
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         panel.minorticks_off()
@@ -124,7 +126,7 @@ def roofline_figure(rows: list[dict]) -> Figure | None:
         )
     panel.axhline(100, color="black", linewidth=1)
     note = "a copy on this device; above it, rows after a rejection were skipped"
-    panel.annotate(note, (1, 100), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    panel.annotate(note, (0.01, 100), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
     panel.set(xscale="log", yscale="log", xlabel="MB counted: each row once", ylabel="GB/s, % of a copy's")
     for scale in (panel.xaxis, panel.yaxis):
         scale.set_major_formatter(lambda value, _: f"{value:g}")
@@ -155,7 +157,8 @@ def _finish(figure: Figure, title: str, rows: list[dict]) -> None:
     handles: dict[str, Artist] = {}
     for panel in figure.axes:
         handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    columns = 6 if len(figure.axes) > 1 else 3
+    rows_of_six = max(1, math.ceil(len(handles) / 6))
+    columns = math.ceil(len(handles) / rows_of_six) if len(figure.axes) > 1 else 3
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     sources = sorted({f"{row['device']}, vLLM {row['vllm'] or 'not installed'}" for row in rows})
     figure.suptitle(f"{title}\n{'; '.join(sources)}", fontsize=10)
