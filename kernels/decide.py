@@ -61,7 +61,7 @@ def decide_kernel(
     candidates_ptr,  # [num_rows, CAPACITY] scratch: their logits, or None
     outcome_ptr,  # [num_rows] scratch: what each row found
     row_ptr,  # [num_rows, ROW_COLUMNS] out: what a residual or an audit needs; None where none filters or is sampled
-    arrived_ptr,  # [num_reqs, 2] zeros, then what an audit counts in
+    arrived_ptr,  # [num_reqs, 2] zeros, then [num_rows] out: zeros for an audit
     pending_ptr,  # [num_reqs] out: position of the row to draw a residual from, -1 if none; or None
     token_ids_ptr,  # [num_reqs, max_num_draft_tokens + 1] out
     token_ids_stride,
@@ -97,6 +97,7 @@ def decide_kernel(
     )
     noise = Noise(seeds_ptr, positions_ptr)
     row = request.start_row + pos
+    tl.store(arrived_ptr + 2 * tl.num_programs(1) + row, 0)
     token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
     by_rule = follows_rule(request, rule_requests_ptr, RULE)
     delta = tl.full((), 0.0, tl.float32)

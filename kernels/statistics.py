@@ -85,7 +85,7 @@ def statistics_kernel(
     tile_entropy_ptr,  # [num_rows, num_tiles] out, or None
     draft_tile_max_ptr,  # [num_rows, num_tiles] out, or None
     draft_tile_sum_ptr,  # [num_rows, num_tiles] out, or None
-    arrived_ptr,  # [num_reqs, 2], then [num_rows] out: zeros
+    arrived_ptr,  # [num_reqs, 2] out: zeros
     vocab_size,
     num_tiles,
     COMPACT_DRAFTS: tl.constexpr,
@@ -106,10 +106,8 @@ def statistics_kernel(
     request = load_request(index, cu_num_logits_ptr, state_indices_ptr, temperature_ptr)
     if pos > request.num_drafts:
         return
-    if (group == 0) & (is_draft_row == 0):
-        tl.store(arrived_ptr + 2 * tl.num_programs(2) + request.start_row + pos, 0)
-        if pos == 0:
-            tl.store(arrived_ptr + 2 * index + tl.arange(0, 2), tl.zeros([2], tl.int32))
+    if (pos == 0) & (group == 0) & (is_draft_row == 0):
+        tl.store(arrived_ptr + 2 * index + tl.arange(0, 2), tl.zeros([2], tl.int32))
     temp = request.temperature
     greedy = temp < GREEDY_BELOW
     by_rule = follows_rule(request, rule_requests_ptr, RULE)
