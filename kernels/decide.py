@@ -97,7 +97,6 @@ def decide_kernel(
     )
     noise = Noise(seeds_ptr, positions_ptr)
     row = request.start_row + pos
-    tl.store(arrived_ptr + 2 * tl.num_programs(1) + row, 0)
     token = load_draft_token(drafts, request, pos, vocab_size, COMPACT_DRAFTS)
     by_rule = follows_rule(request, rule_requests_ptr, RULE)
     delta = tl.full((), 0.0, tl.float32)
@@ -137,6 +136,7 @@ def decide_kernel(
         RULE,
     )
     tl.store(outcome_ptr + row, outcome)
+    tl.store(arrived_ptr + 2 * tl.num_programs(1) + row, 0)
 
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + 2 * index, 1, sem="acq_rel") == num_drafts:
