@@ -356,7 +356,7 @@ def audit_batch(
 
     finds_thresholds = filtered and notes is None
     # Only one program can find a threshold.
-    shared_by = 1 if finds_thresholds else PROGRAMS // (width * num_reqs)
+    shared_by = 1 if finds_thresholds else PROGRAMS // max(1, width * num_reqs)
     num_parts = max(1, min(MOST_PARTS.value, triton.cdiv(num_tiles * tile, max(tile, SPAN.value)), shared_by))
     if notes is None:
         candidates, arrived = empty(CAPACITY.value) if filtered else None, empty(1, torch.int32)

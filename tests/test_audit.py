@@ -24,6 +24,15 @@ BACKENDS = ("cpu", "triton")
 count = kernels._count
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_without_rows(backend):
+    counts, none = new_counts(1, device_of(backend)), torch.zeros(2, 0, dtype=torch.int64)
+    arguments = {"temperature": torch.ones(2), "seeds": torch.zeros(2, dtype=torch.int64)}
+    tensors = [t.to(counts.device) for t in (torch.zeros(0, 50), torch.tensor([0, 0, 0]), none)]
+    audit(*tensors, counts, **{k: v.to(counts.device) for k, v in arguments.items()}, backend=backend)
+    assert counts.sum() == 0
+
+
 def device_of(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
